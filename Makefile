@@ -1,0 +1,51 @@
+# `make help` lists what there is. Needs Python 3.10 or newer, git and make.
+PYTHON ?= python3
+VENV   ?= .venv
+MODEL  ?= bizzaro-nano
+OUT    ?= runs/$(MODEL)
+# An extra package index for torch. On a CPU machine where pip would take the CUDA build, for example:
+#   make study TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+
+BIN     := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+export TORCH_INDEX
+
+.DEFAULT_GOAL := help
+.PHONY: help study test quick notebooks docs clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+study: $(VENV)/.installed  ## install, then run the whole study on the embedded model (MODEL=, OUT=)
+	$(BIN)/bizzaroworld study --model $(MODEL) --out $(OUT)
+
+test: $(VENV)/.installed-dev  ## install with the development requirements, then run everything CI runs
+	BIN=$(BIN) .ci/check
+
+quick: $(VENV)/.installed-dev  ## the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+notebooks: $(VENV)/.installed-dev  ## export, re-execute and clean the committed notebooks, write README.md
+	$(BIN)/nbdev_export
+	$(BIN)/python .ci/execute.py
+	$(BIN)/python .ci/readme.py
+
+docs: $(VENV)/.installed-dev  ## build the site into _docs (needs Quarto on the PATH)
+	BIN=$(BIN) .ci/docs
+
+clean:  ## remove what was built; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info _docs _proc .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "bizzaroworld needs Python 3.10 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: settings.ini setup.py constraints.txt | $(BIN)/python
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: settings.ini setup.py constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[dev]'
+	@touch $(VENV)/.installed $@

@@ -1,0 +1,42 @@
+"""What all tests share: no network, repeatable hypothesis, where the repository is."""
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The root of the checkout."""
+    return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folders(repo) -> dict[str, Path]:
+    """Folders of real tokenizers that are not ours to ship, by name; the test is skipped where there are none."""
+    root = Path(os.environ.get("BIZZARO_TOKENIZERS", repo.parent / "shared" / "tokenizers"))
+    folders = {p.name: p for p in sorted(root.glob("*")) if p.is_dir()} if root.is_dir() else {}
+    if not folders:
+        pytest.skip("no real tokenizers here: set BIZZARO_TOKENIZERS to a folder with one folder for each")
+    return folders
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """A test that reaches for another machine fails."""
+    connect = socket.socket.connect
+
+    def local_only(self, address):
+        host = address[0] if isinstance(address, tuple) else "localhost"
+        if host not in {"localhost", "127.0.0.1", "::1"}:
+            raise OSError(f"tests run offline, but this one connects to {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", local_only)

@@ -1,0 +1,69 @@
+"""Run folders with known answers: the effects are written down, not measured."""
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from bizzaroworld.runs import Run, open_run, write_json, write_table
+
+SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+
+
+def planted_run(folder: Path, entity, *, swings=None, final=None, sublayers=None, heads_entity=None, heads_final=None,
+                direction="noising", leave_out=(), embedded=True, known=None) -> Run:
+    """A finished run whose moves toward the donor run are given as fractions of each pair's TotalSwing.
+
+    entity, final : `pair layer`, resid_pre at the entity and at the final token (default: 1 - entity).
+    sublayers : {site: `pair layer`} at both positions; what is not given is 0.1 of the entity's curve.
+    heads_entity, heads_final : `pair layer head` (default: two heads, no effect).
+    """
+    entity = np.asarray(entity, float)
+    n, n_layers = entity.shape
+    swings = np.linspace(20, 10, n) if swings is None else np.asarray(swings, float)
+    final = 1 - entity if final is None else np.asarray(final, float)
+    none = np.zeros((n, n_layers, 2))
+    z = {"entity": none if heads_entity is None else heads_entity, "final": none if heads_final is None else heads_final}
+    sub = {site: 0.1 * entity for site in SITES[1:]} | (sublayers or {})
+    resid = {"entity": entity, "final": final}
+    ids = [f"pair-{i:02d}" for i in range(n)]
+
+    def rows(experiment, position, site, fractions):
+        fractions = np.asarray(fractions, float)
+        heads = fractions.shape[2] if fractions.ndim == 3 else None
+        where = [(i, l, h) for i in range(n) for l in range(n_layers) for h in (range(heads) if heads else [None])]
+        out = pd.DataFrame(where, columns=["pair", "layer", "head"]).astype({"layer": "Int64", "head": "Int64"})
+        swing = swings[out.pair]
+        clean, corrupt = 0.6 * swing, -0.4 * swing
+        base, sign = (clean, -1) if direction == "noising" else (corrupt, 1)
+        effect = sign * np.array([fractions[w if heads else w[:2]] for w in where]) * swing
+        return pd.DataFrame({
+            "experiment": experiment, "pair_id": [ids[i] for i in out.pair], "category": [f"cat-{i % 4}" for i in out.pair],
+            "site": site, "layer": out.layer, "head": out["head"], "position": position, "metric": "ld", "clean": clean,
+            "corrupt": corrupt, "patched": base + effect, "effect": effect,
+            "recovery": (base + effect - corrupt) / np.where(swing == 0, np.nan, swing), "direction": direction,
+            "intervention": "planted"})
+
+    parts = [rows("1", "final", "resid_pre", final), rows("3", "entity", "resid_pre", entity),
+             rows("4", "entity", "z", z["entity"]), rows("4F", "final", "z", z["final"])]
+    for experiment, position in (("2A", "final"), ("2B", "entity")):
+        parts += [rows(experiment, position, s, resid[position] if s == "resid_pre" else sub[s]) for s in SITES]
+    effects = pd.concat([p for p in parts if p.experiment[0] not in leave_out], ignore_index=True)
+    order = np.argsort(-swings, kind="stable")
+    triage = pd.DataFrame({
+        "rank": range(1, n + 1), "battery_idx": order, "total_swing": swings[order], "ld_clean": 0.6 * swings[order],
+        "ld_corrupt": -0.4 * swings[order], "category": [f"cat-{i % 4}" for i in order], "pair_id": [ids[i] for i in order],
+        "known": True if known is None else np.asarray(known)[order]})
+    write_json(folder / "run.json", {
+        "model": {"name": "planted", "embedded": embedded, "n_layers": n_layers, "n_heads": z["final"].shape[2], "revision": None},
+        "battery_sha256": "0", "options": {"direction": direction}, "n_pairs": n})
+    write_table(folder / "triage.csv", triage)
+    write_table(folder / "excluded.csv", pd.DataFrame({"pair_id": [], "reason": []}))
+    for mode, table in (("A", triage.head(15)), ("B", triage.drop_duplicates("category")), ("C", triage)):
+        write_table(folder / f"golden_{mode}.csv", table)
+    write_table(folder / "effects.parquet", effects.sample(frac=1, random_state=0))  # no answer may rest on the order
+    return open_run(folder)
+
+
+def steps(leaves, n_layers=8, before=1.0, after=0.0):
+    """A curve for each pair: `before` up to (not including) the layer at which it leaves, then `after`."""
+    return np.where(np.arange(n_layers) < np.asarray(leaves)[:, None], before, after)

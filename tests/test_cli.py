@@ -1,0 +1,202 @@
+"""The command line: what it passes on, what it prints, its exit codes, and how fast it answers."""
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from bizzaroworld import __version__, cli
+
+COMMANDS = ["study", "triage", "audit", "models"]
+
+
+def run(*args: str):
+    """Run the command line in this process."""
+    return CliRunner().invoke(cli.app, list(args), prog_name="bizzaroworld")
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Replace a module of the package by one with the given members."""
+    def install(name: str, **members):
+        module = ModuleType(f"bizzaroworld.{name}")
+        module.__dict__.update(members)
+        monkeypatch.setitem(sys.modules, f"bizzaroworld.{name}", module)
+    return install
+
+
+@pytest.mark.parametrize("args", [[], *[[c] for c in COMMANDS]])
+def test_help_is_quick_and_imports_nothing_heavy(args):
+    code = ("import sys\nfrom bizzaroworld.cli import main\n"
+            "try: main()\nexcept SystemExit as e: code = e.code\n"
+            "heavy = {'torch', 'transformers', 'transformer_lens', 'pandas', 'numpy', 'matplotlib', 'fastcore'}\n"
+            "print('HEAVY', sorted(heavy & set(sys.modules)), code)")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code, *args, "--help"], capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.stdout.rstrip().endswith("HEAVY [] 0"), done.stdout + done.stderr
+    # Processor time, not the clock's: it is the same on a machine that is busy with other tests.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_with_an_example(command):
+    assert f"\n  bizzaroworld {command}" in run(command, "--help").output
+
+
+def test_version():
+    assert run("--version").output.strip() == f"bizzaroworld {__version__}"
+
+
+def fake_study(calls):
+    """Members of a `study` module that records how it was called."""
+    def run_study(model_name, **options):
+        calls.append((model_name, options))
+        options["progress"](1, 2, "one")
+        return options["out"] or Path("runs") / "default"
+    return dict(run_study=run_study, closing_lines=lambda run_dir: ["60 pairs swept", f"Files: {run_dir}"])
+
+
+def test_study_passes_every_option_on_and_prints_the_closing_lines(stand_in, tmp_path):
+    calls = []
+    stand_in("study", **fake_study(calls))
+    battery = tmp_path / "mine.json"
+    battery.write_text("[]")
+    done = run("study", "--model", "google/gemma-2b", "--battery", str(battery), "--out", str(tmp_path / "run"),
+               "--device", "cpu", "--dtype", "bfloat16", "--revision", "main", "--direction", "denoising", "--rows", "7")
+    assert done.exit_code == 0, done.output
+    (name, options), = calls
+    assert callable(options.pop("progress"))
+    assert (name, options) == ("google/gemma-2b", dict(
+        battery=battery, out=tmp_path / "run", device="cpu", dtype="bfloat16", revision="main", direction="denoising",
+        max_rows=7))
+    assert done.stdout.splitlines() == ["60 pairs swept", f"Files: {tmp_path / 'run'}"]
+    assert done.stderr == "", "no progress bar where there is no terminal"
+
+
+def test_study_defaults(stand_in):
+    calls = []
+    stand_in("study", **fake_study(calls))
+    assert run("study").exit_code == 0
+    assert run("study", "-m", "google/gemma-2b").exit_code == 0
+    (name, options), (_, other) = calls
+    assert name == "bizzaro-nano"
+    assert (options["dtype"], options["direction"], options["max_rows"]) == ("float32", "noising", None)
+    assert other["out"] is None, "the library chooses the folder"
+
+
+@pytest.mark.parametrize("args", [
+    ["study", "--direction", "sideways"], ["study", "--dtype", "int3"], ["study", "--rows", "0"],
+    ["study", "--battery", "no-such-file.json"], ["triage", "--out", "table.xls"],
+    ["audit", "bizzaro-nano", "--out", "table"], ["study", "--no-such-option"], ["audit"], ["nonsense"]])
+def test_bad_usage_is_exit_code_2(args):
+    done = run(*args)
+    assert done.exit_code == 2 and done.stdout == "" and done.stderr
+
+
+def error_of(module: str, kind: type) -> type:
+    """An exception class that looks as if it were defined in `module`."""
+    return type("BadInputError", (kind,), {"__module__": module})
+
+
+@pytest.mark.parametrize("error, code", [
+    (error_of("bizzaroworld.pairs", ValueError)("row 3 has no clean_target"), 2),
+    (error_of("bizzaroworld.study", RuntimeError)("it broke"), 1),
+    (ValueError("deep inside torch"), 1), (OSError("disk full"), 1), (KeyboardInterrupt(), 1)])
+def test_errors_are_one_message_and_an_exit_code(stand_in, error, code):
+    def run_study(*args, **options): raise error
+    stand_in("study", run_study=run_study, closing_lines=None)
+    done = run("study")
+    assert done.exit_code == code
+    assert str(error) in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
+
+
+def test_debug_lets_the_error_through(stand_in):
+    def run_study(*args, **options): raise OSError("disk full")
+    stand_in("study", run_study=run_study, closing_lines=None)
+    assert isinstance(run("study", "--debug").exception, OSError)
+    assert not isinstance(run("study").exception, OSError)
+
+
+def test_a_malformed_battery_is_bad_input(tmp_path):
+    battery = tmp_path / "bad.json"
+    battery.write_text('[{"category": "x"}]')
+    code = "from bizzaroworld.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code, "audit", "bizzaro-nano", "--battery", str(battery)],
+                          capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "bad.json" in done.stderr and "clean_prompt" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def table() -> pd.DataFrame:
+    """A triage table of three pairs."""
+    return pd.DataFrame({"rank": [1, 2, 3], "total_swing": [9.0, 8.0, 7.25], "ld_clean": [5.0, 4.0, 3.0],
+                         "ld_corrupt": [-4.0, -4.0, -4.25], "category": ["a", "b", "c"],
+                         "clean_prompt": ["A is", "B is", "C is"], "clean_target": [" x", " y", " z"]})
+
+
+def test_triage_prints_the_top_and_writes_everything(stand_in, table, tmp_path):
+    stand_in("models", load_model=lambda name, **options: (name, options))
+    stand_in("triage", triage=lambda model, pairs, spares: SimpleNamespace(table=table, excluded=table.head(1)))
+    out = tmp_path / "new" / "triage.csv"
+    done = run("triage", "--top", "2", "--out", str(out))
+    assert done.exit_code == 0, done.output
+    assert "B is" in done.stdout and "C is" not in done.stdout
+    assert "3 pairs ranked, 1 excluded" in done.stdout
+    assert pd.read_csv(out).equals(table)
+    assert [p.name for p in out.parent.iterdir()] == ["triage.csv"], "no temporary file is left"
+
+
+def test_audit_prints_the_counts_and_the_reasons(stand_in, tmp_path):
+    summary = pd.DataFrame({"tokenizer": ["one"], "pairs": [60], "usable": [59], "dropped": [1], "replaced": [1],
+                            "reasons": ["length_differs 1"]})
+    dropped = pd.DataFrame({"pair_id": ["newton"], "reason": ["length_differs"], "replaced_by": ["spare-7"]})
+    report = SimpleNamespace(summary=lambda: summary, dropped=lambda name: dropped, table=dropped)
+    seen = []
+    stand_in("models", load_tokenizer=lambda name: f"tokenizer of {name}")
+    stand_in("tokens", audit=lambda *args: (seen.append(args), report)[1])
+    done = run("audit", "one", "--out", str(tmp_path / "audit.csv"))
+    assert done.exit_code == 0, done.output
+    (tokenizers, pairs, spares), = seen
+    assert tokenizers == {"one": "tokenizer of one"} and len(pairs) == 60 and len(spares) == 60
+    assert "length_differs 1" in done.stdout and "newton" in done.stdout and "spare-7" in done.stdout
+    assert pd.read_csv(tmp_path / "audit.csv").equals(dropped)
+
+
+def test_a_spare_that_the_battery_holds_is_not_offered_again(repo, tmp_path):
+    spares = json.loads((repo / "data" / "spares.json").read_text())
+    battery = tmp_path / "mine.json"
+    battery.write_text(json.dumps(spares[:2]))
+    pairs, left = cli._pairs(battery)
+    assert len(pairs) == 2 and len(left) == len(spares) - 2
+    assert not {p.id for p in pairs} & {p.id for p in left}
+
+
+def test_models_reads_configs_and_weight_headers(stand_in, monkeypatch, tmp_path):
+    folder = tmp_path / "models" / "tiny"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(dict(
+        num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=1, hidden_size=128)))
+    header = json.dumps({"__metadata__": {"format": "pt"}, "w": {"dtype": "F16", "shape": [1000, 500]},
+                         "b": {"dtype": "F16", "shape": [100_000]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    stand_in("pairs", data_path=lambda *parts: tmp_path.joinpath(*parts))
+    assert [row[:6] for row in cli.embedded()] == [("tiny", "0.6M", 8, 4, 1, 128)]
+    done = run("models")
+    assert done.exit_code == 0 and "tiny" in done.stdout and "google/gemma-2b" in done.stdout
+
+
+def test_the_embedded_models_are_listed():
+    assert {row[0] for row in cli.embedded()} == {"bizzaro-nano", "bizzaro-nano-local"}
+
+
+def test_a_wide_table_keeps_its_words(capsys):
+    cli.print_table(["a", "n"], [("[not markup] nan", 1.5), ("x", float("nan"))])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("[not markup] nan") and lines[1].endswith("1.50") and lines[2].strip() == "x"

@@ -1,0 +1,160 @@
+"""The site, as far as it can be checked without Quarto: what nbdev hands to it parses, and everything named exists.
+
+Where Quarto is on the PATH, the site is built as well.
+"""
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+REPO = Path(__file__).resolve().parent.parent
+NBS = REPO / "nbs"
+PAGES = sorted(p.relative_to(NBS) for p in NBS.rglob("*.ipynb")
+               if not any(part[0] in "._" for part in p.relative_to(NBS).parts))
+LABEL = re.compile(r"\{#((?:fig|tbl|sec|eq)-[\w-]+)|^#\s*\|\s*label:\s*((?:fig|tbl)-[\w-]+)", re.M)
+REFERENCE = re.compile(r"(?<![\w@`/.-])@([A-Za-z][\w:.-]*\w)")
+CROSS = ("fig-", "tbl-", "sec-", "eq-")
+
+
+def sources(notebook: dict, kind: str) -> list[str]:
+    """The sources of the cells of one kind."""
+    return ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == kind]
+
+
+def prose(notebook: dict) -> str:
+    """The markdown of a notebook and its captions, without code."""
+    text = "\n\n".join(sources(notebook, "markdown"))
+    text = re.sub(r"^```.*?^```|``.*?``|`[^`\n]*`", "", text, flags=re.M | re.S)
+    return "\n".join([text, *re.findall(r"^#\s*\|\s*fig-cap:(.*)$", "\n".join(sources(notebook, "code")), re.M)])
+
+
+def labels(notebook: dict) -> set[str]:
+    """What a notebook gives a name to: figures, tables, sections, equations."""
+    return {a or b for a, b in LABEL.findall("\n\n".join(sources(notebook, "markdown") + sources(notebook, "code")))}
+
+
+def unresolved(notebook: dict, citations: set[str]) -> list[str]:
+    """Cross-references without a target in the notebook, and citations that are not in the bibliography."""
+    here = labels(notebook)
+    return [name for name in REFERENCE.findall(prose(notebook))
+            if name not in (here if name.startswith(CROSS) else citations)]
+
+
+def empty_figures(notebook: dict) -> list[str]:
+    """Cells that announce a figure, by a label or a caption, and show none."""
+    found = []
+    for i, cell in enumerate(notebook["cells"]):
+        announced = re.search(r"^#\s*\|\s*(?:label:\s*fig-\S+|fig-cap:.*)$", "".join(cell["source"]), re.M)
+        kinds = {kind for out in cell.get("outputs", []) for kind in out.get("data", {})}
+        if announced and not any(kind.startswith("image/") or kind == "text/html" for kind in kinds):
+            found.append(f"cell {i}: {announced.group()}")
+    return found
+
+
+def dead_links(notebook: dict, folder: Path) -> list[str]:
+    """Relative links to files that are not there; a link to a page may name the notebook or the page made from it."""
+    found = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(notebook)):
+        path = folder / target.partition("#")[0]
+        if re.match(r"[a-z]+:|#", target) or path.is_file(): continue
+        made = [p for p in path.parent.glob("*.ipynb") if re.sub(r"^\d+[a-z]?_", "", p.stem) == path.stem]
+        if not (path.suffix == ".html" and made): found.append(target)
+    return found
+
+
+def sidebar(contents: list) -> list[str]:
+    """The pages named in a Quarto sidebar, sections included."""
+    return [page for entry in contents for page in
+            ([entry] if isinstance(entry, str) else [entry[k] for k in ("href",) if k in entry] + sidebar(entry.get("contents", [])))]
+
+
+@pytest.fixture(scope="module")
+def settings() -> dict:
+    """The site's settings."""
+    return yaml.safe_load((REPO / "_quarto.yml").read_text())
+
+
+@pytest.fixture(scope="module")
+def citations() -> set[str]:
+    """The keys of the bibliography."""
+    return set(re.findall(r"^@\w+\{([^,\s]+),", (NBS / "references.bib").read_text(), re.M))
+
+
+@pytest.fixture(scope="module")
+def processed() -> Path:
+    """The folder that nbdev hands to Quarto."""
+    code = "from nbdev.serve import proc_nbs; proc_nbs(force=True, n_workers=2)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    assert "imports and other code" not in done.stderr, done.stderr
+    return REPO / "_proc"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_a_page_is_complete(page, processed, citations):
+    notebook = json.loads((processed / page).read_text(encoding="utf-8"))
+    assert notebook["cells"] and sources(notebook, "markdown")
+    assert unresolved(notebook, citations) == []
+    assert empty_figures(notebook) == []
+    assert dead_links(notebook, (NBS / page).parent) == []
+
+
+@pytest.mark.slow
+def test_exported_functions_are_documented(processed):
+    """nbdev puts signature and docstring of what a notebook exports into its page."""
+    text = "\n".join(sources(json.loads((processed / "library" / "00_pairs.ipynb").read_text()), "markdown"))
+    assert "load_battery" in text and "Raises" in text
+
+
+def test_every_page_is_in_the_sidebar_and_the_other_way_around(settings):
+    assert sorted(sidebar(settings["website"]["sidebar"]["contents"])) == sorted(map(str, PAGES))
+
+
+def test_settings_are_where_nbdev_and_quarto_look(settings):
+    inner = yaml.safe_load((NBS / "_quarto.yml").read_text())
+    assert inner == {"metadata-files": ["../_quarto.yml", "nbdev.yml"]}
+    assert settings["project"]["type"] == "website"
+    assert list(settings["format"]) == ["html"] and settings["format"]["html"]["html-math-method"] == "mathml"
+    for name in (settings["bibliography"], settings["format"]["html"]["css"]):
+        assert (NBS / name).is_file()
+
+
+def test_nbdev_yml_is_what_nbdev_writes():
+    from nbdev.config import get_config
+    from nbdev.quarto import _nbdev_yml
+    cfg = get_config(path=REPO)
+    values = {k: cfg[k] for k in ("title", "description", "branch", "git_url", "doc_host", "doc_baseurl")}
+    assert (NBS / "nbdev.yml").read_text() == _nbdev_yml.format(**values, doc_path=cfg.doc_path.name)
+
+
+def test_the_checks_see_what_they_look_for(tmp_path):
+    notebook = {"cells": [
+        dict(cell_type="markdown", source="As @fig-a and @fig-b show [@meng2022; @nobody1999]. `@not-a-reference`, me@x.org\n\n"
+                                          "[a](there.ipynb) [b](gone.ipynb) [c](pairs.html) [d](https://example.org) [e](#top)"),
+        dict(cell_type="code", source="#| label: fig-a\n#| fig-cap: As in @fig-c.\nplot()", outputs=[])]}
+    (tmp_path / "there.ipynb").touch()
+    (tmp_path / "00_pairs.ipynb").touch()
+    assert unresolved(notebook, {"meng2022"}) == ["fig-b", "nobody1999", "fig-c"]
+    assert empty_figures(notebook) == ["cell 1: #| label: fig-a"]
+    assert dead_links(notebook, tmp_path) == ["gone.ipynb"]
+    notebook["cells"][1]["outputs"] = [dict(output_type="display_data", data={"image/png": "..."})]
+    assert empty_figures(notebook) == []
+    assert sidebar(["a", {"section": "s", "href": "b", "contents": ["c"]}]) == ["a", "b", "c"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("quarto") is None, reason="Quarto is not on the PATH")
+def test_the_site_builds(settings):
+    programs = {"BIN": str(Path(sys.executable).parent)}
+    done = subprocess.run([REPO / ".ci" / "docs"], cwd=REPO, capture_output=True, text=True, env=os.environ | programs)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for page in sidebar(settings["website"]["sidebar"]["contents"]):
+        name = re.sub(r"^\d+[a-z]?_", "", Path(page).stem)
+        assert (REPO / "_docs" / Path(page).parent / f"{name}.html").is_file()

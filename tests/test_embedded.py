@@ -1,0 +1,209 @@
+"""The shipped checkpoints: what they know, what they are, and that the loop that made them can be repeated."""
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from bizzaroworld.corpus import generate, held_out, split
+from bizzaroworld.facts import load_facts
+from bizzaroworld.nano import RECIPES, entity_effects, load_shipped, measure, model_card, thin
+from bizzaroworld.pairs import data_path, load_battery, load_spares
+from bizzaroworld.training import (TrainingOptions, batches, build_model, build_tokenizer, collate, encode, evaluate_pairs, local_attention,
+                                   local_mask, recalled, single_words, step_loss, train)
+
+NAMES = sorted(RECIPES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def pairs(): return load_battery() + load_spares()
+
+
+@pytest.fixture(scope="module")
+def parts(pairs): return split(load_facts(), pairs)
+
+
+@pytest.fixture(scope="module")
+def shipped(): return {name: load_shipped(data_path("models", name)) for name in NAMES}
+
+
+def record(name): return json.loads(data_path("models", name, "training.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_bar(name, shipped, parts):
+    model, tokenizer = shipped[name]
+    table = evaluate_pairs(model, tokenizer, load_battery())
+    assert len(table) == 60
+    assert ((table.ld_clean > 0) & (table.ld_corrupt < 0)).sum() >= 58
+    assert ((table.rank_clean == 1) & (table.rank_corrupt == 1)).sum() >= 56
+    right = recalled(model, tokenizer, held_out(parts))
+    assert len(right) > 500 and sum(right) / len(right) >= 0.97
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_record_agrees_with_a_new_measurement(name, shipped, parts):
+    kept, new = record(name)["accuracy"], measure(*shipped[name], parts)
+    assert kept.keys() == new.keys()
+    for key in ("trained", "held_out", "new_wordings", "indirect_objects", "digit_sums"):
+        assert kept[key]["n"] == new[key]["n"] and abs(kept[key]["right"] - new[key]["right"]) <= 2, key
+    assert kept["battery"] == new["battery"] and kept["spares"] == new["spares"]
+    assert kept["entity_effect_by_layer"] == pytest.approx(new["entity_effect_by_layer"], abs=0.005)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_record_and_sheet_belong_together(name):
+    kept = record(name)
+    assert kept["name"] == name and kept["options"] == dataclasses.asdict(RECIPES[name])
+    assert len(kept["loss"]) <= 100 and kept["loss"][-1][0] == kept["options"]["steps"]
+    assert kept["loss"][-1][1] < kept["loss"][0][1] / 3
+    assert data_path("models", name, "README.md").read_text(encoding="utf-8") == model_card(kept)
+
+
+def test_the_two_models_read_the_same_and_route_in_different_layers(shipped, pairs):
+    tokenizers = [data_path("models", name, "tokenizer.json").read_bytes() for name in NAMES]
+    assert tokenizers[0] == tokenizers[1]
+    assert record(NAMES[0])["corpus"] == record(NAMES[1])["corpus"]
+    curves = {name: entity_effects(*shipped[name], load_battery()).mean(0) for name in NAMES}
+    leaves = {name: int((curve < 0.5).nonzero()[0]) for name, curve in curves.items()}
+    assert leaves["bizzaro-nano"] < leaves["bizzaro-nano-local"]
+    assert all(curve[0] == pytest.approx(1, abs=1e-4) for curve in curves.values())  # the whole entity is exchanged
+
+
+def test_sizes():
+    files = [f for name in NAMES for f in data_path("models", name).iterdir()]
+    assert sum(f.stat().st_size for f in files) < 12_000_000
+    assert {f.suffix for f in files} == {".json", ".safetensors", ".md"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_is_gemma_with_one_key_value_head(name):
+    config = json.loads(data_path("models", name, "config.json").read_text(encoding="utf-8"))
+    assert config["model_type"] == "gemma" and config["architectures"] == ["GemmaForCausalLM"]
+    assert config["num_attention_heads"] == 4 and config["num_key_value_heads"] == 1
+    assert config["dtype"] in ("bfloat16", "float16")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tokenizer_puts_bos_first_and_survives_loading(name, shipped, parts, pairs):
+    tokenizer = shipped[name][1]
+    assert tokenizer("Hello")["input_ids"][0] == tokenizer.bos_token_id
+    assert tokenizer("Hello", add_special_tokens=False)["input_ids"][0] != tokenizer.bos_token_id
+    made = build_tokenizer(parts, pairs)
+    for text in (*(p.clean_prompt for p in pairs), "naïve café 日本 \n two  spaces", "x = y, z ="):
+        assert tokenizer(text)["input_ids"] == made(text)["input_ids"]
+        assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    assert len(tokenizer) == shipped[name][0].config.vocab_size
+
+
+def test_entities_and_targets_are_single_tokens_in_context(shipped, pairs):
+    tokenizer = shipped["bizzaro-nano"][1]
+    for pair in pairs:
+        for prompt in (pair.clean_prompt, pair.corrupt_prompt):
+            ids = tokenizer(prompt)["input_ids"]
+            for target in (pair.clean_target, pair.corrupt_target):
+                assert tokenizer(prompt + target)["input_ids"][:-1] == ids, (pair.id, target)
+        clean, corrupt = (tokenizer(p)["input_ids"] for p in (pair.clean_prompt, pair.corrupt_prompt))
+        assert sum(a != b for a, b in zip(clean, corrupt, strict=True)) == 1, pair.id
+    others = {" " + f.entity for f in load_facts().facts} - set(single_words(pairs))
+    assert sum(len(tokenizer.tokenize(e)) > 1 for e in others) > len(others) / 2
+
+
+# The loop, on a model small enough for a test.
+
+OPTIONS = TrainingOptions(seed=3, steps=12, tokens=400, warmup=3, local_layers=1, local_until=0.5)
+
+
+@pytest.fixture(scope="module")
+def small(parts, pairs):
+    tokenizer = build_tokenizer(parts, pairs)
+    return tokenizer, encode(tokenizer, generate(parts, pairs, 300))
+
+
+def tiny(tokenizer): return build_model(tokenizer, seed=3, n_layers=2, d_model=32)
+
+
+def weights(model): return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_same_seed_same_weights_whatever_torch_drew_before(small):
+    tokenizer, encoded = small
+    first = tiny(tokenizer)
+    train(first, encoded, OPTIONS)
+    torch.rand(7)
+    second = tiny(tokenizer)
+    train(second, encoded, OPTIONS)
+    assert torch.equal(weights(first), weights(second))
+    third = tiny(tokenizer)
+    train(third, encoded, dataclasses.replace(OPTIONS, seed=4))
+    assert not torch.equal(weights(first), weights(third))
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(small, tmp_path):
+    tokenizer, encoded = small
+    whole = tiny(tokenizer)
+    losses = train(whole, encoded, OPTIONS)
+    train(tiny(tokenizer), encoded, OPTIONS, state=tmp_path / "state.safetensors", every=4, until=9)  # last saved after step 8
+    resumed = tiny(tokenizer)
+    assert train(resumed, encoded, OPTIONS, state=tmp_path / "state.safetensors", every=4) == losses
+    assert torch.equal(weights(whole), weights(resumed))
+    with pytest.raises(ValueError, match="other options"):
+        train(tiny(tokenizer), encoded, dataclasses.replace(OPTIONS, lr=1e-3), state=tmp_path / "state.safetensors")
+
+
+def test_the_loss_goes_down(small):
+    tokenizer, encoded = small
+    losses = train(tiny(tokenizer), encoded, dataclasses.replace(OPTIONS, steps=60, warmup=5))
+    assert sum(losses[-5:]) < 0.85 * sum(losses[:5])
+
+
+def test_the_local_window_is_what_it_says(small):
+    "Behind the window a change is felt by nobody in a local layer, except through <bos>."
+    assert (local_mask(5, 3)[0, 0] == 0).int().tolist() == [
+        [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 0, 1, 1, 1]]
+    model = tiny(small[0])
+    ids = torch.tensor([[2, 300, 301, 302, 303, 304, 305, 306]])
+    other = ids.clone()
+    other[0, 1] = 999
+
+    def last(tokens): return model(input_ids=tokens).logits[0, -1]
+    with torch.no_grad():
+        with local_attention(model, 2, 3): assert torch.equal(last(ids), last(other))
+        assert not torch.equal(last(ids), last(other))
+        with local_attention(model, 1, 3): assert not torch.equal(last(ids), last(other))
+
+
+def test_loss_counts_answers_always_and_padding_never(small):
+    tokenizer, _ = small
+    model = tiny(tokenizer)
+    ids, marks = collate([([2, 300, 301, 1], [False, False, True, False]), ([2, 302, 1], [False, True, False])])
+    assert marks.tolist() == [[1, 1, 2, 1], [1, 2, 1, 0]]
+    logits = model(input_ids=ids).logits.log_softmax(-1)
+    expected = -(logits[0, 1, 301] + logits[1, 0, 302]) / 2
+    assert step_loss(model, ids, marks, 0.0, seed=0).item() == pytest.approx(expected.item(), rel=1e-5)
+    every = -(logits[0, 0, 300] + logits[0, 1, 301] + logits[0, 2, 1] + logits[1, 0, 302] + logits[1, 1, 1]) / 5
+    assert step_loss(model, ids, marks, 1.0, seed=0).item() == pytest.approx(every.item(), rel=1e-5)
+
+
+def test_batches_cover_everything_and_keep_the_size():
+    lengths = [5 + i % 17 for i in range(500)]
+    stream, seen = batches(lengths, 100, seed=1), []
+    while len(seen) < 500:
+        batch = next(stream)
+        assert len(batch) * max(lengths[i] for i in batch) <= 100
+        seen += batch
+    assert sorted(seen) == list(range(500))
+
+
+def test_thin_keeps_the_mean():
+    losses = [float(i) for i in range(250)]
+    points = thin(losses)
+    assert len(points) <= 100 and points[-1][0] == 250 and points[0] == [3, 1.0]

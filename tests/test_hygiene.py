@@ -1,0 +1,205 @@
+"""The rules of the house that a machine can see. Every check is also shown a sample that breaks its rule."""
+import ast
+import json
+import re
+import sys
+from configparser import ConfigParser
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted(p for p in (REPO / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+MODULES = sorted(p for p in (REPO / "bizzaroworld").glob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
+# One way, no back and forth: a module imports only from those before it.
+FLOW = ("pairs facts corpus hooked models training nano tokens triage interventions metrics passes sweep experiments runs "
+        "estimates analysis summary claims figures views study cli").split()
+TORCHLESS = {"pairs", "facts", "cli"}
+HEAVY = {"torch", "transformers", "transformer_lens"}
+PLACES = "|".join(map(re.escape, sorted({str(REPO.parent), str(Path.home())} - {"/"})))
+MACHINE_PATH = re.compile(rf"(?<![\w.:/-])(?:{PLACES}|/(?:root|home|tmp|var|mnt|opt|usr|Users|private))/[\w.-]+")
+
+
+def cells(notebook: dict, kind: str) -> list[tuple[int, str, dict]]:
+    """Number, source and cell, for the cells of one kind."""
+    return [(i, "".join(c["source"]), c) for i, c in enumerate(notebook["cells"]) if c["cell_type"] == kind]
+
+
+def outputs(cell: dict) -> str:
+    """What a cell shows, as text; images and embedded scripts count for nothing."""
+    texts = [o.get("text", "") for o in cell["outputs"]]
+    texts += [v for o in cell["outputs"] for kind, v in o.get("data", {}).items() if kind.startswith("text/")]
+    return "\n".join(t if isinstance(t, str) else "".join(t) for t in texts)
+
+
+def long_cells(notebook: dict) -> list[str]:
+    """Exported cells of more than 40 lines."""
+    counts = [(i, sum(bool(line.strip()) for line in source.splitlines())) for i, source, _ in cells(notebook, "code")
+              if re.search(r"^#\s*\|\s*export", source, re.M)]
+    return [f"cell {i}: {n} lines" for i, n in counts if n > 40]
+
+
+def mixed_imports(notebook: dict) -> list[str]:
+    """Cells with imports and other code: building the site runs them without the cells before."""
+    found = []
+    for i, source, _ in cells(notebook, "code"):
+        lines = [line for line in source.splitlines() if not line.lstrip().startswith(("%", "!"))]
+        kinds = {isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse("\n".join(lines)).body}
+        if kinds == {True, False}: found.append(f"cell {i}: imports and other code in one cell")
+    return found
+
+
+def few_words(notebook: dict) -> list[str]:
+    """Less than one markdown cell for two code cells."""
+    words, code = len(cells(notebook, "markdown")), len(cells(notebook, "code"))
+    return [f"{words} markdown cells for {code} code cells"] if 2 * words < code else []
+
+
+def stored_errors(notebook: dict) -> list[str]:
+    """Outputs that are errors."""
+    return [f"cell {i}: an error is stored as its output" for i, _, cell in cells(notebook, "code")
+            if any(o["output_type"] == "error" for o in cell["outputs"])]
+
+
+def machine_paths(notebook: dict) -> list[str]:
+    """Outputs that name a folder of the machine they were made on, or an address in its memory."""
+    return [f"cell {i}: {found.group()}" for i, _, cell in cells(notebook, "code")
+            for found in [MACHINE_PATH.search(outputs(cell)) or re.search(r" at 0x[0-9a-f]{6,}", outputs(cell))] if found]
+
+
+def no_title(notebook: dict) -> list[str]:
+    """The first cell is a title with a one-line description, for the site and for search."""
+    first = notebook["cells"][0]
+    text = "".join(first["source"])
+    ok = first["cell_type"] == "markdown" and re.match(r"# \S.*\n+> \S", text) or text.startswith("---\n")
+    return [] if ok else ["the first cell is not '# title' with '> description' below it"]
+
+
+def sample(*sources: str, outputs: list | None = None) -> dict:
+    """A notebook of code cells, the first with `outputs`."""
+    return {"cells": [dict(cell_type="code", source=s, outputs=outputs or []) for s in sources]}
+
+
+BAD_NOTEBOOKS = [
+    (long_cells, sample("#| export\n" + "x = 1\n" * 40)),
+    (mixed_imports, sample("import os\nprint(os.sep)")),
+    (few_words, sample("a = 1")),
+    (stored_errors, sample("1 / 0", outputs=[dict(output_type="error", ename="ZeroDivisionError", evalue="", traceback=[])])),
+    (machine_paths, sample("p", outputs=[dict(output_type="stream", text=["saved in /home/", "me/runs\n"])])),
+    (machine_paths, sample("p", outputs=[dict(output_type="stream", text=f"{REPO.parent}/elsewhere")])),
+    (machine_paths, sample("f", outputs=[dict(output_type="execute_result", data={"text/plain": "<f at 0x7f12ab34cd>"})])),
+    (no_title, sample("a = 1")),
+]
+NOTEBOOK_CHECKS = list(dict.fromkeys(check for check, _ in BAD_NOTEBOOKS))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("check", NOTEBOOK_CHECKS, ids=lambda f: f.__name__)
+def test_notebook(check, path):
+    assert check(json.loads(path.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize("check, bad", BAD_NOTEBOOKS, ids=lambda x: getattr(x, "__name__", ""))
+def test_notebook_check_sees_what_it_looks_for(check, bad):
+    assert check(bad)
+
+
+def imported(tree: ast.AST, inside: bool = True) -> list[str]:
+    """The modules imported: siblings by their bare name. `inside`: also within functions."""
+    found = []
+    for node in ast.walk(tree) if inside else tree.body:
+        if isinstance(node, ast.Import): found += [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            base = "bizzaroworld" + (f".{node.module}" if node.module else "") if node.level else node.module
+            found += [f"{base}.{alias.name}" for alias in node.names] if base == "bizzaroworld" else [base]
+    return [name.removeprefix("bizzaroworld.") for name in found]
+
+
+def too_long(name: str, text: str) -> list[str]:
+    """More than 330 lines: such a module has two jobs."""
+    return [f"{n} lines"] if (n := text.count("\n")) > 330 else []
+
+
+def cuda_literals(name: str, text: str) -> list[str]:
+    """A device written into the code."""
+    return re.findall(r"""["']cuda(?::\d+)?["']""", text)
+
+
+def hook_names(name: str, text: str) -> list[str]:
+    """A hook's name outside `hooked`, the one module that knows TransformerLens."""
+    return [] if name == "hooked" else re.findall(r"""["']blocks\.|["'](?:attn\.)?hook_\w+["']""", text)
+
+
+def wrong_way(name: str, text: str) -> list[str]:
+    """An import from a module further down the flow."""
+    siblings = [m.partition(".")[0] for m in imported(ast.parse(text))]
+    before = FLOW[:FLOW.index(name)]
+    return [f"{name} imports {m}" for m in siblings if m in FLOW and m not in before]
+
+
+def heavy_imports(name: str, text: str) -> list[str]:
+    """torch and its like, imported by a module that `--help` or a reader of the battery waits for."""
+    if name not in TORCHLESS: return []
+    return [m for m in imported(ast.parse(text), inside=False) if m.partition(".")[0] in HEAVY]
+
+
+def development_imports(name: str, text: str) -> list[str]:
+    """Development requirements: the installed package does without them."""
+    return [m for m in imported(ast.parse(text)) if m.partition(".")[0] in {"nbdev", "fastcore", "execnb", "pytest"}]
+
+
+def declared() -> set[str]:
+    """The packages that settings.ini requires at run time."""
+    ini = ConfigParser(delimiters=["="], interpolation=None)
+    ini.read(REPO / "settings.ini")
+    return {canonical(re.split(r"[<>=]", line)[0]) for line in ini["DEFAULT"]["requirements"].split()}
+
+
+def canonical(name: str) -> str:
+    """A distribution's name as package indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def undeclared(name: str, text: str) -> list[str]:
+    """Imports of packages that are there by luck only: nothing in settings.ini requires them."""
+    tops = {m.partition(".")[0] for m in imported(ast.parse(text))} - set(sys.stdlib_module_names) - set(FLOW) - {p.stem for p in MODULES}
+    owners = packages_distributions()
+    return [top for top in sorted(tops - {"bizzaroworld", "__version__"})
+            if not declared() & {canonical(d) for d in owners.get(top, [])}]
+
+
+BAD_MODULES = [
+    (too_long, "cli", "x = 1\n" * 331),
+    (cuda_literals, "models", "device = 'cuda:0'"),
+    (hook_names, "sweep", "name = f'blocks.{layer}.hook_z'"),
+    (hook_names, "models", "name = 'hook_resid_pre'"),
+    (wrong_way, "pairs", "from .triage import triage"),
+    (wrong_way, "tokens", "def f():\n    from . import sweep"),
+    (wrong_way, "metrics", "import bizzaroworld.cli"),
+    (heavy_imports, "pairs", "import torch.nn as nn"),
+    (undeclared, "figures", "import requests"),
+    (development_imports, "figures", "from fastcore.basics import store_attr"),
+]
+MODULE_CHECKS = list(dict.fromkeys(check for check, _, _ in BAD_MODULES))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("check", MODULE_CHECKS, ids=lambda f: f.__name__)
+def test_module(check, path):
+    assert check(path.stem, path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("check, name, bad", BAD_MODULES, ids=lambda x: getattr(x, "__name__", ""))
+def test_module_check_sees_what_it_looks_for(check, name, bad):
+    assert check(name, bad)
+
+
+def test_every_module_has_its_place_in_the_flow_and_its_notebook():
+    assert {p.stem for p in MODULES} <= set(FLOW)
+    sources = {re.sub(r"^\d+[a-z]?_", "", p.stem) for p in NOTEBOOKS}
+    assert {p.stem for p in MODULES} <= sources
+
+
+def test_there_is_something_to_check():
+    assert len(NOTEBOOKS) > 10 and len(MODULES) > 10

@@ -1,0 +1,138 @@
+"""Loading: what is accepted, what is refused, and that the checks can fail."""
+import hashlib
+import json
+from types import SimpleNamespace
+
+import httpx
+import pytest
+import torch
+from huggingface_hub import errors
+from tiny import BUILDERS, LAYERS, tiny_hf, tiny_model
+from transformers import BertConfig, BertForMaskedLM
+
+from bizzaroworld import models
+from bizzaroworld.hooked import Model, ModelError, Readout
+from bizzaroworld.models import embedded_models, load_model, validate
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_logits_equal_the_bare_model(name):
+    ids = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(): bare = tiny_hf(name)(ids).logits[:, -1]
+    torch.testing.assert_close(tiny_model(name).logits(ids), bare, atol=1e-4, rtol=1e-4)
+
+
+def test_shape_and_sites_are_read_off_the_architecture():
+    gemma, llama, pythia = tiny_model("gemma"), tiny_model("llama"), tiny_model("pythia")
+    assert (gemma.n_layers, gemma.n_heads, gemma.n_kv_heads, llama.n_kv_heads) == (LAYERS, 4, 1, 2)
+    assert gemma.shape.heads("k") == 1 and gemma.shape.heads("z") == 4 and gemma.shape.heads("resid_pre") == 0
+    assert "resid_mid" in gemma.sites and not gemma.limits
+    assert "resid_mid" not in pythia.sites and "no resid_mid" in pythia.limits[0]
+
+
+def test_a_local_folder_is_loaded_like_a_hub_model(tmp_path):
+    hf = tiny_hf("gemma")
+    hf.save_pretrained(tmp_path)
+    from transformers import AutoTokenizer
+    AutoTokenizer.from_pretrained(embedded_models()["bizzaro-nano"]).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    assert model.weights_sha256 == hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+    ids = torch.tensor([[2, 5, 9]])
+    with torch.no_grad(): torch.testing.assert_close(model.logits(ids), hf(ids).logits[:, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_the_hash_is_of_the_weights():
+    assert tiny_model("gemma").weights_sha256 == tiny_model("gemma").weights_sha256
+    assert tiny_model("gemma").weights_sha256 != tiny_model("gemma", seed=1).weights_sha256
+
+
+def test_half_precision_is_asked_for_by_name():
+    assert load_model("bizzaro-nano", dtype="bfloat16").dtype == torch.bfloat16
+
+
+def _hub_error(kind, status):
+    response = httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co/x"))
+    return kind("hidden", response=response)
+
+
+@pytest.mark.parametrize("cause, token, says", [
+    (lambda: _hub_error(errors.GatedRepoError, 401), None, "hf auth login"),
+    (lambda: _hub_error(errors.GatedRepoError, 403), "hf_secret", "Accept its licence at https://huggingface.co/google/gemma-2b"),
+    (lambda: _hub_error(errors.RepositoryNotFoundError, 404), None, "misspelt"),
+    (lambda: _hub_error(errors.RevisionNotFoundError, 404), None, "no such revision"),
+    (lambda: errors.LocalEntryNotFoundError("x"), None, "could not be reached"),
+    (lambda: errors.OfflineModeIsEnabled("x"), None, "HF_HUB_OFFLINE"),
+    (lambda: OSError("weights are torn"), None, "weights are torn"),
+])
+def test_each_failure_has_its_own_remedy(monkeypatch, cause, token, says):
+    def fail(*args, **kwargs): raise OSError("wrapped by transformers") from cause()
+    if "torn" in says: fail = lambda *a, **k: (_ for _ in ()).throw(cause())
+    monkeypatch.setattr(models.AutoConfig, "from_pretrained", fail)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
+    with pytest.raises(ModelError) as raised: load_model("google/gemma-2b")
+    assert says in str(raised.value) and "hf_secret" not in str(raised.value)
+
+
+def test_offline_and_not_here():
+    with pytest.raises(ModelError, match="Hub could not be reached"): load_model("google/gemma-2b")
+
+
+@pytest.mark.parametrize("name, says", [("./nowhere", "no folder"), ("a/b/c", "no folder")])
+def test_a_missing_folder_is_not_looked_for_on_the_hub(name, says):
+    with pytest.raises(ModelError, match=says): load_model(name)
+
+
+def test_too_little_memory_is_noticed_before_loading(monkeypatch):
+    monkeypatch.setattr(models.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained",
+                        lambda *a, **k: pytest.fail("the weights were loaded all the same"))
+    with pytest.raises(ModelError, match="GiB free.*bfloat16"): load_model("bizzaro-nano", device="cpu")
+
+
+def test_weight_bytes_are_counted_without_loading():
+    from transformers import AutoConfig
+    folder = embedded_models()["bizzaro-nano"]
+    stored = (folder / "model.safetensors").stat().st_size
+    header = int.from_bytes((folder / "model.safetensors").open("rb").read(8), "little") + 8
+    assert models.weight_bytes(AutoConfig.from_pretrained(folder), torch.bfloat16) == stored - header
+
+
+def test_an_architecture_without_hooks_or_causality_is_refused():
+    class Strange(type(tiny_hf("gemma"))): pass
+    strange = Strange(tiny_hf("gemma").config)
+    with pytest.raises(ModelError, match="no hooks for Strange"): load_model(strange)
+
+
+@pytest.mark.parametrize("option, says", [({"dtype": "int3"}, "Unknown dtype"), ({"device": "warp"}, "Unknown device")])
+def test_options_are_checked(option, says):
+    with pytest.raises(ModelError, match=says): load_model("bizzaro-nano", **option)
+
+
+def test_a_model_whose_logits_change_under_hooks_is_refused():
+    model, ids = tiny_model("gemma"), torch.arange(3, 11)[None]
+    good = model.logits(ids)
+    assert validate(model, good, ids) == ()
+    with pytest.raises(ModelError, match="differ from the bare model's"): validate(model, good + torch.randn_like(good), ids)
+
+
+def test_a_silent_hook_is_noticed():
+    model, ids = tiny_model("gemma"), torch.arange(3, 11)[None]
+    from transformer_lens.hook_points import HookPoint
+    deaf = Model(model.bridge, None, "deaf", model.shape, model.readout, model.points | {("z", 1): HookPoint()})
+    with pytest.raises(ModelError, match="hooks of z"): validate(deaf, model.logits(ids), ids)
+
+
+def test_the_readout_by_columns_equals_the_whole_vocabulary():
+    head = torch.nn.Linear(8, 50)
+    readout = Readout(head, scale=0.5, softcap=3.0, slice_rows=7)
+    hidden, columns = torch.randn(4, 8) * 9, torch.tensor([[0, 49], [3, 3], [7, 8], [14, 1]])
+    whole = readout(hidden)
+    expected = torch.tanh(head(hidden) * 0.5 / 3.0) * 3.0
+    torch.testing.assert_close(whole, expected)
+    torch.testing.assert_close(readout(hidden, columns), whole.gather(-1, columns))
+
+
+def test_a_model_that_does_not_look_left_to_right_is_refused():
+    bert = BertForMaskedLM(BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                      intermediate_size=16))
+    with pytest.raises(ModelError): load_model(bert)

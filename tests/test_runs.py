@@ -1,0 +1,84 @@
+"""Run folders: nothing half-written, nothing mixed up, nothing done twice."""
+import json
+
+import pandas as pd
+import pytest
+
+from bizzaroworld.runs import RunError, claim, is_done, open_run, pair_file, read_info, replacing, write_json, write_table
+
+INFO = {"model": {"name": "m", "weights_sha256": "aa"}, "battery_sha256": "bb", "options": {"direction": "noising"},
+        "versions": {"pandas": "1"}}
+
+
+@pytest.mark.parametrize("before", ["what was there", None])
+def test_a_failure_leaves_the_old_file_and_no_litter(tmp_path, before):
+    path = tmp_path / "file.txt"
+    if before: path.write_text(before)
+    with pytest.raises(KeyboardInterrupt):
+        with replacing(path) as tmp:
+            tmp.write_text("half of it")
+            raise KeyboardInterrupt
+    assert (path.read_text() if path.exists() else None) == before
+    assert [p.name for p in tmp_path.iterdir()] == (["file.txt"] if before else [])
+
+
+def test_tables_survive_the_round_trip(tmp_path):
+    frame = pd.DataFrame({"layer": pd.array([0, None], "Int64"), "effect": [0.1 + 0.2, -1e-9], "site": ["z", "k"]})
+    write_table(tmp_path / "t.parquet", frame)
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "t.parquet"), frame)
+    write_table(tmp_path / "t.csv", frame)
+    assert pd.read_csv(tmp_path / "t.csv").effect.tolist() == frame.effect.tolist()
+
+
+def test_a_folder_is_one_run(tmp_path):
+    folder = tmp_path / "run"
+    claim(folder, INFO)
+    claim(folder, INFO | {"versions": {"pandas": "2"}})
+    assert read_info(folder)["versions"] == {"pandas": "1"}, "the first run's record stays"
+    for key, other in [("model", {"name": "m", "weights_sha256": "cc"}), ("battery_sha256", "dd"),
+                       ("options", {"direction": "denoising"})]:
+        with pytest.raises(RunError, match=key): claim(folder, INFO | {key: other})
+
+
+def test_the_refusal_names_what_differs(tmp_path):
+    claim(tmp_path / "run", INFO)
+    with pytest.raises(RunError, match="weights_sha256 'aa' and not 'cc'.*--out"):
+        claim(tmp_path / "run", INFO | {"model": {"name": "m", "weights_sha256": "cc"}})
+
+
+def test_somebody_elses_folder_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(RunError, match="not empty"): claim(tmp_path, INFO)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_what_is_no_run_is_not_opened(tmp_path):
+    with pytest.raises(RunError, match="not a run folder"): open_run(tmp_path)
+    write_json(tmp_path / "run.json", INFO)
+    with pytest.raises(RunError, match="not finished"): open_run(tmp_path)
+    (tmp_path / "run.json").write_text('{"model":')
+    with pytest.raises(RunError, match="damaged"): open_run(tmp_path)
+
+
+def test_a_torn_pair_file_counts_as_missing(tmp_path):
+    assert not is_done(tmp_path, "p")
+    write_table(pair_file(tmp_path, "p"), pd.DataFrame({"pair_id": ["p"]}))
+    assert is_done(tmp_path, "p")
+    pair_file(tmp_path, "p").write_bytes(pair_file(tmp_path, "p").read_bytes()[:50])
+    assert not is_done(tmp_path, "p")
+
+
+def test_selecting_an_experiment_and_a_mode(tmp_path):
+    claim(tmp_path, INFO)
+    ids = [f"p{i}" for i in range(4)]
+    write_table(tmp_path / "triage.csv", pd.DataFrame({"pair_id": ids, "total_swing": [9.0, 8, 7, 6]}))
+    for mode, n in {"A": 1, "B": 2, "C": 4}.items():
+        write_table(tmp_path / f"golden_{mode}.csv", pd.DataFrame({"pair_id": ids[:n]}))
+    rows = [{"experiment": e, "pair_id": p, "metric": m, "effect": i} for i, p in enumerate(ids)
+            for e in ("1", "3") for m in ("ld", "kl")]
+    write_table(tmp_path / "effects.parquet", pd.DataFrame(rows))
+    run = open_run(tmp_path)
+    got = run.select("3", "B")
+    assert got.pair_id.tolist() == ["p0", "p1"] and got.total_swing.tolist() == [9, 8] and set(got.metric) == {"ld"}
+    with pytest.raises(RunError, match="no experiment '4', only 1, 3"): run.select("4")
+    with pytest.raises(RunError, match="mode 'D'"): run.pairs("D")

@@ -1,0 +1,204 @@
+"""The engine against TransformerLens's own patching, against plain PyTorch hooks, and against identities."""
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from tiny import BUILDERS, LAYERS, random_pair, tiny_hf, tiny_model
+from transformer_lens.patching import generic_activation_patch
+
+from bizzaroworld.interventions import Edit, Intervention, grid, positions_of
+from bizzaroworld.sweep import sweep
+
+
+@pytest.fixture(scope="module")
+def gemma(): return tiny_model("gemma")
+
+
+def ids(tp, side): return torch.tensor([getattr(tp, f"{side}_ids")])
+
+
+def sides(direction): return ("clean", "corrupt") if direction == "noising" else ("corrupt", "clean")
+
+
+def ld(tp): return lambda logits: logits[0, -1, tp.clean_target_id] - logits[0, -1, tp.corrupt_target_id]
+
+
+def stock(model, tp, edits, direction):
+    """One run per edit, by TransformerLens. Without gradients: with them it patches a copy, which misses resid_mid."""
+    base, donor = sides(direction)
+    _, cache = model.bridge.run_with_cache(ids(tp, donor))
+    rows = pd.DataFrame([{"layer": e.layer, "pos": positions_of(e.position, len(tp.clean_ids), tp.entity_span)[0],
+                          "head": -1 if e.head is None else e.head} for e in edits])
+
+    def set_value(act, index, other):
+        where = (slice(None), index[1]) + ((index[2],) if index[2] >= 0 else ())
+        act[where] = other[where]
+        return act
+    return generic_activation_patch(model.bridge, ids(tp, base), cache, ld(tp), set_value, edits[0].site, index_df=rows)
+
+
+@pytest.mark.parametrize("name, direction", [(n, "noising") for n in BUILDERS] +
+                         [(n, "denoising") for n in ("gemma", "gemma3", "gpt2")])
+@torch.no_grad()
+def test_agrees_with_transformer_lens_at_every_site(name, direction):
+    """Two pairs share the passes; the second is checked, whose rows are not where they would be alone."""
+    model, pairs = tiny_model(name), [random_pair(1), random_pair(2)]
+    interventions = grid(model, model.sites, ["final", "entity"])
+    result = sweep(model, pairs, interventions, direction)
+    base = (result.clean if direction == "noising" else result.corrupt)[1, 0]
+    for site in model.sites:
+        index = [i for i, x in enumerate(interventions) if x.edits[0].site == site]
+        theirs = stock(model, pairs[1], [interventions[i].edits[0] for i in index], direction)
+        ours = torch.tensor(result.patched[1, index, 0], dtype=torch.float32)
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+        assert (ours - base).abs().max() > 1e-4, f"{site}: patching changes nothing, so agreement shows nothing"
+
+
+@torch.no_grad()
+def test_agrees_with_plain_pytorch_hooks():
+    """No TransformerLens on this side at all: forward hooks on a bare Hugging Face Llama."""
+    bare, model, tp = tiny_hf("llama"), tiny_model("llama"), random_pair(3)
+    def run(side, hooks=()):
+        handles = [add(hook) for add, hook in hooks]
+        try: return ld(tp)(bare(ids(tp, side)).logits).item()
+        finally: [h.remove() for h in handles]
+    def output(module, seen): return module.register_forward_hook, lambda m, i, o: seen.append(o[0] if isinstance(o, tuple) else o)
+    for site, module in {"resid_post": lambda l: l, "mlp_out": lambda l: l.mlp, "attn_out": lambda l: l.self_attn}.items():
+        for layer in range(LAYERS):
+            seen, target = [], module(bare.model.layers[layer])
+            run("corrupt", [output(target, seen)])
+            def patch(m, i, o):
+                t = (o[0] if isinstance(o, tuple) else o).clone()
+                t[:, tp.final] = seen[0][:, tp.final]
+                return (t, *o[1:]) if isinstance(o, tuple) else t
+            theirs = run("clean", [(target.register_forward_hook, patch)])
+            ours = sweep(model, [tp], [Intervention((Edit(site, layer, "final"),))]).patched[0, 0, 0]
+            assert abs(ours - theirs) < 1e-5, (site, layer)
+
+
+@pytest.mark.parametrize("name", ["gemma", "gemma3", "gpt2"])
+@torch.no_grad()
+def test_several_edits_in_one_run(name):
+    """A window of layers, a span of tokens, all heads, and zero, against one TransformerLens run with several hooks."""
+    model, tp = tiny_model(name), random_pair(4)
+    edits = (Edit("mlp_out", 0, "entity_span"), Edit("z", 1, "final"), Edit("attn_out", 2, -2, source="zero"))
+    _, cache = model.bridge.run_with_cache(ids(tp, "corrupt"))
+    def put(where, zero=False):
+        def hook(act, hook):
+            act[:, where] = 0 if zero else cache[hook.name][:, where]
+            return act
+        return hook
+    logits = model.bridge.run_with_hooks(ids(tp, "clean"), fwd_hooks=[
+        ("blocks.0.hook_mlp_out", put([3, 4])), ("blocks.1.attn.hook_z", put([tp.final])),
+        ("blocks.2.hook_attn_out", put([tp.final - 1], zero=True))])
+    ours = sweep(model, [tp], [Intervention(edits)]).patched[0, 0, 0]
+    assert abs(ours - ld(tp)(logits).item()) < 1e-5
+
+
+@torch.no_grad()
+def test_donor_of_another_length(gemma):
+    """Named positions are found in the donor's own prompt; baselines stay the pair's own."""
+    tp, donor = random_pair(5), random_pair(6, length=12, entity=(6, 8))
+    _, cache = gemma.bridge.run_with_cache(ids(donor, "corrupt"))
+    def hook(act, hook):
+        act[:, tp.entity] = cache[hook.name][:, donor.entity]
+        return act
+    theirs = ld(tp)(gemma.bridge.run_with_hooks(ids(tp, "clean"), fwd_hooks=[("blocks.1.hook_resid_pre", hook)])).item()
+    result = sweep(gemma, [tp], [Intervention((Edit("resid_pre", 1, "entity"),))], donors=[donor])
+    assert abs(result.patched[0, 0, 0] - theirs) < 1e-5
+    own = sweep(gemma, [tp], [Intervention((Edit("resid_pre", 1, "entity"),))])
+    np.testing.assert_allclose([result.clean, result.corrupt], [own.clean, own.corrupt], atol=1e-6)
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 99), length=st.integers(4, 12), data=st.data())
+def test_patching_from_itself_changes_nothing(gemma, seed, length, data):
+    start = data.draw(st.integers(0, length - 1))
+    tp = random_pair(seed, length, (start, data.draw(st.integers(start + 1, length))))
+    same = type(tp)(tp.pair, tp.clean_ids, tp.clean_ids, tp.clean_target_id, tp.corrupt_target_id, tp.entity_span)
+    frame = sweep(gemma, [same], grid(gemma, gemma.sites, ["final", "entity", "all", 0])).to_frame()
+    assert frame.effect.abs().max() < 1e-5
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 99), length=st.integers(4, 12))
+def test_patching_everything_gives_the_donor_run(gemma, seed, length):
+    tp = random_pair(seed, length, (1, 3))
+    everything = [Intervention((Edit("resid_pre", 0, p),)) for p in ("all", "entity_span")]
+    for direction, donor in (("noising", "corrupt"), ("denoising", "clean")):
+        result = sweep(gemma, [tp], everything, direction)
+        np.testing.assert_allclose(result.patched[0, :, 0], getattr(result, donor)[0, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n in BUILDERS if n != "pythia"])
+def test_the_stream_is_one_stream(name):
+    """An MLP sees one position: resid_mid carries all of it to resid_post, which is the next layer's resid_pre."""
+    model = tiny_model(name)
+    result = sweep(model, [random_pair(7)], grid(model, ["resid_mid", "resid_post", "resid_pre"], "final"))
+    mid, post, pre = result.patched[0, :, 0].reshape(3, LAYERS)
+    np.testing.assert_allclose(mid, post, atol=1e-5)
+    np.testing.assert_allclose(post[:-1], pre[1:], atol=1e-5)
+    assert np.ptp(post) > 1e-3
+
+
+@settings(max_examples=10, deadline=None)
+@given(order=st.permutations(range(24)), max_rows=st.integers(1, 30), max_pairs=st.integers(1, 4))
+def test_the_result_does_not_depend_on_how_it_is_run(gemma, order, max_rows, max_pairs):
+    pairs = [random_pair(1), random_pair(2), random_pair(3, length=7), random_pair(4, entity=(1, 3))]
+    interventions = grid(gemma, ["resid_pre", "z", "mlp_out"], "entity") + grid(gemma, ["k", "resid_mid"], "final")
+    reference = sweep(gemma, pairs, interventions).patched
+    shuffled = sweep(gemma, pairs, [interventions[i] for i in order], max_rows=max_rows, max_pairs=max_pairs).patched
+    np.testing.assert_allclose(shuffled, reference[:, order], atol=1e-5)
+
+
+def test_metrics_of_a_sweep(gemma):
+    """Probability and KL come from the whole vocabulary; all three metrics agree with the model's own logits."""
+    tp = random_pair(8)
+    result = sweep(gemma, [tp], [Intervention((Edit("resid_pre", 0, "all"),))], metrics=["ld", "prob", "kl"])
+    clean, corrupt = gemma.logits(ids(tp, "clean"))[0], gemma.logits(ids(tp, "corrupt"))[0]
+    kl = torch.nn.functional.kl_div(corrupt.log_softmax(-1), clean.softmax(-1), reduction="sum").item()
+    expected = [(x[7] - x[11]).item() for x in (corrupt,)] + [corrupt.softmax(-1)[7].item(), kl]
+    np.testing.assert_allclose(result.patched[0, 0], expected, atol=1e-5)
+    np.testing.assert_allclose(result.clean[0], [(clean[7] - clean[11]).item(), clean.softmax(-1)[7].item(), 0], atol=1e-5)
+    frame = result.to_frame()
+    np.testing.assert_allclose(frame.recovery, 0, atol=1e-4)
+    np.testing.assert_allclose(frame.effect, frame.patched - frame.clean)
+
+
+def test_the_table(gemma):
+    pairs = [random_pair(1), random_pair(2)]
+    frame = sweep(gemma, pairs, grid(gemma, ["resid_pre", "z"], ["final", 2]), "denoising").to_frame()
+    assert list(frame.columns[:11]) == ["pair_id", "site", "layer", "head", "position", "metric", "clean", "corrupt",
+                                        "patched", "effect", "recovery"]
+    assert len(frame) == 2 * 2 * (LAYERS + LAYERS * 4)
+    assert frame[frame.site == "resid_pre"]["head"].isna().all() and frame[frame.site == "z"]["head"].notna().all()
+    assert set(frame.position) == {"final", "2"}
+    np.testing.assert_allclose(frame.effect, frame.patched - frame.corrupt)
+
+
+def test_half_precision_keeps_fp32_differences():
+    model = tiny_model("gemma")
+    half = type(model)(model.bridge.to(torch.bfloat16), None, "bf16", model.shape, model.readout, model.points)
+    result = sweep(half, [random_pair(1)], grid(half, ["resid_pre"], "final"))
+    assert result.patched.dtype == np.float64 and len(np.unique(result.patched)) == LAYERS
+
+
+def test_what_does_not_fit_is_refused(gemma):
+    tp, pythia = random_pair(1), tiny_model("pythia")
+    with pytest.raises(ValueError, match="no resid_mid.*Use resid_pre or resid_post"): grid(pythia, ["resid_mid"])
+    with pytest.raises(ValueError, match="outside a prompt of 9 tokens"): sweep(gemma, [tp], grid(gemma, ["resid_pre"], 9))
+    with pytest.raises(ValueError, match="z has 4 heads"): sweep(gemma, [tp], [Intervention((Edit("z", 0, "final", 4),))])
+    with pytest.raises(ValueError, match="Unknown direction"): sweep(gemma, [tp], grid(gemma, ["z"]), "sideways")
+    with pytest.raises(ValueError, match="Unknown metric"): sweep(gemma, [tp], grid(gemma, ["z"]), metrics=["loss"])
+    with pytest.raises(ValueError, match="at least one pair"): sweep(gemma, [], grid(gemma, ["z"]))
+    with pytest.raises(ValueError, match="edited twice"): Intervention((Edit("z", 0), Edit("z", 0)))
+    with pytest.raises(ValueError, match="'all' is 9 tokens in pair-1 and 7"):
+        sweep(gemma, [tp], [Intervention((Edit("resid_pre", 0, "all"),))], donors=[random_pair(2, length=7)])
+
+
+def test_hooks_are_gone_afterwards_even_after_an_error(gemma):
+    with pytest.raises(RuntimeError, match="boom"):
+        with gemma.hooked([("resid_pre", 0, lambda act: None), ("z", 1, lambda act: 1 / 0)]): raise RuntimeError("boom")
+    sweep(gemma, [random_pair(1)], grid(gemma, gemma.sites))
+    assert not any(p.fwd_hooks for p in gemma.points.values())
