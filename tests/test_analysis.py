@@ -274,9 +274,9 @@ def test_a_run_of_both_directions_is_refused(tmp_path):
 @pytest.fixture
 def study(tmp_path):
     """Forty pairs that leave between blocks 4 and 5, carried by L5H1; one pair is not known."""
-    z = np.zeros((40, 8, 4))
-    z[:, 5, 1] = RNG.uniform(0.2, 0.4, 40)
-    return planted_run(tmp_path, noisy([5] * 40), heads_final=z, known=[True] * 39 + [False], final=1 - noisy([5] * 40))
+    z, attn = np.zeros((40, 8, 4)), np.zeros((40, 8))
+    z[:, 5, 1], attn[:, 5] = RNG.uniform(0.2, 0.4, 40), 0.75
+    return planted_run(tmp_path, noisy([5] * 40), heads_final=z, sublayers={"attn_out": attn}, known=[True] * 39 + [False], final=1 - noisy([5] * 40))
 
 
 def test_summary_holds_what_the_functions_return(study):
@@ -312,8 +312,14 @@ def test_findings_say_what_was_planted(study):
     assert first.startswith("planted (embedded model, 8 layers, 4 heads) knows 39 of 40 pairs; noising")
     assert "up to layer 4 of 8" in stored and "100%" in stored
     assert "depth 4.5 [4.5, 4.5] of 8" in leaves and "5.0" in leaves and "40 of 40 pairs" in leaves
-    assert "L5H1" in carried and "1 of 32 heads" in carried
+    assert "attention of layer 5 as a whole moves 75% [75%, 75%]" in carried and "L5H1 moves most, 30%" in carried
+    assert "1 of 32 hold half" in carried
     assert "whatever the circuit" in final
+
+
+def test_findings_count_the_pairs_without_a_fraction(tmp_path):
+    summary = summarize(planted_run(tmp_path, noisy([3] * 5), swings=[9.0, 8, 7, 0.9, -3]))
+    assert "means over 5 (fractions: 3 with a TotalSwing of 1 logit or more)" in findings(summary)[0]
 
 
 def test_another_model_is_not_called_embedded(tmp_path):

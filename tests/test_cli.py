@@ -137,8 +137,7 @@ def test_a_malformed_battery_is_bad_input(tmp_path):
 def table() -> pd.DataFrame:
     """A triage table of three pairs."""
     return pd.DataFrame({"rank": [1, 2, 3], "total_swing": [9.0, 8.0, 7.25], "ld_clean": [5.0, 4.0, 3.0],
-                         "ld_corrupt": [-4.0, -4.0, -4.25], "category": ["a", "b", "c"],
-                         "clean_prompt": ["A is", "B is", "C is"], "clean_target": [" x", " y", " z"]})
+                         "ld_corrupt": [-4.0, -4.0, -4.25], "pair_id": ["first", "second", "third"]})
 
 
 def test_triage_prints_the_top_and_writes_everything(stand_in, table, tmp_path):
@@ -147,7 +146,7 @@ def test_triage_prints_the_top_and_writes_everything(stand_in, table, tmp_path):
     out = tmp_path / "new" / "triage.csv"
     done = run("triage", "--top", "2", "--out", str(out))
     assert done.exit_code == 0, done.output
-    assert "B is" in done.stdout and "C is" not in done.stdout
+    assert "second" in done.stdout and "third" not in done.stdout
     assert "3 pairs ranked, 1 excluded" in done.stdout
     assert pd.read_csv(out).equals(table)
     assert [p.name for p in out.parent.iterdir()] == ["triage.csv"], "no temporary file is left"
@@ -200,3 +199,14 @@ def test_a_wide_table_keeps_its_words(capsys):
     cli.print_table(["a", "n"], [("[not markup] nan", 1.5), ("x", float("nan"))])
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("[not markup] nan") and lines[1].endswith("1.50") and lines[2].strip() == "x"
+
+
+def test_audit_of_an_embedded_model():
+    done = run("audit", "bizzaro-nano")
+    assert done.exit_code == 0, done.output
+    assert "bizzaro-nano" in done.stdout and "60" in done.stdout
+
+
+def test_audit_of_a_tokenizer_that_is_not_there():
+    done = run("audit", "./no-such-folder")
+    assert done.exit_code == 2 and "no-such-folder" in done.stderr

@@ -143,7 +143,7 @@ def test_tables_are_large_enough(tables):
 
 
 HEADER = "relation,entity,given,answer\n"
-SPEC = '{"generic_templates": [], "relations": {"r": {"label": "", "generic": false, "templates": %s}}}'
+SPEC = '{"generic_templates": [], "fillers": {"N1": ["A", "B"], "N2": ["C", "D"], "O": ["e", "f"]}, "relations": {"r": {"label": "", "generic": false, "templates": %s}}}'
 FOUR = '["{e} is", "The {e} is", "A {e} is", "My {e} is"]'
 
 

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bizzaroworld.estimates import Estimate, estimate, estimate_means, estimate_share, mean
+from bizzaroworld.estimates import Estimate, estimate, estimate_means, estimate_share, mean, number
 
 RNG = np.random.default_rng(7)
 
@@ -83,6 +83,8 @@ def test_text_and_json():
     assert str(found) == "0.41 [0.20, 0.64] (n = 15)" and f"{found:.0%}" == "41% [20%, 64%]"
     assert found.to_dict() == {"value": 0.4124, "low": 0.2, "high": 0.64, "n": 15}
     assert str(Estimate(1.0, n=1)) == "1.00 [no interval] (n = 1)" and f"{Estimate(None)}" == "not defined"
+    assert [number(x) for x in (-0.001, -0.006, 0.0, -10.0)] == ["0.00", "-0.01", "0.00", "-10.00"]
+    assert number(-0.001, ".0%") == "0%" and f"{Estimate(-1e-9, -0.3, 1e-9, 5)}" == "0.00 [-0.30, 0.00]"
     assert str(Estimate(-0.00001, n=1).to_dict()["value"]) == "0.0"
 
 
