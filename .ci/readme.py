@@ -48,6 +48,8 @@ def output(out: dict, options: dict, images: dict[str, bytes]) -> str:
     if "text/markdown" in data:
         return "".join(data["text/markdown"]).strip()
     text = "".join(out.get("text", data.get("text/plain", ""))).rstrip()
+    if text.startswith("<Figure size"):
+        raise SystemExit("nbs/index.ipynb: a figure has no image in its output; run: python .ci/execute.py nbs/index.ipynb")
     return f"```text\n{text}\n```" if text else ""
 
 

@@ -129,7 +129,8 @@ def test_worst_layer_of_one_site_among_several(tmp_path):
     mlp[:, 6] = 0.3
     run = planted_run(tmp_path, steps([4] * 3), sublayers={"mlp_out": mlp})
     assert worst_layer(run, "2B", site="mlp_out").table.layer.tolist() == [6, 6, 6]
-    with pytest.raises(AnalysisError, match="2B .*name one of resid_pre"): worst_layer(run, "2B")
+    with pytest.raises(AnalysisError, match="2B has several sites: name one of resid_pre"): worst_layer(run, "2B")
+    with pytest.raises(AnalysisError, match="3 has no site 'z': name one of resid_pre"): worst_layer(run, "3", site="z")
 
 
 # --- crossing -------------------------------------------------------------------------------------------------------
@@ -188,6 +189,7 @@ def test_concentration_counts_both_signs(headed):
     assert concentration(head_table(headed, "4")) is None
     even = pd.DataFrame({"name": list("abcd"), "mean": [0.1, -0.1, 0.1, -0.1]})
     assert concentration(even).heads == 2 and concentration(even).top == "a"
+    assert [concentration(pd.DataFrame({"name": range(n), "mean": 0.1})).heads for n in range(2, 40, 2)] == list(range(1, 20))
     assert concentration(pd.DataFrame({"name": ["a", "b"], "mean": [0.9, 0.1]})).heads == 1
 
 
@@ -315,6 +317,11 @@ def test_findings_say_what_was_planted(study):
     assert "attention of layer 5 as a whole moves 75% [75%, 75%]" in carried and "L5H1 moves most, 30%" in carried
     assert "1 of 32 hold half" in carried
     assert "whatever the circuit" in final
+
+
+def test_stored_is_up_to_the_last_layer_with_half_of_the_swing(tmp_path):
+    lines = findings(summarize(planted_run(tmp_path, [[1, 0.4, 0.6, 0.4, 0.2, 0]] * 3)))
+    assert "up to layer 2 of 6" in lines[1] and "60% [60%, 60%]" in lines[1] and "depth 2.5" in lines[2]
 
 
 def test_findings_count_the_pairs_without_a_fraction(tmp_path):

@@ -55,6 +55,12 @@ def test_readme_refuses_what_only_quarto_understands(script, tmp_path, source):
         script("readme").render(notebook(tmp_path, dict(cell_type="markdown", source=source)))
 
 
+def test_readme_refuses_a_figure_without_an_image(script, tmp_path):
+    shown = dict(output_type="display_data", data={"text/plain": ["<Figure size 650x460 with 1 Axes>"]})
+    with pytest.raises(SystemExit, match="no image"):
+        script("readme").render(notebook(tmp_path, code("plot()", shown)))
+
+
 def test_readme_check_fails_when_it_is_out_of_date(script, tmp_path, monkeypatch):
     readme = script("readme")
     monkeypatch.setattr(readme, "ROOT", tmp_path)

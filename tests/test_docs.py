@@ -47,10 +47,10 @@ def unresolved(notebook: dict, citations: set[str]) -> list[str]:
 
 
 def empty_figures(notebook: dict) -> list[str]:
-    """Cells that announce a figure, by a label or a caption, and show none."""
+    """Cells that announce a figure, by a label, a caption or a text in its place, and show none."""
     found = []
     for i, cell in enumerate(notebook["cells"]):
-        announced = re.search(r"^#\s*\|\s*(?:label:\s*fig-\S+|fig-cap:.*)$", "".join(cell["source"]), re.M)
+        announced = re.search(r"^#\s*\|\s*(?:label:\s*fig-\S+|fig-(?:cap|alt):.*)$", "".join(cell["source"]), re.M)
         kinds = {kind for out in cell.get("outputs", []) for kind in out.get("data", {})}
         if announced and not any(kind.startswith("image/") or kind == "text/html" for kind in kinds):
             found.append(f"cell {i}: {announced.group()}")

@@ -155,8 +155,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(small, tmp_path):
     resumed = tiny(tokenizer)
     assert train(resumed, encoded, OPTIONS, state=tmp_path / "state.safetensors", every=4) == losses
     assert torch.equal(weights(whole), weights(resumed))
-    with pytest.raises(ValueError, match="other options"):
-        train(tiny(tokenizer), encoded, dataclasses.replace(OPTIONS, lr=1e-3), state=tmp_path / "state.safetensors")
+    for other in ((encoded, dataclasses.replace(OPTIONS, lr=1e-3)), (encoded[:-1], OPTIONS)):
+        with pytest.raises(ValueError, match="other options or documents"):
+            train(tiny(tokenizer), *other, state=tmp_path / "state.safetensors")
 
 
 def test_the_loss_goes_down(small):

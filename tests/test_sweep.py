@@ -202,3 +202,15 @@ def test_hooks_are_gone_afterwards_even_after_an_error(gemma):
         with gemma.hooked([("resid_pre", 0, lambda act: None), ("z", 1, lambda act: 1 / 0)]): raise RuntimeError("boom")
     sweep(gemma, [random_pair(1)], grid(gemma, gemma.sites))
     assert not any(p.fwd_hooks for p in gemma.points.values())
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_pairs_of_different_lengths_share_passes(name):
+    """Padding and masks, also where a sliding window is shorter than the prompts."""
+    model = tiny_model(name)
+    pairs = [random_pair(1, 6, (1, 3)), random_pair(2, 12, (8, 9)), random_pair(3, 9)]
+    interventions = grid(model, model.sites, ["final", "entity", "all"])
+    together = sweep(model, pairs, interventions)
+    alone = sweep(model, pairs, interventions, max_pairs=1)
+    np.testing.assert_allclose(together.patched, alone.patched, atol=1e-5)
+    np.testing.assert_allclose(together.corrupt, alone.corrupt, atol=1e-5)
