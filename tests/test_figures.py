@@ -72,7 +72,7 @@ def test_sites_are_the_tables_in_their_colors(run):
             rows = table[table.site == site]
             np.testing.assert_array_equal(line.get_ydata(), rows["mean"])
             np.testing.assert_array_equal(band(ax, i)[0], rows["low"])
-            assert line.get_color() == SITE_COLORS[site] and line.get_marker() == SITE_MARKS[site][1]
+            assert line.get_color() == SITE_COLORS[site] and line.get_marker() == SITE_MARKS[site]["marker"]
 
 
 def test_crossing_marks_the_depths(run):
@@ -153,8 +153,8 @@ def test_one_pair_is_drawn_without_bands(tmp_path):
 def test_every_site_can_be_told_apart_with_and_without_color():
     sites = ["resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "z"]
     assert list(SITE_COLORS) == list(SITE_MARKS) == sites
-    assert len(set(SITE_COLORS.values())) == 6 and len({m for _, m in SITE_MARKS.values()}) == 6
-    assert len({str(ls) for site, (ls, _) in SITE_MARKS.items() if site != "z"}) == 5
+    assert len(set(SITE_COLORS.values())) == 6 and len({m["marker"] for m in SITE_MARKS.values()}) == 6
+    assert len({str(m["ls"]) for site, m in SITE_MARKS.items() if site != "z"}) == 5, "z is never drawn as a line with others"
     assert CROSSING_COLOR not in SITE_COLORS.values()
 
 

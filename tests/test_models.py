@@ -10,7 +10,7 @@ from huggingface_hub import errors
 from tiny import BUILDERS, LAYERS, tiny_hf, tiny_model
 from transformers import BertConfig, BertForMaskedLM
 
-from bizzaroworld import models
+from bizzaroworld import hooked, models
 from bizzaroworld.hooked import Model, ModelError, Readout
 from bizzaroworld.models import embedded_models, load_model, validate
 
@@ -83,7 +83,7 @@ def test_a_missing_folder_is_not_looked_for_on_the_hub(name, says):
 
 
 def test_too_little_memory_is_noticed_before_loading(monkeypatch):
-    monkeypatch.setattr(models.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(hooked.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained",
                         lambda *a, **k: pytest.fail("the weights were loaded all the same"))
     with pytest.raises(ModelError, match="GiB free.*bfloat16"): load_model("bizzaro-nano", device="cpu")

@@ -7,6 +7,7 @@ from hypothesis import given, settings, strategies as st
 from tiny import BUILDERS, LAYERS, random_pair, tiny_hf, tiny_model
 from transformer_lens.patching import generic_activation_patch
 
+from bizzaroworld import engine
 from bizzaroworld.interventions import Edit, Intervention, grid, positions_of
 from bizzaroworld.sweep import sweep
 
@@ -24,6 +25,9 @@ def sides(direction): return ("clean", "corrupt") if direction == "noising" else
 def ld(tp): return lambda logits: logits[0, -1, tp.clean_target_id] - logits[0, -1, tp.corrupt_target_id]
 
 
+PATTERNS = ("pattern", "scores")
+
+
 def stock(model, tp, edits, direction):
     """One run per edit, by TransformerLens. Without gradients: with them it patches a copy, which misses resid_mid."""
     base, donor = sides(direction)
@@ -33,9 +37,11 @@ def stock(model, tp, edits, direction):
 
     def set_value(act, index, other):
         where = (slice(None), index[1]) + ((index[2],) if index[2] >= 0 else ())
+        if edits[0].site in PATTERNS: where = (slice(None), index[2], index[1])
         act[where] = other[where]
         return act
-    return generic_activation_patch(model.bridge, ids(tp, base), cache, ld(tp), set_value, edits[0].site, index_df=rows)
+    return generic_activation_patch(model.bridge, ids(tp, base), cache, ld(tp), set_value,
+                                    {"scores": "attn_scores"}.get(edits[0].site, edits[0].site), index_df=rows)
 
 
 @pytest.mark.parametrize("name, direction", [(n, "noising") for n in BUILDERS] +
@@ -52,7 +58,7 @@ def test_agrees_with_transformer_lens_at_every_site(name, direction):
         theirs = stock(model, pairs[1], [interventions[i].edits[0] for i in index], direction)
         ours = torch.tensor(result.patched[1, index, 0], dtype=torch.float32)
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
-        assert (ours - base).abs().max() > 1e-4, f"{site}: patching changes nothing, so agreement shows nothing"
+        assert (ours - base).abs().max() > 1e-5, f"{site}: patching changes nothing, so agreement shows nothing"
 
 
 @torch.no_grad()
@@ -192,6 +198,10 @@ def test_what_does_not_fit_is_refused(gemma):
     with pytest.raises(ValueError, match="Unknown direction"): sweep(gemma, [tp], grid(gemma, ["z"]), "sideways")
     with pytest.raises(ValueError, match="Unknown metric"): sweep(gemma, [tp], grid(gemma, ["z"]), metrics=["loss"])
     with pytest.raises(ValueError, match="at least one pair"): sweep(gemma, [], grid(gemma, ["z"]))
+    with pytest.raises(ValueError, match="No value|no value was given"):
+        sweep(gemma, [tp], [Intervention((Edit("z", 0, source="given"),))])
+    with pytest.raises(ValueError, match="donor of the same length"):
+        sweep(gemma, [tp], [Intervention((Edit("pattern", 0),))], donors=[random_pair(2, length=7)])
     with pytest.raises(ValueError, match="edited twice"): Intervention((Edit("z", 0), Edit("z", 0)))
     with pytest.raises(ValueError, match="'all' is 9 tokens in pair-1 and 7"):
         sweep(gemma, [tp], [Intervention((Edit("resid_pre", 0, "all"),))], donors=[random_pair(2, length=7)])
@@ -214,3 +224,60 @@ def test_pairs_of_different_lengths_share_passes(name):
     alone = sweep(model, pairs, interventions, max_pairs=1)
     np.testing.assert_allclose(together.patched, alone.patched, atol=1e-5)
     np.testing.assert_allclose(together.corrupt, alone.corrupt, atol=1e-5)
+
+
+@torch.no_grad()
+def test_given_values(gemma):
+    """A steering vector and a mean over pairs, beside a donor's value at the same site, against hooks."""
+    tp, vector, heads = random_pair(5), torch.randn(32), torch.randn(4, 8)
+    steer, ablate = Edit("resid_mid", 1, "entity_first", source="given"), Edit("z", 1, "final", source="given")
+    both = [Intervention((steer, ablate)), Intervention((Edit("resid_mid", 1, "entity_first"),)),
+            Intervention((Edit("z", 1, "final", 2, source="zero"),))]
+    def put(where, value):
+        def hook(act, hook):
+            act[where] = value
+            return act
+        return hook
+    def run(*hooks): return ld(tp)(gemma.bridge.run_with_hooks(ids(tp, "clean"), fwd_hooks=list(hooks))).item()
+    _, cache = gemma.bridge.run_with_cache(ids(tp, "corrupt"))
+    mid, z, first = "blocks.1.hook_resid_mid", "blocks.1.attn.hook_z", tp.entity_span[0]
+    theirs = [run((mid, put((0, first), vector)), (z, put((0, tp.final), heads))),
+              run((mid, put((0, first), cache[mid][0, first]))), run((z, put((0, tp.final, 2), 0.0)))]
+    ours = sweep(gemma, [tp], both, values={steer: vector, ablate: heads}).patched[0, :, 0]
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_too_little_memory_halves_the_pass_and_loses_nothing(gemma, monkeypatch):
+    pairs, interventions = [random_pair(1), random_pair(2, 7)], grid(gemma, ["resid_pre", "z"], ["final", "entity"])
+    whole, real, sizes = sweep(gemma, pairs, interventions).patched, engine._run_pass, []
+    def scarce(model, base, the_pass, bank):
+        if len(the_pass.rows) > 5: raise torch.OutOfMemoryError("no room")
+        sizes.append(len(the_pass.rows))
+        return real(model, base, the_pass, bank)
+    monkeypatch.setattr(engine, "_run_pass", scarce)
+    with pytest.warns(UserWarning, match="do not fit into memory"): again = sweep(gemma, pairs, interventions).patched
+    np.testing.assert_allclose(again, whole, atol=1e-5)
+    assert sum(sizes) == 2 * len(interventions) and max(sizes) <= 5
+    monkeypatch.setattr(engine, "_run_pass", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("none at all")))
+    with pytest.warns(UserWarning), pytest.raises(torch.OutOfMemoryError): sweep(gemma, pairs, interventions)
+
+
+def test_the_memory_budget_bounds_the_rows_of_a_pass(gemma, monkeypatch):
+    sizes, real = [], engine._run_pass
+    monkeypatch.setattr(engine, "_run_pass", lambda m, b, p, k: sizes.append((p.tail, len(p.rows))) or real(m, b, p, k))
+    interventions = grid(gemma, ["resid_pre", "z"], ["final", "all"])
+    budget = 200_000
+    sweep(gemma, [random_pair(1)], interventions, memory=budget)
+    assert len(sizes) > 2
+    assert all(n == 1 or n * gemma.shape.row_values(tail, 9) * 4 <= budget for tail, n in sizes)
+    assert max(n for tail, n in sizes if tail == 1) > max(n for tail, n in sizes if tail == 9)
+
+
+def test_a_prefix_that_does_not_reproduce_the_base_run_is_noticed(gemma, monkeypatch):
+    """The guard of every pass: with a wrong prefix the base rows differ, and the sweep stops."""
+    def forgetful(self, keys, values, layer, *args, **kwargs):
+        k, v = real(self, keys, values, layer, *args, **kwargs)
+        return k * 0, v
+    real = engine.PrefixCache.update
+    monkeypatch.setattr(engine.PrefixCache, "update", forgetful)
+    with pytest.raises(RuntimeError, match="does not reproduce the base run"): sweep(gemma, [random_pair(1)], grid(gemma, ["z"]))

@@ -99,6 +99,8 @@ def test_the_environment_holds_what_constraints_say(repo, alone):
     assert not installed & {"nbdev", "fastcore", "execnb", "ghapi", "pytest"}
     cuda = {n for n in installed if n.startswith(("nvidia", "cuda", "triton"))}
     assert installed - cuda - names <= {"bizzaroworld", "pip", "setuptools", "wheel"}, "constraints.txt lacks something"
+    if any(line.startswith("torch==") and line.endswith("+cpu") for line in have):
+        assert not cuda, "the CPU build of torch needs none of these"
     run(alone / "python", "-m", "pip", "check")
 
 
