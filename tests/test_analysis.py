@@ -1,5 +1,6 @@
 """Analysis and summary, on runs whose answers were planted."""
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -286,7 +287,8 @@ def test_summary_holds_what_the_functions_return(study):
     for mode in "ABC":
         part = summary["modes"][mode]
         assert part["n"] == len(study.pairs(mode))
-        assert part["crossing"]["entity"] == crossing(study, mode).to_dict()
+        assert part["crossing"] == {"entity": crossing(study, mode).to_dict(), "final": crossing(study, mode, "1").to_dict()}
+        assert part["crossing"]["entity"] != part["crossing"]["final"]
         assert part["curves"]["3"]["resid_pre"]["effect"]["mean"] == [round(x, 4) for x in curve(study, "3", mode)["mean"]]
         assert part["release"]["effect"]["counts"] == release_layer(study, mode).counts.tolist()
         assert part["heads"]["4F"]["top"][0]["head"] == "L5H1" == part["heads"]["4F"]["most_often_worst"]["head"]
@@ -313,7 +315,7 @@ def test_findings_say_what_was_planted(study):
     first, stored, leaves, carried, final = findings(summarize(study))
     assert first.startswith("planted (embedded model, 8 layers, 4 heads) knows 39 of 40 pairs; noising")
     assert "up to layer 4 of 8" in stored and "100%" in stored
-    assert "depth 4.5 [4.5, 4.5] of 8" in leaves and "5.0" in leaves and "40 of 40 pairs" in leaves
+    assert re.search(r"depth 4\.(49|50) \[4\.(49|50), 4\.5\d\] of 8", leaves) and "5.0 [5.0, 5.0]" in leaves and "40 of 40 pairs" in leaves
     assert "attention of layer 5 as a whole moves 75% [75%, 75%]" in carried and "L5H1 moves most, 30%" in carried
     assert "1 of 32 hold half" in carried
     assert "whatever the circuit" in final

@@ -7,10 +7,10 @@ import torch
 
 from bizzaroworld.corpus import generate, held_out, split
 from bizzaroworld.facts import load_facts
-from bizzaroworld.nano import RECIPES, entity_effects, load_shipped, measure, model_card, thin
+from bizzaroworld.nano import RECIPES, load_shipped, measure, model_card, thin
 from bizzaroworld.pairs import data_path, load_battery, load_spares
-from bizzaroworld.training import (TrainingOptions, batches, build_model, build_tokenizer, collate, encode, evaluate_pairs, local_attention,
-                                   local_mask, recalled, single_words, step_loss, train)
+from bizzaroworld.training import (TrainingOptions, batches, build_model, build_tokenizer, collate, encode, evaluate_pairs,
+                                   local_attention, local_mask, recalled, single_words, step_loss, train)
 
 NAMES = sorted(RECIPES)
 
@@ -38,25 +38,36 @@ def shipped(): return {name: load_shipped(data_path("models", name)) for name in
 def record(name): return json.loads(data_path("models", name, "training.json").read_text(encoding="utf-8"))
 
 
+@pytest.fixture(scope="module")
+def measured(shipped, parts): return {name: measure(*shipped[name], parts) for name in NAMES}
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_the_bar(name, shipped, parts):
-    model, tokenizer = shipped[name]
-    table = evaluate_pairs(model, tokenizer, load_battery())
+def test_the_bar(name, shipped, measured):
+    table = evaluate_pairs(*shipped[name], load_battery())
     assert len(table) == 60
     assert ((table.ld_clean > 0) & (table.ld_corrupt < 0)).sum() >= 58
     assert ((table.rank_clean == 1) & (table.rank_corrupt == 1)).sum() >= 56
-    right = recalled(model, tokenizer, held_out(parts))
-    assert len(right) > 500 and sum(right) / len(right) >= 0.97
+    held = measured[name]["held_out"]
+    assert held["n"] > 500 and held["right"] / held["n"] >= 0.97
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_record_agrees_with_a_new_measurement(name, shipped, parts):
-    kept, new = record(name)["accuracy"], measure(*shipped[name], parts)
+def test_record_agrees_with_a_new_measurement(name, measured):
+    kept, new = record(name)["accuracy"], measured[name]
     assert kept.keys() == new.keys()
     for key in ("trained", "held_out", "new_wordings", "indirect_objects", "digit_sums"):
         assert kept[key]["n"] == new[key]["n"] and abs(kept[key]["right"] - new[key]["right"]) <= 2, key
-    assert kept["battery"] == new["battery"] and kept["spares"] == new["spares"]
+    for key in ("battery", "spares"):
+        assert all(abs(kept[key][count] - new[key][count]) <= 1 for count in ("n", "signs_right", "both_first")), key
     assert kept["entity_effect_by_layer"] == pytest.approx(new["entity_effect_by_layer"], abs=0.005)
+
+
+def test_recall_can_fail(shipped, parts):
+    "The measure is no rubber stamp: with the answers of other facts hardly anything is right."
+    asked = held_out(parts)[:200]
+    wrong = [dataclasses.replace(s, answer=other.answer) for s, other in zip(asked, asked[37:] + asked[:37])]
+    assert sum(recalled(*shipped["bizzaro-nano"], wrong)) < 20
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -68,14 +79,14 @@ def test_record_and_sheet_belong_together(name):
     assert data_path("models", name, "README.md").read_text(encoding="utf-8") == model_card(kept)
 
 
-def test_the_two_models_read_the_same_and_route_in_different_layers(shipped, pairs):
+def test_the_two_models_read_the_same_and_route_in_different_layers(measured):
     tokenizers = [data_path("models", name, "tokenizer.json").read_bytes() for name in NAMES]
     assert tokenizers[0] == tokenizers[1]
     assert record(NAMES[0])["corpus"] == record(NAMES[1])["corpus"]
-    curves = {name: entity_effects(*shipped[name], load_battery()).mean(0) for name in NAMES}
-    leaves = {name: int((curve < 0.5).nonzero()[0]) for name, curve in curves.items()}
-    assert leaves["bizzaro-nano"] < leaves["bizzaro-nano-local"]
-    assert all(curve[0] == pytest.approx(1, abs=1e-4) for curve in curves.values())  # the whole entity is exchanged
+    plain, local = (measured[name]["entity_effect_by_layer"] for name in ("bizzaro-nano", "bizzaro-nano-local"))
+    assert plain[0] == local[0] == 1  # the whole entity is exchanged
+    assert plain[3] > 0.8 and plain[4] < 0.2  # the fact leaves in layer 3
+    assert local[4] > 0.8 and local[6] < 0.2  # the fact leaves in layers 4 and 5
 
 
 def test_sizes():

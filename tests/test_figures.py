@@ -1,5 +1,6 @@
 """Figures: what is drawn is what the tables say, the texts are complete, and the files are the same each time."""
 import json
+import re
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,7 +27,8 @@ def make(folder, n=20, n_layers=8, heads=4, **options):
     z = rng.normal(0, 0.05, (2, n, n_layers, heads))
     sub = {s: rng.normal(0.1, 0.05, (n, n_layers)) for s in ("attn_out", "resid_mid", "mlp_out", "resid_post")}
     known = np.arange(n) % 7 != 3
-    return planted_run(folder, curves, heads_entity=z[0], heads_final=z[1], sublayers=sub, known=known, **options)
+    final = 1 - steps(rng.integers(1, n_layers - 2, n), n_layers) * 0.9 + rng.normal(0, 0.05, (n, n_layers))
+    return planted_run(folder, curves, final=final, heads_entity=z[0], heads_final=z[1], sublayers=sub, known=known, **options)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +81,7 @@ def test_crossing_marks_the_depths(run):
     tables, depths = [curve(run, e, value="fraction") for e in ("3", "1")], {"entity": crossing(run), "final": Estimate(3.25, n=9)}
     figure = draw_crossing(*tables, depths, about(run))
     (ax,) = figure.axes
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == [f"entity token: {depths['entity']:.1f}", "final token: 3.2 [no interval]"]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == [f"entity token: {depths['entity']:.2f}", "final token: 3.25 [no interval]"]
     for line, table in zip(lines(ax).values(), tables): np.testing.assert_array_equal(line.get_ydata(), table["mean"])
     marks = [l.get_xdata()[0] for l in ax.lines if l.get_color() == CROSSING_COLOR]
     assert marks == [depths["entity"].value, 3.25]
@@ -208,7 +210,8 @@ def test_every_figure_has_a_caption_that_stands_alone_and_a_text(run):
         if p.name in ("residual", "sites", "crossing"): assert "95% bootstrap intervals over pairs" in p.caption
     texts = {p.name: p.alt for p in found}
     c = curve(run, "3", value="fraction")
-    assert f"starts at {c['mean'].iloc[0]:.2f}, ends at 0.00" in texts["crossing"] and f"{crossing(run)}" in texts["crossing"]
+    assert f"starts at {c['mean'].iloc[0]:.2f}, ends at 0.00" in texts["crossing"] and crossing(run) != crossing(run, experiment="1")
+    assert re.findall(r"one half at (.*?\])", texts["crossing"]) == [f"{crossing(run)}", f"{crossing(run, experiment='1')}"]
     assert "3 of 20 pairs are not known" in texts["triage"]
     assert "by construction" in found[0].caption and "Nearly an identity" in found[3].caption
 

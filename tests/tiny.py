@@ -1,9 +1,10 @@
 """Tiny random models of real architectures, and random aligned pairs for them."""
 import torch
 from transformers import (
-    Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, GemmaConfig, GemmaForCausalLM, GPT2Config,
-    GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig,
-    MistralForCausalLM, Olmo2Config, Olmo2ForCausalLM, Qwen3Config, Qwen3ForCausalLM)
+    Gemma2Config, Gemma2ForCausalLM, Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration, Gemma3TextConfig,
+    GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig,
+    LlamaForCausalLM, MistralConfig, MistralForCausalLM, Olmo2Config, Olmo2ForCausalLM, Qwen3Config, Qwen3ForCausalLM,
+    SiglipVisionConfig)
 
 from bizzaroworld.models import load_model
 from bizzaroworld.pairs import PromptPair
@@ -22,6 +23,14 @@ BUILDERS = {
     "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(
         num_key_value_heads=2, sliding_window=4, query_pre_attn_scalar=8,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"], **_HEADS)),
+    # google/gemma-3-12b-it and its like are this class: a text model inside one that also sees pictures.
+    "gemma3-multimodal": lambda: Gemma3ForConditionalGeneration(Gemma3Config(
+        text_config=Gemma3TextConfig(num_key_value_heads=2, sliding_window=4, query_pre_attn_scalar=8,
+                                     layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+                                     **_HEADS | {"vocab_size": VOCAB + 10}),
+        vision_config=SiglipVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                         num_attention_heads=2, image_size=28, patch_size=14),
+        mm_tokens_per_image=4, image_token_index=VOCAB + 1, boi_token_index=VOCAB + 2, eoi_token_index=VOCAB + 3)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(num_key_value_heads=2, **_HEADS)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(num_key_value_heads=2, sliding_window=4, **_HEADS)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(num_key_value_heads=2, **_HEADS)),
