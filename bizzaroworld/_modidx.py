@@ -472,4 +472,6 @@ d = { 'settings': { 'branch': 'main',
                                      'bizzaroworld.triage._write_csv': ('library/triage.html#_write_csv', 'bizzaroworld/triage.py'),
                                      'bizzaroworld.triage.baselines': ('library/triage.html#baselines', 'bizzaroworld/triage.py'),
                                      'bizzaroworld.triage.read_targets': ('library/triage.html#read_targets', 'bizzaroworld/triage.py'),
-                                     'bizzaroworld.triage.triage': ('library/triage.html#triage', 'bizzaroworld/triage.py')}}}
+                                     'bizzaroworld.triage.triage': ('library/triage.html#triage', 'bizzaroworld/triage.py')},
+            'bizzaroworld.values': { 'bizzaroworld.values._fetched': ('library/values.html#_fetched', 'bizzaroworld/values.py'),
+                                     'bizzaroworld.values.mean_values': ('library/values.html#mean_values', 'bizzaroworld/values.py')}}}

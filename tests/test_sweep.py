@@ -10,6 +10,7 @@ from transformer_lens.patching import generic_activation_patch
 from bizzaroworld import engine
 from bizzaroworld.interventions import Edit, Intervention, grid, positions_of
 from bizzaroworld.sweep import sweep
+from bizzaroworld.values import mean_values
 
 
 @pytest.fixture(scope="module")
@@ -281,3 +282,21 @@ def test_a_prefix_that_does_not_reproduce_the_base_run_is_noticed(gemma, monkeyp
     real = engine.PrefixCache.update
     monkeypatch.setattr(engine.PrefixCache, "update", forgetful)
     with pytest.raises(RuntimeError, match="does not reproduce the base run"): sweep(gemma, [random_pair(1)], grid(gemma, ["z"]))
+
+
+@torch.no_grad()
+def test_means_are_the_mean_of_the_activations(gemma):
+    """Over pairs of different lengths, at named positions, against TransformerLens caches; and the sweep takes them."""
+    pairs = [random_pair(1), random_pair(2, length=12, entity=(6, 9)), random_pair(3, length=7)]
+    caches = [gemma.bridge.run_with_cache(ids(tp, "clean"))[1] for tp in pairs]
+    span, final = Edit("mlp_out", 1, "entity_span", source="given"), Edit("z", 0, "final", source="given")
+    one = Edit("z", 0, "final", 2, source="given")
+    got = mean_values(gemma, pairs, [span, final, one], max_pairs=2)
+    tokens = torch.cat([c["blocks.1.hook_mlp_out"][0, slice(*tp.entity_span)] for c, tp in zip(caches, pairs)])
+    heads = torch.stack([c["blocks.0.attn.hook_z"][0, tp.final] for c, tp in zip(caches, pairs)]).mean(0)
+    torch.testing.assert_close(got[span], tokens.mean(0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(got[final], heads, atol=1e-5, rtol=0)
+    torch.testing.assert_close(got[one], heads[2], atol=1e-5, rtol=0)
+    result = sweep(gemma, pairs, [Intervention((final,)), Intervention((one,))], values=got)
+    assert np.abs(result.patched - result.clean[:, None]).min() > 1e-6
+    with pytest.raises(ValueError, match="has no mean"): mean_values(gemma, pairs, [Edit("scores", 0)])
