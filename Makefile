@@ -12,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 export TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help study test quick notebooks docs clean
+.PHONY: help study test quick notebooks bench docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ notebooks: $(VENV)/.installed-dev  ## export, re-execute and clean the committed
 	$(BIN)/nbdev_export
 	$(BIN)/python .ci/execute.py
 	$(BIN)/python .ci/readme.py
+
+bench: $(VENV)/.installed-dev  ## the sweep against one run per intervention, side by side
+	$(BIN)/python benchmarks/patching.py
 
 docs: $(VENV)/.installed-dev  ## build the site into _docs (needs Quarto on the PATH)
 	BIN=$(BIN) .ci/docs

@@ -6,7 +6,6 @@ must agree within 1e-4 before any time is printed. Each round times all three, s
 hits all of them; the ratio is taken within rounds, and its median, smallest and largest value are reported.
 """
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -26,6 +25,7 @@ from bizzaroworld.hooked import SITES
 from bizzaroworld.interventions import grid, positions_of
 from bizzaroworld.models import load_model
 from bizzaroworld.pairs import PromptPair, load_battery
+from bizzaroworld.runs import write_json
 from bizzaroworld.sweep import sweep
 from bizzaroworld.tokens import TokenPair, align
 
@@ -161,8 +161,7 @@ def main() -> None:
                for name, (model, pair) in subjects().items()}
     record = {"command": f"python benchmarks/patching.py --rounds {options.rounds}", "hardware": hardware(),
               "versions": {p: version(p) for p in ("torch", "transformers", "transformer-lens")}, "results": results}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(record, indent=1) + "\n")
+    write_json(options.out, record)
     Console(width=140).print(show(results))
 
 

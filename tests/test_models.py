@@ -111,7 +111,7 @@ def test_options_are_checked(option, says):
 def test_a_model_whose_logits_change_under_hooks_is_refused():
     model, ids = tiny_model("gemma"), torch.arange(3, 11)[None]
     good = model.logits(ids)
-    assert validate(model, good, ids) == ()
+    assert validate(model, good, ids).limits == ()
     with pytest.raises(ModelError, match="differ from the bare model's"): validate(model, good + torch.randn_like(good), ids)
 
 
@@ -136,3 +136,11 @@ def test_a_model_that_does_not_look_left_to_right_is_refused():
     bert = BertForMaskedLM(BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                                       intermediate_size=16))
     with pytest.raises(ModelError): load_model(bert)
+
+
+def test_one_stream_is_found_out_not_assumed():
+    model, ids = tiny_model("gemma"), torch.arange(3, 11)[None]
+    assert model.one_stream
+    apart = Model(model.bridge, None, "apart", model.shape, model.readout,
+                  model.points | {("resid_post", 0): model.points["resid_post", 1]})
+    assert not validate(apart, model.logits(ids), ids).one_stream
