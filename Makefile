@@ -33,6 +33,7 @@ notebooks: $(VENV)/.installed-dev  ## export, re-execute and clean the committed
 
 bench: $(VENV)/.installed-dev  ## the sweep against one run per intervention, side by side
 	$(BIN)/python benchmarks/patching.py
+	$(BIN)/python benchmarks/scaling.py
 
 docs: $(VENV)/.installed-dev  ## build the site into _docs (needs Quarto on the PATH)
 	BIN=$(BIN) .ci/docs

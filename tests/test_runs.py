@@ -42,7 +42,7 @@ def test_a_folder_is_one_run(tmp_path):
 
 def test_the_refusal_names_what_differs(tmp_path):
     claim(tmp_path / "run", INFO)
-    with pytest.raises(RunError, match="weights_sha256 'aa' and not 'cc'.*--out"):
+    with pytest.raises(RunError, match="weights_sha256 'aa', not 'cc'.*--out"):
         claim(tmp_path / "run", INFO | {"model": {"name": "m", "weights_sha256": "cc"}})
 
 

@@ -85,7 +85,7 @@ def test_an_interrupted_study_goes_on_where_it_stopped(nano, few, tmp_path):
 def test_another_model_or_battery_is_refused_and_nothing_is_touched(nano, few, tmp_path):
     folder = run_study(nano, battery=few, out=tmp_path / "run")
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    with pytest.raises(RunError, match="name 'bizzaro-nano' and not 'bizzaro-nano-local'"):
+    with pytest.raises(RunError, match="name 'bizzaro-nano', not 'bizzaro-nano-local'"):
         run_study("bizzaro-nano-local", battery=few, out=folder)
     with pytest.raises(RunError, match="battery_sha256"): run_study(nano, out=folder)
     with pytest.raises(RunError, match="direction"): run_study(nano, battery=few, out=folder, direction="denoising")
