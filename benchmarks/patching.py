@@ -21,11 +21,11 @@ from transformer_lens import patching
 from transformers import GemmaConfig, GemmaForCausalLM
 
 from bizzaroworld.experiments import interventions_of
+from bizzaroworld.files import write_json
 from bizzaroworld.hooked import SITES
 from bizzaroworld.interventions import grid, positions_of
 from bizzaroworld.models import load_model
 from bizzaroworld.pairs import PromptPair, load_battery
-from bizzaroworld.runs import write_json
 from bizzaroworld.sweep import sweep
 from bizzaroworld.tokens import TokenPair, align
 

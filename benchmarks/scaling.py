@@ -20,11 +20,11 @@ import torch
 from patching import OUT, hardware
 from transformers import GemmaConfig, GemmaForCausalLM
 
+from bizzaroworld.files import write_json
 from bizzaroworld.interventions import grid
 from bizzaroworld.models import load_model
 from bizzaroworld.pairs import PromptPair
 from bizzaroworld.passes import rows_of
-from bizzaroworld.runs import write_json
 from bizzaroworld.sweep import sweep
 from bizzaroworld.tokens import TokenPair
 

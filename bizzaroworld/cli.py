@@ -106,7 +106,7 @@ def print_frame(frame, columns: list[str]) -> None:
 # %% ../nbs/library/20_cli.ipynb #7f577088
 def save(frame, path: Path) -> None:
     """Write a DataFrame to a file, in the format that its name ends in, and say so."""
-    from bizzaroworld.runs import write_table
+    from bizzaroworld.files import write_table
     write_table(path, frame)
     typer.echo(f"Wrote {path}")
 

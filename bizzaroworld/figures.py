@@ -18,7 +18,8 @@ from matplotlib.ticker import MaxNLocator
 
 from .analysis import MIN_SWING, Layers, crossing, curve, head_table, run_direction, worst_layer
 from .estimates import Estimate, number
-from .runs import Run, replacing, write_json
+from .files import replacing, write_json
+from .runs import Run
 
 # %% auto #0
 __all__ = ['SITE_COLORS', 'SITE_MARKS', 'POSITIONS', 'KNOWN', 'CROSSING_COLOR', 'STYLE', 'styled', 'BAND', 'EFFECT', 'FRACTION',

@@ -4,7 +4,7 @@
 
 # %% ../nbs/models/33_nano.ipynb #26e9208e
 from __future__ import annotations
-import json, os, platform, random
+import json, platform, random
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers import AutoTokenizer, GemmaForCausalLM, PreTrainedTokenizerFast
 from .corpus import Sentence, Split, digit_sum, generate, held_out, indirect_object, new_wordings, render, split
 from .facts import is_prompt, load_facts
+from .files import write_json, write_text
 from .pairs import PromptPair, data_path, load_battery, load_spares
 from .training import TrainingOptions, build_model, build_tokenizer, encode, evaluate_pairs, recalled, train
 
 # %% auto #0
-__all__ = ['RECIPES', 'SHEET', 'SELECTION', 'DESIGN', 'make', 'write_text', 'thin', 'save_model', 'load_shipped', 'questions',
-           'measure', 'entity_effects', 'model_card']
+__all__ = ['RECIPES', 'SHEET', 'SELECTION', 'DESIGN', 'make', 'thin', 'save_model', 'load_shipped', 'questions', 'measure',
+           'entity_effects', 'model_card']
 
 # %% ../nbs/models/33_nano.ipynb #dc5e3761
 RECIPES = {"bizzaro-nano": TrainingOptions(seed=1), "bizzaro-nano-local": TrainingOptions(local_layers=4)}
@@ -41,15 +42,9 @@ def make(name: str, folder: Path, work: Path | None = None) -> dict:
     save_model(model, tokenizer, folder)
     record = {"name": name, "options": asdict(options), "corpus": _corpus_record(parts, encoded), "loss": thin(losses)}
     record |= {"accuracy": measure(*load_shipped(folder), parts), "versions": _versions()}
-    write_text(folder / "training.json", json.dumps(record, indent=1) + "\n")
+    write_json(folder / "training.json", record)
     write_text(folder / "README.md", model_card(record))
     return record
-
-# %% ../nbs/models/33_nano.ipynb #e46f28d1
-def write_text(path: Path, text: str) -> None:
-    "Write `text` beside `path` and rename."
-    path.with_suffix(".part").write_text(text, encoding="utf-8")
-    os.replace(path.with_suffix(".part"), path)
 
 # %% ../nbs/models/33_nano.ipynb #bd41456c
 def thin(losses: Sequence[float], points: int = 100) -> list[list[float]]:

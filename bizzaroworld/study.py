@@ -15,10 +15,11 @@ import pandas as pd
 
 from .experiments import EXPERIMENTS, run_experiments
 from .figures import save_figures
+from .files import write_json, write_table
 from .hooked import Model
 from .models import embedded_models, load_model
 from .pairs import PromptPair, battery_sha256, load_battery, load_spares
-from .runs import claim, is_done, open_run, pair_file, write_json, write_table
+from .runs import claim, is_done, open_run, pair_file
 from .summary import findings, summarize
 from .tokens import TokenPair
 from .triage import Triage, triage
@@ -58,7 +59,7 @@ Advance = Callable[[int, int, str], None]
 
 
 def sweep_missing(model: Model, token_pairs: Sequence[TokenPair], folder: Path, *, direction: str = "noising",
-                  max_rows: int = 512, at_once: int = 8, advance: Advance | None = None) -> int:
+                  max_rows: int = 1024, at_once: int = 8, advance: Advance | None = None) -> int:
     "Run the experiments on the pairs whose files are missing; return how many that were."
     missing = [tp for tp in token_pairs if not is_done(folder, tp.id)]
     missing.sort(key=lambda tp: (len(tp.clean_ids), tp.entity))
@@ -97,7 +98,7 @@ def run_study(model: str | Model, *, battery: str | Path | None = None, out: str
     claim(folder, run_info(model, pairs, spares, direction))
     result = triage(model, pairs, spares)
     result.save(folder)
-    sweep_missing(model, result.golden("C"), folder, direction=direction, max_rows=max_rows or 512, advance=progress)
+    sweep_missing(model, result.golden("C"), folder, direction=direction, max_rows=max_rows or 1024, advance=progress)
     write_table(folder / "effects.parquet", collect(folder, result))
     run = open_run(folder)
     write_json(folder / "summary.json", summarize(run))

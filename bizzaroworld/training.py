@@ -4,7 +4,7 @@
 
 # %% ../nbs/models/32_training.ipynb #385f1639
 from __future__ import annotations
-import hashlib, json, math, os, random, re
+import hashlib, json, math, random, re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerFast
 from .corpus import Document, Sentence, Split
+from .files import replacing
 from .pairs import PromptPair
 
 # %% auto #0
@@ -179,8 +180,7 @@ def save_state(path: Path, model: GemmaForCausalLM, optimizer: torch.optim.AdamW
     for name, parameter in model.named_parameters():
         moments = optimizer.state[parameter]
         tensors |= {f"weight/{name}": parameter.detach(), f"first/{name}": moments["exp_avg"], f"second/{name}": moments["exp_avg_sq"]}
-    save_file(tensors, path.with_suffix(".part"), metadata={"identity": identity})
-    os.replace(path.with_suffix(".part"), path)
+    with replacing(path) as tmp: save_file(tensors, tmp, metadata={"identity": identity})
 
 # %% ../nbs/models/32_training.ipynb #6b226806
 def load_state(path: Path, model: GemmaForCausalLM, optimizer: torch.optim.AdamW, identity: str) -> list[float]:

@@ -5,8 +5,6 @@
 # %% ../nbs/library/03_triage.ipynb #18c5fcb4
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,11 +16,12 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .files import write_table
 from .pairs import PromptPair
 from .tokens import Entry, TokenPair, audit
 
 # %% auto #0
-__all__ = ['STUDY_COLUMNS', 'OWN_COLUMNS', 'read_targets', 'baselines', 'Triage', 'triage']
+__all__ = ['STUDY_COLUMNS', 'OWN_COLUMNS', 'read_targets', 'TriageError', 'baselines', 'Triage', 'triage']
 
 # %% ../nbs/library/03_triage.ipynb #2e26cf99
 def read_targets(logits: Float[Tensor, "row d_vocab"], targets: Int[Tensor, "row 2"]) -> dict[str, Tensor]:
@@ -43,6 +42,9 @@ def read_targets(logits: Float[Tensor, "row d_vocab"], targets: Int[Tensor, "row
     return {"ld": chosen[:, 0] - chosen[:, 1], "logit": chosen, "p": p, "rank": above + 1}
 
 # %% ../nbs/library/03_triage.ipynb #abbc6123
+class TriageError(ValueError):
+    """A battery that this model's tokenizer cannot use at all."""
+
 def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     """Indices of sequences of one length, at most `batch_size` at a time."""
     if batch_size < 1: raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
@@ -109,17 +111,7 @@ def _golden_rows(table: pd.DataFrame, mode: str, known_only: bool = False) -> pd
     if mode == "C": return table
     raise ValueError(f"mode is {mode!r}; choose 'A' (top 15 by TotalSwing), 'B' (best of each category) or 'C' (all)")
 
-def _write_csv(frame: pd.DataFrame, path: Path) -> None:
-    """Write to a temporary file beside `path`, then rename: a reader never sees half a file."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as f:
-            frame.to_csv(f, index=False, lineterminator="\n")
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+
 
 # %% ../nbs/library/03_triage.ipynb #74dc9b83
 @dataclass(frozen=True, eq=False)
@@ -141,9 +133,9 @@ class Triage:
         "Write `triage.csv`, `excluded.csv` and `golden_A.csv`, `golden_B.csv`, `golden_C.csv`; returns the folder."
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for mode in "ABC": _write_csv(_golden_rows(self.table, mode), folder / f"golden_{mode}.csv")
-        _write_csv(self.excluded, folder / "excluded.csv")
-        _write_csv(self.table, folder / "triage.csv")
+        for mode in "ABC": write_table(folder / f"golden_{mode}.csv", _golden_rows(self.table, mode))
+        write_table(folder / "excluded.csv", self.excluded)
+        write_table(folder / "triage.csv", self.table)
         return folder
 
 # %% ../nbs/library/03_triage.ipynb #19931d5b
@@ -175,7 +167,7 @@ def triage(model: Any, pairs: Sequence[PromptPair], spares: Sequence[PromptPair]
     entries = [e for e in found.entries["model"] if e.used is not None]
     if not entries:
         why = f": {excluded.message[0]}" if len(excluded) else ""
-        raise ValueError(f"none of {len(pairs)} pairs can be used with this model's tokenizer{why}")
+        raise TriageError(f"none of {len(pairs)} pairs can be used with this model's tokenizer{why}")
     runs = baselines(model, [e.used for e in entries], batch_size)
     table = _ranked([{**_named(e), **_measured(*r)} for e, r in zip(entries, runs)])
     by_id = {e.used.id: e.used for e in entries}

@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from bizzaroworld.runs import Run, open_run, write_json, write_table
+from bizzaroworld.files import write_json, write_table
+from bizzaroworld.runs import Run, open_run
 
 SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 

@@ -12,7 +12,8 @@ from bizzaroworld.analysis import (AnalysisError, Concentration, concentration, 
                                    effect_matrix, head_table, onset_layer, pearson, ratios, release_layer, run_direction,
                                    spearman, worst_layer)
 from bizzaroworld.estimates import Estimate
-from bizzaroworld.runs import RunError, open_run, write_table
+from bizzaroworld.files import write_table
+from bizzaroworld.runs import RunError, open_run
 from bizzaroworld.summary import findings, summarize
 
 RNG = np.random.default_rng(3)

@@ -13,7 +13,7 @@ REPO = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (REPO / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 MODULES = sorted(p for p in (REPO / "bizzaroworld").glob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
 # One way, no back and forth: a module imports only from those before it.
-FLOW = ("pairs facts corpus hooked models training nano tokens triage interventions metrics passes engine values sweep experiments runs "
+FLOW = ("files pairs facts corpus hooked models training nano tokens triage interventions metrics passes engine values sweep experiments runs "
         "estimates analysis summary claims figures views study cli").split()
 TORCHLESS = {"pairs", "facts", "cli"}
 HEAVY = {"torch", "transformers", "transformer_lens"}

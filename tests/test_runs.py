@@ -4,7 +4,8 @@ import json
 import pandas as pd
 import pytest
 
-from bizzaroworld.runs import RunError, claim, is_done, open_run, pair_file, read_info, replacing, write_json, write_table
+from bizzaroworld.files import replacing, write_json, write_table
+from bizzaroworld.runs import RunError, claim, is_done, open_run, pair_file, read_info
 
 INFO = {"model": {"name": "m", "weights_sha256": "aa"}, "battery_sha256": "bb", "options": {"direction": "noising"},
         "versions": {"pandas": "1"}}

@@ -62,7 +62,7 @@ def test_agrees_with_transformer_lens_at_every_site(name, direction):
         theirs = stock(model, pairs[1], [interventions[i].edits[0] for i in index], direction)
         ours = torch.tensor(result.patched[1, index, 0], dtype=torch.float32)
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
-        assert (ours - base).abs().max() > 1e-5, f"{site}: patching changes nothing, so agreement shows nothing"
+        assert (ours - base).abs().max() > 1e-4, f"{site}: patching changes nothing, so agreement shows nothing"
 
 
 @torch.no_grad()
