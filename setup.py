@@ -1,4 +1,5 @@
-"""Packaging: the metadata is settings.ini's, the top-level `data/` is shipped as `bizzaroworld/data/`."""
+"""Packaging: the metadata is settings.ini's. The top-level `data/` is shipped as `bizzaroworld/data/`, and the paper's
+notebooks with their bibliography as `bizzaroworld/data/paper/`, for reports on other runs."""
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -47,8 +48,12 @@ setup(
     install_requires=lines("requirements"),
     extras_require={"dev": lines("dev_requirements")},
     entry_points={"console_scripts": lines("console_scripts")},
-    packages=[*find_namespace_packages(include=["bizzaroworld*"]), "bizzaroworld.data"],
-    package_dir={"bizzaroworld.data": "data"},
-    package_data={"bizzaroworld.data": ["*.json", "facts/*", "models/*", "models/*/*"]},
+    packages=[*find_namespace_packages(include=["bizzaroworld*"]), "bizzaroworld.data", "bizzaroworld.data.paper"],
+    package_dir={"bizzaroworld.data": "data", "bizzaroworld.data.paper": "nbs"},
+    package_data={
+        "bizzaroworld.data": ["*.json", "facts/*", "models/*", "models/*/*", "benchmarks/*", "published/*", "drift/*",
+                              "runs/*/*", "runs/seeds/*/*"],
+        "bizzaroworld.data.paper": ["study/*.ipynb", "references.bib"],
+    },
     zip_safe=False,
 )

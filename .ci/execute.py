@@ -50,6 +50,7 @@ def main(names: list[str]) -> None:
     """Execute the named notebooks, or all of them in order."""
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    for name in ("BIZZARO_RUN", "BIZZARO_MODEL"): os.environ.pop(name, None)  # the committed paper is about the shipped run
     os.environ.pop("MPLBACKEND", None)  # the notebooks' own backend puts figures into the outputs
     hidden = re.compile(r"(^|/)[_.]")
     found = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not hidden.search(str(p.relative_to(ROOT))))

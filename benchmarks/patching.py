@@ -1,20 +1,27 @@
 """The sweep against patching one intervention at a time, side by side: `make bench`.
 
-Every task is run by three contestants in turn: the sweep; `transformer_lens.patching.generic_activation_patch`, as its
-documentation shows it; and the plain loop of the original study, one `run_with_hooks` for each patch. Their numbers
-must agree within 1e-4 before any time is printed. Each round times all three, so that a slow moment of the machine
-hits all of them; the ratio is taken within rounds, and its median, smallest and largest value are reported.
+Every task is run by four contestants in turn: the sweep; `transformer_lens.patching.generic_activation_patch`, as its
+documentation shows it; the plain loop of the original study, one `run_with_hooks` for each patch; and nnsight with
+batched invokes (with_nnsight.py), a process in its own environment, left out where that environment is not there.
+Their numbers must agree within 1e-4 before any time is printed. Each round times all of them, so that a slow moment of
+the machine hits all; the ratio is taken within rounds, and its median, smallest and largest value are reported. Beside
+the times stands the floor: what the sweep cannot avoid (floor.py).
 """
 import argparse
+import json
 import os
 import platform
 import statistics
+import subprocess
+import tempfile
 import time
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
 import torch
+from floor import floor, machine
 from rich.console import Console
 from rich.table import Table
 from transformer_lens import patching
@@ -24,22 +31,28 @@ from bizzaroworld.experiments import interventions_of
 from bizzaroworld.files import write_json
 from bizzaroworld.hooked import SITES
 from bizzaroworld.interventions import grid, positions_of
-from bizzaroworld.models import load_model
+from bizzaroworld.models import embedded_models, load_model
 from bizzaroworld.pairs import PromptPair, load_battery
 from bizzaroworld.sweep import sweep
 from bizzaroworld.tokens import TokenPair, align
 
 TOLERANCE = 1e-4
-OUT = Path(__file__).resolve().parent.parent / "data" / "benchmarks"
+HERE = Path(__file__).resolve().parent
+OUT = HERE.parent / "data" / "benchmarks"
+NNSIGHT = HERE.parent / ".venv-nnsight"
+GEMMA, NANO = "random Gemma, 18 layers", "bizzaro-nano"
+# How many times faster than TransformerLens's stock loop the sweep has to be, on two CPU cores.
+BARS = {GEMMA: {"experiment 1 + 2A": 30, "experiment 3 + 2B": 15, "experiment 4": 15, "experiment 4F": 15,
+                "the whole study of one pair": 20}}
 patching.tqdm = lambda rows: rows  # its progress bar is not what is measured
 
 
-def random_gemma():
+def random_gemma() -> GemmaForCausalLM:
     """Gemma-1's shape in small: 18 layers, 8 query heads, 1 key-value head."""
     torch.manual_seed(0)
-    return load_model(GemmaForCausalLM(GemmaConfig(
+    return GemmaForCausalLM(GemmaConfig(
         vocab_size=32_000, hidden_size=512, intermediate_size=2048, num_hidden_layers=18, num_attention_heads=8,
-        num_key_value_heads=1, head_dim=64)))
+        num_key_value_heads=1, head_dim=64))
 
 
 def random_pair(length: int = 12, entity: int = 5) -> TokenPair:
@@ -53,8 +66,8 @@ def random_pair(length: int = 12, entity: int = 5) -> TokenPair:
 
 def subjects():
     """The two models and a pair for each."""
-    nano = load_model("bizzaro-nano")
-    return {"random Gemma, 18 layers": (random_gemma(), random_pair()), "bizzaro-nano": (nano, align(nano, load_battery()[0]))}
+    nano = load_model(NANO)
+    return {GEMMA: (load_model(random_gemma()), random_pair()), NANO: (nano, align(nano, load_battery()[0]))}
 
 
 def tasks(model, pair: TokenPair) -> dict:
@@ -112,24 +125,71 @@ def by_plain_loop(model, pair, interventions) -> list[float]:
     return out
 
 
-CONTESTANTS = {"sweep": by_sweep, "transformer_lens": by_transformer_lens, "plain_loop": by_plain_loop}
+@contextmanager
+def nnsight(folder: Path):
+    """A contestant in another process, which has loaded a model folder; its time includes the pipe's fraction of a millisecond."""
+    command = [NNSIGHT / "bin" / "python", HERE / "with_nnsight.py", folder, str(torch.get_num_threads())]
+    quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=quiet) as process:
+        def answer():
+            line = process.stdout.readline()
+            if not line: raise SystemExit("The nnsight process ended; its message stands above.")
+            return json.loads(line)
+
+        def by_nnsight(model, pair, interventions) -> list[float]:
+            edits = [[e.site, e.layer, where(pair, e)[1], e.head] for e in (i.edits[0] for i in interventions)]
+            request = {"clean": pair.clean_ids, "corrupt": pair.corrupt_ids, "edits": edits,
+                       "targets": [pair.clean_target_id, pair.corrupt_target_id]}
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            return answer()
+        answer()
+        try: yield by_nnsight
+        finally: process.stdin.close()
 
 
-def race(model, pair, interventions, rounds: int) -> dict:
+@contextmanager
+def contestants(subject: str):
+    """Who takes part, by name; nnsight gets the same weights in a folder."""
+    found = {"sweep": by_sweep, "transformer_lens": by_transformer_lens, "plain_loop": by_plain_loop}
+    with ExitStack() as stack:
+        if NNSIGHT.is_dir():
+            folder = embedded_models().get(subject)
+            if folder is None:
+                folder = stack.enter_context(tempfile.TemporaryDirectory())
+                random_gemma().save_pretrained(folder)
+            found["nnsight"] = stack.enter_context(nnsight(folder))
+        yield found
+
+
+def race(running: dict, model, pair, interventions, rounds: int) -> dict:
     """Times and ratios of one task, after a check that all contestants agree."""
-    values, seconds = {}, {name: [] for name in CONTESTANTS}
+    values, seconds = {}, {name: [] for name in running}
+    for contestant in running.values(): contestant(model, pair, interventions[:2])
     by_sweep(model, pair, interventions)
     for _ in range(rounds):
-        for name, contestant in CONTESTANTS.items():
+        for name, contestant in running.items():
             start = time.perf_counter()
             values[name] = contestant(model, pair, interventions)
             seconds[name].append(time.perf_counter() - start)
     gap = max(abs(a - b) for name in values for a, b in zip(values[name], values["sweep"]))
     if not gap < TOLERANCE: raise SystemExit(f"The contestants disagree by {gap:.1e}: no time means anything.")
-    ratios = {name: [s / ours for s, ours in zip(seconds[name], seconds["sweep"])] for name in CONTESTANTS if name != "sweep"}
+    ratios = {name: [s / ours for s, ours in zip(seconds[name], seconds["sweep"])] for name in running if name != "sweep"}
     spread = lambda x: {"median": round(statistics.median(x), 4), "min": round(min(x), 4), "max": round(max(x), 4)}
     return {"interventions": len(interventions), "largest_difference": float(f"{gap:.1e}"),
             "seconds": {n: spread(s) for n, s in seconds.items()}, "times_faster_than": {n: spread(r) for n, r in ratios.items()}}
+
+
+def tested(subject: str, model, pair, rounds: int, only: str) -> dict:
+    """The tasks of a subject, with their bars and floors."""
+    can, results = machine(model), {}
+    with contestants(subject) as running:
+        for task, interventions in tasks(model, pair).items():
+            if only not in f"{subject}: {task}": continue
+            done = race(running, model, pair, interventions, rounds)
+            bar = 10 if subject == NANO else BARS[subject].get(task)
+            results[task] = done | {"bar": bar, "floor": floor(model, [pair], interventions, done["seconds"]["sweep"]["median"], can)}
+    return {"machine": {k: float(f"{v:.3g}") for k, v in can.items()}, "tasks": results}
 
 
 def hardware() -> dict:
@@ -142,12 +202,14 @@ def hardware() -> dict:
 def show(results: dict) -> Table:
     """The table that is printed."""
     table = Table(title="Times faster than one run per intervention (median, smallest to largest of the rounds)")
-    for head in ("model", "task", "patches", "sweep (s)", "TransformerLens", "plain loop", "difference"): table.add_column(head)
+    for head in ("model", "task", "patches", "sweep (s)", "TransformerLens", "bar", "plain loop", "nnsight", "difference", "of the floor"):
+        table.add_column(head)
     for subject, done in results.items():
-        for task, r in done.items():
-            ratio = [f"{v['median']:.0f}x ({v['min']:.0f} to {v['max']:.0f})" for v in r["times_faster_than"].values()]
-            table.add_row(subject, task, str(r["interventions"]), f"{r['seconds']['sweep']['median']:.3f}", *ratio,
-                          f"{r['largest_difference']:.0e}")
+        for task, r in done["tasks"].items():
+            ratio = {n: f"{v['median']:.0f}x ({v['min']:.0f} to {v['max']:.0f})" for n, v in r["times_faster_than"].items()}
+            table.add_row(subject, task, str(r["interventions"]), f"{r['seconds']['sweep']['median']:.3f}",
+                          ratio["transformer_lens"], str(r["bar"] or ""), ratio["plain_loop"], ratio.get("nnsight", "not run"),
+                          f"{r['largest_difference']:.0e}", f"{r['floor']['fraction_of_floor']:.0%}")
     return table
 
 
@@ -156,13 +218,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="how often each contestant runs each task")
     parser.add_argument("--out", type=Path, default=OUT / "patching-cpu.json", help="where the results go")
+    parser.add_argument("--only", default="", help="only tasks with this in 'model: task'; use another --out then")
     options = parser.parse_args()
-    results = {name: {task: race(model, pair, interventions, options.rounds) for task, interventions in tasks(model, pair).items()}
-               for name, (model, pair) in subjects().items()}
-    record = {"command": f"python benchmarks/patching.py --rounds {options.rounds}", "hardware": hardware(),
-              "versions": {p: version(p) for p in ("torch", "transformers", "transformer-lens")}, "results": results}
-    write_json(options.out, record)
-    Console(width=140).print(show(results))
+    console = Console(width=170)
+    versions = {p: version(p) for p in ("torch", "transformers", "transformer-lens")}
+    if NNSIGHT.is_dir():
+        asked = "from importlib.metadata import version; print(version('nnsight'))"
+        versions["nnsight"] = subprocess.run([NNSIGHT / "bin" / "python", "-c", asked], capture_output=True, text=True, check=True).stdout.strip()
+    else: console.print(f"nnsight is left out: there is no environment {NNSIGHT.name} (`make bench` makes it).")
+    results = {name: tested(name, model, pair, options.rounds, options.only) for name, (model, pair) in subjects().items()
+               if name.startswith(options.only.partition(":")[0])}
+    write_json(options.out, {"command": f"python benchmarks/patching.py --rounds {options.rounds}", "hardware": hardware(),
+                             "versions": versions, "results": results})
+    console.print(show(results))
 
 
 if __name__ == "__main__":

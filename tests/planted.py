@@ -11,12 +11,13 @@ SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 
 
 def planted_run(folder: Path, entity, *, swings=None, final=None, sublayers=None, heads_entity=None, heads_final=None,
-                direction="noising", leave_out=(), embedded=True, known=None) -> Run:
+                direction="noising", leave_out=(), embedded=True, known=None, controls=None) -> Run:
     """A finished run whose moves toward the donor run are given as fractions of each pair's TotalSwing.
 
     entity, final : `pair layer`, resid_pre at the entity and at the final token (default: 1 - entity).
     sublayers : {site: `pair layer`} at both positions; what is not given is 0.1 of the entity's curve.
     heads_entity, heads_final : `pair layer head` (default: two heads, no effect).
+    controls : {name: `pair layer`}, resid_pre at the entity and at the final token; a pair whose row is NaN has no such control.
     """
     entity = np.asarray(entity, float)
     n, n_layers = entity.shape
@@ -61,6 +62,10 @@ def planted_run(folder: Path, entity, *, swings=None, final=None, sublayers=None
     write_table(folder / "excluded.csv", pd.DataFrame({"pair_id": [], "reason": []}))
     for mode, table in (("A", triage.head(15)), ("B", triage.drop_duplicates("category")), ("C", triage)):
         write_table(folder / f"golden_{mode}.csv", table)
+    if controls is not None:
+        tables = [rows(e, p, "resid_pre", f).assign(control=name).drop(columns=["recovery", "intervention"]).dropna(subset="effect")
+                  for name, f in controls.items() for e, p in (("1", "final"), ("3", "entity"))]
+        write_table(folder / "controls.parquet", pd.concat(tables, ignore_index=True))
     write_table(folder / "effects.parquet", effects.sample(frac=1, random_state=0))  # no answer may rest on the order
     return open_run(folder)
 

@@ -14,7 +14,7 @@ from bizzaroworld.analysis import (AnalysisError, Concentration, concentration, 
 from bizzaroworld.estimates import Estimate
 from bizzaroworld.files import write_table
 from bizzaroworld.runs import RunError, open_run
-from bizzaroworld.summary import findings, summarize
+from bizzaroworld.summary import cautions, findings, summarize
 
 RNG = np.random.default_rng(3)
 
@@ -50,12 +50,18 @@ def test_pairs_without_a_swing_have_no_fraction_but_an_effect(tmp_path):
     assert crossing(run).n == 2
 
 
+def told(summary: dict) -> list[str]:
+    """The findings without the cautions that a small planted run deserves."""
+    return [line for line in findings(summary) if not line.startswith("Caution:")]
+
+
 def test_a_run_of_which_no_pair_has_a_swing_is_summarized_without_numbers(tmp_path):
     summary = summarize(planted_run(tmp_path, steps([3, 3]), swings=[0.5, 0.2], known=[False, False]))
     mode = summary["modes"]["C"]
     assert mode["crossing"]["entity"] == {"value": None, "low": None, "high": None, "n": 0}
     assert mode["curves"]["3"]["resid_pre"]["fraction"]["mean"] == [None] * 8
-    assert len(findings(summary)) == 5 and "0 of 2 pairs" in findings(summary)[0]
+    assert len(told(summary)) == 5 and "0 of 2 pairs" in told(summary)[0]
+    assert findings(summary)[0].startswith("Caution: The model knows only 0 of 2 pairs")
 
 
 # --- curves ---------------------------------------------------------------------------------------------------------
@@ -295,7 +301,7 @@ def test_summary_holds_what_the_functions_return(study):
         assert part["heads"]["4F"]["top"][0]["head"] == "L5H1" == part["heads"]["4F"]["most_often_worst"]["head"]
         assert part["heads"]["4F"]["top"][0]["worst"] == part["n"] and part["heads"]["4"]["half_in"] is None
         assert part["worst_layer"]["1"]["mean"] == worst_layer(study, "1", mode).mean.to_dict()
-    assert summary["pairs"] == {"total": 40, "known": 39, "unknown": ["pair-39"], "excluded": 0}
+    assert summary["pairs"] == {"battery": 40, "total": 40, "known": 39, "unknown": ["pair-39"], "excluded": 0}
     assert set(summary["modes"]["C"]["curves"]["2B"]) == {"resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"}
 
 
@@ -323,25 +329,34 @@ def test_findings_say_what_was_planted(study):
 
 
 def test_stored_is_up_to_the_last_layer_with_half_of_the_swing(tmp_path):
-    lines = findings(summarize(planted_run(tmp_path, [[1, 0.4, 0.6, 0.4, 0.2, 0]] * 3)))
+    lines = told(summarize(planted_run(tmp_path, [[1, 0.4, 0.6, 0.4, 0.2, 0]] * 3)))
     assert "up to layer 2 of 6" in lines[1] and "60% [60%, 60%]" in lines[1] and "depth 2.5" in lines[2]
 
 
 def test_findings_count_the_pairs_without_a_fraction(tmp_path):
     summary = summarize(planted_run(tmp_path, noisy([3] * 5), swings=[9.0, 8, 7, 0.9, -3]))
-    assert "means over 5 (fractions: 3 with a TotalSwing of 1 logit or more)" in findings(summary)[0]
+    assert "means over 5 (fractions: 3 with a TotalSwing of 1 logit or more)" in told(summary)[0]
 
 
 def test_another_model_is_not_called_embedded(tmp_path):
     summary = summarize(planted_run(tmp_path, noisy([3] * 5), embedded=False))
-    assert findings(summary)[0].startswith("planted (model, 8 layers")
+    assert told(summary)[0].startswith("planted (model, 8 layers")
 
 
 @pytest.mark.parametrize("curves, swings", [([[1, 1, 0, 0]], [12.0]), (np.zeros((3, 4)), [5.0, 4.0, 3.0]), (np.ones((2, 4)), [9.0, 9.0])])
 def test_thin_and_flat_runs_are_summarized_honestly(tmp_path, curves, swings):
     summary = summarize(planted_run(tmp_path, curves, swings=swings))
-    lines = findings(json.loads(json.dumps(summary, allow_nan=False)))
+    lines = told(json.loads(json.dumps(summary, allow_nan=False)))
     assert len(lines) == 5 and not any("nan" in line.lower() or "None" in line for line in lines)
     if len(swings) == 1: assert "[no interval]" in lines[1] and summary["modes"]["C"]["crossing"]["entity"]["low"] is None
     if not np.any(curves): assert "nothing is localized" in lines[1] and "never above half" in lines[2]
     if np.all(curves): assert "up to layer 3 of 4" in lines[1] and "0 of 2 pairs" in lines[2]
+
+
+@pytest.mark.parametrize("change, said", [({"known": 9}, "knows only 9 of 40"), ({"excluded": 21}, "21 of 40 pairs could not be used"),
+                                          ({"total": 8, "known": 8}, "Only 8 pairs")])
+def test_a_run_that_failed_a_step_says_so_first(study, change, said):
+    summary = summarize(study)
+    assert cautions(summary) == []
+    doubtful = summary | {"pairs": summary["pairs"] | change}
+    assert said in findings(doubtful)[0] and findings(doubtful)[0].startswith("Caution: ")

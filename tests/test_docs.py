@@ -2,6 +2,7 @@
 
 Where Quarto is on the PATH, the site is built as well.
 """
+import importlib.util
 import json
 import os
 import re
@@ -17,6 +18,7 @@ REPO = Path(__file__).resolve().parent.parent
 NBS = REPO / "nbs"
 PAGES = sorted(p.relative_to(NBS) for p in NBS.rglob("*.ipynb")
                if not any(part[0] in "._" for part in p.relative_to(NBS).parts))
+PAPER = [p for p in PAGES if p.parts[0] == "study"]
 LABEL = re.compile(r"\{#((?:fig|tbl|sec|eq)-[\w-]+)|^#\s*\|\s*label:\s*((?:fig|tbl)-[\w-]+)", re.M)
 REFERENCE = re.compile(r"(?<![\w@`/.-])@([A-Za-z][\w:.-]*\w)")
 CROSS = ("fig-", "tbl-", "sec-", "eq-")
@@ -68,6 +70,34 @@ def dead_links(notebook: dict, folder: Path) -> list[str]:
     return found
 
 
+def typed_numbers(notebook: dict) -> list[str]:
+    """Measurements typed into the paper's prose: decimals and percentages. Cells print those."""
+    return re.findall(r"(?<![\w.])(?!95% )\d+(?:\.\d+%?|\s?%)(?!\w|\.\d)", prose(notebook))
+
+
+def bare_figures(notebook: dict) -> list[str]:
+    """Cells that show an image without a name, a caption and a text in its place."""
+    found = []
+    for i, cell in enumerate(notebook["cells"]):
+        kinds = {kind for out in cell.get("outputs", []) for kind in out.get("data", {})}
+        told = {key for key in ("label: fig-", "fig-cap:", "fig-alt:") if re.search(rf"^#\s*\|\s*{key}\s*\S", "".join(cell["source"]), re.M)}
+        if any(kind.startswith("image/") for kind in kinds) and len(told) < 3: found.append(f"cell {i} has only {sorted(told)}")
+    return found
+
+
+def fetching(notebook: dict) -> list[str]:
+    """Outputs for which Quarto loads scripts from a server, and mathematics that would need one in a report."""
+    kinds = [(i, kind) for i, c in enumerate(notebook["cells"]) for o in c.get("outputs", []) for kind in o.get("data", {})]
+    found = [f"cell {i}: {kind}" for i, kind in kinds if kind == "text/html" or "javascript" in kind or "widget" in kind]
+    return found + [f"mathematics: {m}" for m in re.findall(r"(?<!\\)\$[^$\n]+\$", prose(notebook))]
+
+
+def noise(notebook: dict) -> list[str]:
+    """What was printed to the error stream."""
+    return [f"cell {i}: {''.join(o['text'])[:80]}" for i, c in enumerate(notebook["cells"]) for o in c.get("outputs", [])
+            if o.get("name") == "stderr"]
+
+
 def sidebar(contents: list) -> list[str]:
     """The pages named in a Quarto sidebar, sections included."""
     return [page for entry in contents for page in
@@ -104,6 +134,19 @@ def test_a_page_is_complete(page, processed, citations):
     assert unresolved(notebook, citations) == []
     assert empty_figures(notebook) == []
     assert dead_links(notebook, (NBS / page).parent) == []
+
+
+@pytest.mark.parametrize("page", PAPER, ids=str)
+def test_a_chapter_keeps_the_papers_rules(page):
+    notebook = json.loads((NBS / page).read_text(encoding="utf-8"))
+    assert typed_numbers(notebook) == []
+    assert bare_figures(notebook) == []
+    assert fetching(notebook) == []
+    assert noise(notebook) == []
+
+
+def test_chapters_are_numbered_without_gaps():
+    assert [int(p.name[:2]) for p in PAPER] == list(range(1, len(PAPER) + 1))
 
 
 @pytest.mark.slow
@@ -147,7 +190,30 @@ def test_the_checks_see_what_they_look_for(tmp_path):
     assert dead_links(notebook, tmp_path) == ["gone.ipynb"]
     notebook["cells"][1]["outputs"] = [dict(output_type="display_data", data={"image/png": "..."})]
     assert empty_figures(notebook) == []
+    assert bare_figures(notebook) == ["cell 1 has only ['fig-cap:', 'label: fig-']"]
+    notebook["cells"][1]["source"] += "\n#| fig-alt: A curve."
+    assert bare_figures(notebook) == [] and fetching(notebook) == [] and noise(notebook) == [] and typed_numbers(notebook) == []
+    notebook["cells"][0]["source"] = "It is 16.3 of 18, or 86.7% (v1.2 `0.5`) and $x^2$."
+    notebook["cells"][1]["outputs"] += [dict(output_type="display_data", data={"text/html": ""}), dict(output_type="stream", name="stderr", text="w")]
+    assert typed_numbers(notebook) == ["16.3", "86.7%"] and noise(notebook) == ["cell 1: w"]
+    assert fetching(notebook) == ["cell 1: text/html", "mathematics: $x^2$"]
     assert sidebar(["a", {"section": "s", "href": "b", "contents": ["c"]}]) == ["a", "b", "c"]
+
+
+def test_what_a_site_would_fetch_is_found_and_what_nothing_uses_is_taken_out(tmp_path):
+    spec = importlib.util.spec_from_file_location("offline", REPO / ".ci" / "offline.py")
+    offline = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(offline)
+    cdn = "https://cdnjs.cloudflare.com/ajax/libs"
+    needless = (f'<script src="{cdn}/require.js/2.3.6/require.min.js" integrity="x"></script>\n<script src="{cdn}/jquery/3.5.1/jquery.min.js" '
+                "data-relocate-top=\"true\"></script>\n<script type=\"application/javascript\">define('jquery', [],function() {return 1;})</script>\n")
+    mine = '<script src="site_libs/a.js"></script><a href="https://x.org">x</a>'
+    (tmp_path / "a.html").write_text(needless + mine)
+    assert offline.main(tmp_path) == 0 and (tmp_path / "a.html").read_text() == mine
+    for bad in ('<script src="https://x.org/a.js">', '<link href="//x.org/a.css" rel="stylesheet">', "<style>@import url(https://x.org/f)</style>",
+                "<p style=\"background: url('http://x.org/a.png')\">", '<img alt="a" src="https://x.org/a.png">'):
+        (tmp_path / "a.html").write_text(bad)
+        assert offline.main(tmp_path) == 1, bad
 
 
 @pytest.mark.slow

@@ -74,12 +74,14 @@ def test_an_interrupted_study_goes_on_where_it_stopped(nano, few, tmp_path):
     def stop(done, total, note):
         calls.append(done)
         if done >= 2: raise KeyboardInterrupt
+    def sweeper(): return lambda group: study_module.run_experiments(nano, group, progress=False)
     pairs = study_module.load_battery(few)
     result = study_module.triage(nano, pairs)
     with pytest.raises(KeyboardInterrupt):
-        study_module.sweep_missing(nano, result.golden("C"), tmp_path, at_once=2, advance=stop)
+        study_module.sweep_missing(result.golden("C"), tmp_path, sweeper, at_once=2, advance=stop)
     assert len(list((tmp_path / "pairs").glob("*.parquet"))) == 2 and calls == [0, 2]
-    assert study_module.sweep_missing(nano, result.golden("C"), tmp_path, at_once=2) == len(pairs) - 2
+    assert study_module.sweep_missing(result.golden("C"), tmp_path, sweeper, at_once=2) == len(pairs) - 2
+    assert study_module.sweep_missing(result.golden("C"), tmp_path, None) == 0, "with nothing to do no model is built"
 
 
 def test_another_model_or_battery_is_refused_and_nothing_is_touched(nano, few, tmp_path):
@@ -97,3 +99,27 @@ def test_a_study_is_repeatable_and_independent_of_memory(nano, few, tmp_path):
     two = run_study(nano, battery=few, out=tmp_path / "two", max_rows=7)
     a, b = (pd.read_parquet(f / "effects.parquet") for f in (one, two))
     pd.testing.assert_frame_equal(a, b, atol=1e-4, rtol=0)
+
+
+def test_the_controls_are_swept_once_and_can_be_left_out(nano, few, tmp_path, monkeypatch):
+    folder = run_study(nano, battery=few, out=tmp_path / "run")
+    controls = open_run(folder).controls
+    assert set(controls.control) == {"unrelated", "shuffled", "untrained"}
+    monkeypatch.setattr("bizzaroworld.controls.sweep", None)  # nothing may be swept any more
+    run_study(nano, battery=few, out=folder)
+    pd.testing.assert_frame_equal(open_run(folder).controls, controls)
+    bare = open_run(run_study(nano, battery=few, out=tmp_path / "bare", controls=()))
+    with pytest.raises(RunError, match="holds no controls"): bare.controls
+
+
+def test_the_paper_reads_the_run_that_the_environment_names(nano, few, tmp_path, monkeypatch):
+    for name in ("BIZZARO_RUN", "BIZZARO_MODEL"): monkeypatch.delenv(name, raising=False)
+    assert study_module.paper_run().model_name == "bizzaro-nano"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study_module, "run_study", lambda model, out: run_study(nano, battery=few, out=out, controls=()))
+    monkeypatch.setenv("BIZZARO_MODEL", "some/model")
+    assert study_module.paper_run().folder == Path("runs/model")
+    monkeypatch.setattr(study_module, "run_study", None)
+    assert len(study_module.paper_run().triage) == len(json.loads(few.read_text())), "a finished study is not run again"
+    monkeypatch.setenv("BIZZARO_RUN", "bizzaro-nano-local")
+    assert study_module.paper_run().model_name == "bizzaro-nano-local"
