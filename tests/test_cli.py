@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from bizzaroworld import __version__, cli
+from bizzaroworld import __version__, cli, console
 
-COMMANDS = ["study", "triage", "audit", "models"]
+COMMANDS = ["study", "triage", "audit", "models", "claims", "compare", "report", "view"]
 
 
 def run(*args: str):
@@ -68,26 +68,36 @@ def test_study_passes_every_option_on_and_prints_the_closing_lines(stand_in, tmp
     battery = tmp_path / "mine.json"
     battery.write_text("[]")
     done = run("study", "--model", "google/gemma-2b", "--battery", str(battery), "--out", str(tmp_path / "run"),
-               "--device", "cpu", "--dtype", "bfloat16", "--revision", "main", "--direction", "denoising", "--rows", "7")
+               "--device", "cpu", "--dtype", "bfloat16", "--revision", "main", "--direction", "denoising", "--rows", "7", "--controls", "none", "--no-report")
     assert done.exit_code == 0, done.output
     (name, options), = calls
     assert callable(options.pop("progress"))
     assert (name, options) == ("google/gemma-2b", dict(
         battery=battery, out=tmp_path / "run", device="cpu", dtype="bfloat16", revision="main", direction="denoising",
-        max_rows=7))
+        controls=(), max_rows=7))
     assert done.stdout.splitlines() == ["60 pairs swept", f"Files: {tmp_path / 'run'}"]
     assert done.stderr == "", "no progress bar where there is no terminal"
 
 
 def test_study_defaults(stand_in):
-    calls = []
+    calls, reports = [], []
     stand_in("study", **fake_study(calls))
+    stand_in("report", write_report=lambda run, out, progress: reports.append((run, out)))
     assert run("study").exit_code == 0
     assert run("study", "-m", "google/gemma-2b").exit_code == 0
     (name, options), (_, other) = calls
     assert name == "bizzaro-nano"
-    assert (options["dtype"], options["direction"], options["max_rows"]) == ("float32", "noising", None)
+    assert (options["dtype"], options["direction"], options["max_rows"], options["controls"]) == ("float32", "noising", 1024, None)
     assert other["out"] is None, "the library chooses the folder"
+    assert reports == 2 * [("runs/default", None)], "the paper about the run, in the run folder"
+
+
+def test_a_report_that_fails_is_told_after_the_results(stand_in):
+    def write_report(*args, **options): raise OSError("no kernel")
+    stand_in("study", **fake_study([]))
+    stand_in("report", write_report=write_report)
+    done = run("study")
+    assert done.exit_code == 1 and "60 pairs swept" in done.stdout and "no kernel" in done.stderr
 
 
 @pytest.mark.parametrize("args", [
@@ -192,13 +202,46 @@ def test_models_reads_configs_and_weight_headers(stand_in, monkeypatch, tmp_path
 
 
 def test_the_embedded_models_are_listed():
-    assert {row[0] for row in cli.embedded()} == {"bizzaro-nano", "bizzaro-nano-local"}
+    assert {row[0] for row in cli.embedded()} == {"bizzaro-nano", "bizzaro-nano-local", "bizzaro-micro"}
 
 
 def test_a_wide_table_keeps_its_words(capsys):
-    cli.print_table(["a", "n"], [("[not markup] nan", 1.5), ("x", float("nan"))])
+    console.print_table(["a", "n"], [("[not markup] nan", 1.5), ("x", float("nan"))])
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("[not markup] nan") and lines[1].endswith("1.50") and lines[2].strip() == "x"
+
+
+def test_claims_prints_verdicts_and_writes_the_table(tmp_path):
+    out = tmp_path / "claims.csv"
+    done = run("claims", "bizzaro-nano", "--out", str(out))
+    assert done.exit_code == 0, done.output
+    table = pd.read_csv(out)
+    assert len(table) >= 10 and {"replicates", "does not", "cannot be tested here"} >= set(table.verdict)
+    assert all(verdict in done.stdout for verdict in table.verdict.unique())
+    scales = run("claims", "bizzaro-nano", "bizzaro-micro")
+    assert scales.exit_code == 0 and scales.stdout != done.stdout, "a second run lets more be tested"
+
+
+def test_compare_names_the_runs_and_writes_figures(tmp_path):
+    done = run("compare", "bizzaro-nano", "bizzaro-nano-local", "--out", str(tmp_path / "both"))
+    assert done.exit_code == 0, done.output
+    assert "bizzaro-nano-local" in done.stdout and list((tmp_path / "both").glob("*.png"))
+    assert run("compare", "bizzaro-nano").exit_code == 2
+
+
+def test_view_writes_the_page_and_opens_it(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    page = tmp_path / "page.html"
+    assert run("view", "bizzaro-nano", "--out", str(page), "--no-open").exit_code == 0
+    assert page.read_text().lstrip().lower().startswith("<!doctype html") and not opened
+    assert run("view", "bizzaro-nano", "--out", str(page)).exit_code == 0 and opened == [page.resolve().as_uri()]
+
+
+@pytest.mark.parametrize("command", ["claims", "compare", "report", "view"])
+def test_a_folder_that_is_no_run_is_bad_input(command, tmp_path):
+    done = run(command, str(tmp_path), *([str(tmp_path)] if command == "compare" else []))
+    assert done.exit_code == 2 and "no run.json" in done.stderr and "bizzaro-nano" in done.stderr
 
 
 def test_audit_of_an_embedded_model():

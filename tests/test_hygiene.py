@@ -14,9 +14,9 @@ NOTEBOOKS = sorted(p for p in (REPO / "nbs").rglob("*.ipynb") if ".ipynb_checkpo
 MODULES = sorted(p for p in (REPO / "bizzaroworld").glob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
 # One way, no back and forth: a module imports only from those before it.
 FLOW = ("files pairs facts corpus hooked models training nano tokens micro triage interventions metrics passes engine values sweep traces "
-        "experiments controls runs estimates analysis profiles summary compare claims style captions figures spreads scales plates explorer "
-        "choices views widgets study pages paper report console cli").split()
-TORCHLESS = {"pairs", "facts", "cli"}
+        "experiments controls runs estimates analysis profiles summary compare published measures statements claims style captions figures "
+        "spreads scales plates explorer choices views widgets study paper pages report console cli").split()
+TORCHLESS = {"pairs", "facts", "console", "cli"}
 HEAVY = {"torch", "transformers", "transformer_lens"}
 PLACES = "|".join(map(re.escape, sorted({str(REPO.parent), str(Path.home())} - {"/"})))
 MACHINE_PATH = re.compile(rf"(?<![\w.:/-])(?:{PLACES}|/(?:root|home|tmp|var|mnt|opt|usr|Users|private))/[\w.-]+")

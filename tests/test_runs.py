@@ -1,11 +1,12 @@
 """Run folders: nothing half-written, nothing mixed up, nothing done twice."""
 import json
+from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from bizzaroworld.files import replacing, write_json, write_table
-from bizzaroworld.runs import RunError, claim, is_done, open_run, pair_file, read_info
+from bizzaroworld.runs import Run, RunError, claim, is_done, open_run, output, pair_file, read_info, shipped_runs
 
 INFO = {"model": {"name": "m", "weights_sha256": "aa"}, "battery_sha256": "bb", "options": {"direction": "noising"},
         "versions": {"pandas": "1"}}
@@ -83,3 +84,9 @@ def test_selecting_an_experiment_and_a_mode(tmp_path):
     assert got.pair_id.tolist() == ["p0", "p1"] and got.total_swing.tolist() == [9, 8] and set(got.metric) == {"ld"}
     with pytest.raises(RunError, match="no experiment '4', only 1, 3"): run.select("4")
     with pytest.raises(RunError, match="mode 'D'"): run.pairs("D")
+
+
+def test_nothing_is_written_into_the_package(tmp_path):
+    made = Run(tmp_path / "mine", {})
+    assert output(made, "report.html") == tmp_path / "mine" / "report.html"
+    for name in shipped_runs(): assert output(open_run(name), "page.html") == Path(f"{Path(name).name}-page.html")

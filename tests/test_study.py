@@ -1,6 +1,7 @@
 """The study end to end on the embedded models: complete, resumable, and able to tell two circuits apart."""
 import dataclasses
 import json
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -46,11 +47,11 @@ def test_effects_agree_with_the_triage(whole):
     assert (merged.corrupt - merged.ld_corrupt).abs().max() < 1e-4
 
 
-def test_the_summary_is_json_and_the_lines_are_five(whole):
+def test_the_summary_is_json_and_the_lines_are_six(whole):
     summary = json.loads((whole / "summary.json").read_text())
     assert "NaN" not in (whole / "summary.json").read_text() and summary
     lines = closing_lines(whole)
-    assert lines.index("") == 5 and any("effects.parquet" in line for line in lines)
+    assert lines.index("") == 6 and any("effects.parquet" in line for line in lines)
     assert list((whole / "figures").glob("*.png"))
 
 
