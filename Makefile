@@ -12,10 +12,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 export TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help study test quick notebooks bench docs clean
+.PHONY: help study test test-browser quick notebooks bench docs clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 study: $(VENV)/.installed  ## install, then run the whole study on the embedded model (MODEL=, OUT=)
 	$(BIN)/bizzaroworld study --model $(MODEL) --out $(OUT)
@@ -24,7 +24,11 @@ test: $(VENV)/.installed-dev  ## install with the development requirements, then
 	BIN=$(BIN) .ci/check
 
 quick: $(VENV)/.installed-dev  ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not browser"
+
+test-browser: $(VENV)/.installed-browser  ## the pages and widgets in a real Chromium and JupyterLab (installs Chromium where it is missing)
+	.ci/chromium
+	BROWSER_REQUIRED=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m browser tests/browser
 
 notebooks: $(VENV)/.installed-dev  ## export, re-execute and clean the committed notebooks, write README.md
 	$(BIN)/nbdev_export
@@ -53,3 +57,7 @@ $(VENV)/.installed: settings.ini setup.py constraints.txt | $(BIN)/python
 $(VENV)/.installed-dev: settings.ini setup.py constraints.txt | $(BIN)/python
 	$(INSTALL) -e '.[dev]'
 	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-browser: settings.ini setup.py constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[dev,browser]'
+	@touch $(VENV)/.installed $(VENV)/.installed-dev $@

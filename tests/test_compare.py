@@ -98,7 +98,6 @@ def test_drift_and_models(two):
     assert rows.loc["large"].tolist() == [5, 2, 1, 5, "length_differs 2"]
     rows = model_table(two).set_index("run")
     assert rows.loc["large", ["layers", "heads", "ranked", "known", "dropped", "replaced"]].tolist() == [12, 2, 5, 4, 2, 1]
-    assert rows.parameters.isna().all()
 
 
 def test_curves_share_their_depths_and_keep_what_was_measured(two):
