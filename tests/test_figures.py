@@ -194,7 +194,7 @@ def test_pairs_without_a_layer_are_seen():
     first, second = figure.axes
     assert bars(first) == {**{l: 0 for l in range(8)}, 2: 2, 3: 1, -1.5: 1, 8.5: 2}
     assert [bool(b.get_hatch()) for b in first.patches] == [False] * 8 + [True] * 2
-    assert [t.get_text() for t in first.get_legend().get_texts()] == ["from the start (1)", "never (2)"]
+    assert first.get_xlabel() == "Release layer\nhatched: from the start (1)\nnever (2)" and second.get_xlabel() == "Release layer\nhatched: never (6)"
     assert "(3 of 6)" in first.get_title() and "not defined (0 of 6)" in second.get_title() and not second.lines
     assert first.get_xlim()[0] < -1.9 and first.get_xlim()[1] > 8.9
     fits(figure)
@@ -288,6 +288,7 @@ def test_drift_adds_up_to_the_battery():
     assert widths.tolist() == [[60, 50, 38], [0, 6, 20], [0, 4, 2]] and (widths.sum(0) == 60).all()
     starts = np.array([b.get_x() for b in ax.patches]).reshape(3, 3)
     np.testing.assert_array_equal(starts, widths.cumsum(0) - widths)
+    assert [bool(b.get_linewidth()) for b in ax.patches] == [True] * 3 + [False] + [True] * 2 + [False] + [True] * 2, "a bar of no width has no edge"
     assert legend_texts(figure) == list(DRIFT) and [t.get_text() for t in ax.texts if t.get_text()] == ["60", "50", "38", "6", "20", "4", "2"]
     assert [t.get_text() for t in ax.get_yticklabels()] == summary.tokenizer.tolist()
     fits(figure)

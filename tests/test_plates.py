@@ -7,15 +7,18 @@ import numpy as np
 import pandas as pd
 import pytest
 from drawn import add_controls, clipped, legend_texts, lines, make, overlapping, smallest
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
+from planted import planted_run, steps
 
-from bizzaroworld.analysis import correlations, crossing, curve, effect_matrix, pearson, release_layer, worst_layer
+from bizzaroworld.analysis import AnalysisError, correlations, crossing, curve, effect_matrix, pearson, release_layer, worst_layer
 from bizzaroworld.captions import CAPTIONS, about, caption, curve_words, layer_words
 from bizzaroworld.compare import compare, seed_spread
-from bizzaroworld.plates import (MAKERS, comparison_plates, pair_points, plate, plates, relation, save_figures, seed_plate,
-                                 write_plates)
+from bizzaroworld.plates import (MAKERS, comparison_plates, pair_points, plate, plates, relation, save_comparison, save_figures,
+                                 seed_plate, write_plates)
 from bizzaroworld.runs import RunError, open_run
+from bizzaroworld.style import SITE_COLORS
 
 NAMES = ["triage", "residual", "crossing", "controls", "sites", "heads", "head_frequency", "worst", "release", "confidence", "swing",
          "release_damage", "pairs", "categories"]
@@ -50,8 +53,27 @@ def test_an_unknown_figure_is_refused_with_the_names_that_exist(run):
     with pytest.raises(RunError, match="no figure 'curves': use one of triage, residual"): plate(run, "curves")
 
 
-def test_one_pair_has_all_figures(tmp_path):
-    assert [p.name for p in plates(make(tmp_path, n=1))] == ALWAYS
+def never_released(folder):
+    """A run whose entity token matters as much in the last layer as in the first."""
+    return planted_run(folder, np.full((5, 8), 0.8), final=steps([0] * 5, after=0.8))
+
+
+@pytest.mark.parametrize("made", [lambda f: make(f, n=1), never_released, lambda f: make(f, n=3, n_layers=48, heads=16)],
+                         ids=["one pair", "no release", "48 layers"])
+def test_unusual_runs_have_all_figures_and_whole_texts(tmp_path, made):
+    found = plates(made(tmp_path))
+    assert [p.name for p in found] == ALWAYS
+    for p in found:
+        for text in (p.caption, p.alt): assert len(text) > 60 and not re.search(r"\bnan\b|None|NaN|inf\b|<NA>", text), p.name
+        assert clipped(p.figure) == [] and overlapping(p.figure) == [], p.name
+
+
+def test_without_a_release_every_pair_is_a_hatched_bar(tmp_path):
+    shown = plate(never_released(tmp_path), "release")
+    for ax in shown.figure.axes:
+        assert [b.get_height() for b in ax.patches if b.get_hatch()] == [5] and "never (5)" in ax.get_xlabel()
+        assert sum(b.get_height() for b in ax.patches if not b.get_hatch()) == 0 and "not defined (0 of 5)" in ax.get_title()
+    assert shown.alt.count("never 5") == 2
 
 
 def test_pairs_without_any_swing_have_all_figures_but_fractions_by_category(tmp_path):
@@ -109,13 +131,40 @@ def test_figures_show_the_right_experiments(run, found):
     assert found["confidence"].figure.axes[0].get_title() == f"r = {correlations(run)['ld_clean']['pearson']:.2f}\nn = 20 pairs"
 
 
+def test_a_site_has_its_color_in_every_figure(found):
+    seen = {}
+    for p in found.values():
+        for ax in p.figure.axes:
+            for label, drawn in lines(ax).items():
+                if not hasattr(drawn, "get_color") or p.name in ("controls", "triage"): continue
+                site = label if label in SITE_COLORS else "resid_pre" if "token" in label or p.name == "categories" else None
+                if site: seen.setdefault(site, []).append((p.name, to_hex(drawn.get_color()).upper()))
+    assert set(seen) == set(SITE_COLORS) - {"z"} and {name for name, _ in seen["resid_pre"]} == {"residual", "crossing", "sites", "pairs", "categories"}
+    for site, drawn in seen.items(): assert {color for _, color in drawn} == {SITE_COLORS[site]}, site
+    bars = {name: {to_hex(b.get_facecolor()).upper() for ax in found[name].figure.axes for b in ax.patches if not b.get_hatch()}
+            for name in ("head_frequency", "worst", "release")}
+    assert bars == {"head_frequency": {SITE_COLORS["z"]}, "worst": {SITE_COLORS["resid_pre"]}, "release": {SITE_COLORS["resid_pre"]}}
+
+
+def test_maps_are_centered_on_zero(found):
+    norms = [image.norm for p in found.values() for ax in p.figure.axes for image in ax.images]
+    assert len(norms) == 2 and all(n.vcenter == 0 and n.vmin == -n.vmax and n(0) == 0.5 for n in norms)
+
+
+@pytest.mark.parametrize("name, per_panel", [("residual", 2), ("crossing", 2), ("controls", 4), ("sites", 5), ("categories", 1), ("worst", 1),
+                                             ("release", 1), ("head_frequency", 1)])
+def test_intervals_are_drawn(found, name, per_panel):
+    for ax in found[name].figure.axes:
+        drawn = [c.get_paths() for c in ax.collections]
+        assert len(drawn) == per_panel and all(np.ptp(path.vertices) > 0 for paths in drawn for path in paths)
+
+
 # --- how it looks ---------------------------------------------------------------------------------------------------
 
 def test_no_text_is_clipped_or_covered_in_the_figures_of_a_small_run(found):
     for p in found.values(): assert clipped(p.figure) == [] and overlapping(p.figure) == [] and smallest(p.figure) > 5, p.name
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("shape", [dict(n=60, n_layers=18, heads=8), dict(n=6, n_layers=48, heads=16, direction="denoising")],
                          ids=["18 layers", "48 layers"])
 def test_no_text_is_clipped_or_covered_and_letters_are_large(tmp_path, shape):
@@ -251,3 +300,21 @@ def test_trainings_have_a_figure_of_their_spread(tmp_path):
     assert "trained 2 times" in found.caption and "nano-s1 (n = 7 of 7 pairs)" in found.caption and len(found.figure.axes) == 2
     low, high = sorted(crossing(run).value / 8 for run in runs)
     assert f"from {low:.2f} to {high:.2f}" in found.alt and clipped(found.figure) == [] and overlapping(found.figure) == []
+
+
+def test_a_comparison_is_written_with_its_tables(two, beside, tmp_path):
+    paths = save_comparison(two, tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*(p.name for p in paths), "captions.json"])
+    tables = ["models", "curves", "crossings", "heads", "pairs", "drift", "quantities", "differences"]
+    assert [p.name for p in paths] == [*(f"{name}.csv" for name in tables), *(f"{name}.png" for name in beside)]
+    found = compare(two)
+    for name in tables:
+        written, table = pd.read_csv(tmp_path / "out" / f"{name}.csv"), getattr(found, name)
+        assert list(written.columns) == list(table.columns) and len(written) == len(table), name
+        for column in written.select_dtypes("float"): np.testing.assert_array_equal(written[column], table[column].to_numpy(float, na_value=np.nan))
+
+
+def test_nothing_is_written_of_runs_that_do_not_compare(two, tmp_path):
+    other = named(tmp_path / "d", "third", n=12, direction="denoising")
+    with pytest.raises(AnalysisError, match="different directions"): save_comparison([two[0], other], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

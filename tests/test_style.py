@@ -26,6 +26,11 @@ def test_lines_that_share_a_panel_differ_in_dashes_marker_and_color(looks):
     for what in ("color", "ls", "marker"): assert len({str(look[what]) for look in looks}) == len(looks), what
 
 
+def test_controls_that_coincide_are_both_seen():
+    over, under = CONTROLS["untrained"], CONTROLS["shuffled"]
+    assert list(CONTROLS)[-1] == "untrained" and over["mfc"] == "none" and over["ms"] > STYLE["lines.markersize"] >= under.get("ms", 0)
+
+
 def test_a_color_of_a_site_means_that_site():
     others = {look["color"] for look in RUN_LOOKS} | {c["color"] for name, c in CONTROLS.items() if name != "none"} | {ACCENT}
     assert not others & set(SITE_COLORS.values()) and CONTROLS["none"]["color"] == SITE_COLORS["resid_pre"]
