@@ -113,8 +113,8 @@ def main() -> None:
     options = parser.parse_args()
     found = torch.accelerator.current_accelerator(check_available=True)
     if options.device is None and found is None:
-        raise SystemExit("There is no accelerator here, so nothing is measured. For a trial run on the CPU: "
-                         "--device cpu --layers 4 --width 64 --pairs 4 --out trial.json")
+        return print("There is no accelerator here, so nothing is measured. For a trial run on the CPU: "
+                     "--device cpu --layers 4 --width 64 --pairs 4 --out trial.json")
     options.device = torch.device(options.device or found)
     results = {}
     for name in options.shape or SHAPES:

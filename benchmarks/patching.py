@@ -6,6 +6,11 @@ batched invokes (with_nnsight.py), a process in its own environment, left out wh
 Their numbers must agree within 1e-4 before any time is printed. Each round times all of them, so that a slow moment of
 the machine hits all; the ratio is taken within rounds, and its median, smallest and largest value are reported. Beside
 the times stands the floor: what the sweep cannot avoid (floor.py).
+
+A time is taken over at least half a second. Wall time is taken on all cores, up to `--tries` times, until other
+programs used less than a twentieth of the machine meanwhile; how much they used in the try that counts is in the record.
+Where that does not happen, `--clock processor` counts the processor's time for each contestant on one thread: waiting for
+other programs does not count, though they still take their part of the caches and of the memory's bandwidth.
 """
 import argparse
 import json
@@ -20,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
+import psutil
 import torch
 from floor import floor, machine
 from rich.console import Console
@@ -37,6 +43,7 @@ from bizzaroworld.sweep import sweep
 from bizzaroworld.tokens import TokenPair, align
 
 TOLERANCE = 1e-4
+QUIET = 0.05  # of all cores, used by other programs
 HERE = Path(__file__).resolve().parent
 OUT = HERE.parent / "data" / "benchmarks"
 NNSIGHT = HERE.parent / ".venv-nnsight"
@@ -125,6 +132,15 @@ def by_plain_loop(model, pair, interventions) -> list[float]:
     return out
 
 
+def nnsight_version() -> str | None:
+    """The version in nnsight's environment; None if the environment is not there, or not whole."""
+    python = NNSIGHT / "bin" / "python"
+    if not python.exists(): return None
+    asked = [python, "-c", "from importlib.metadata import version; print(version('nnsight'))"]
+    done = subprocess.run(asked, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
 @contextmanager
 def nnsight(folder: Path):
     """A contestant in another process, which has loaded a model folder; its time includes the pipe's fraction of a millisecond."""
@@ -153,7 +169,7 @@ def contestants(subject: str):
     """Who takes part, by name; nnsight gets the same weights in a folder."""
     found = {"sweep": by_sweep, "transformer_lens": by_transformer_lens, "plain_loop": by_plain_loop}
     with ExitStack() as stack:
-        if NNSIGHT.is_dir():
+        if nnsight_version():
             folder = embedded_models().get(subject)
             if folder is None:
                 folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -162,31 +178,59 @@ def contestants(subject: str):
         yield found
 
 
-def race(running: dict, model, pair, interventions, rounds: int) -> dict:
+def used() -> tuple[float, float, float]:
+    """Seconds: on the clock, of the processors by this program and those it started, and of the processors by all."""
+    parts = psutil.cpu_times()
+    children = [c.cpu_times() for c in psutil.Process().children(recursive=True)]
+    own = time.process_time() + sum(c.user + c.system for c in children)
+    return time.perf_counter(), own, sum(parts) - parts.idle - getattr(parts, "iowait", 0.0)
+
+
+def timed(run, clock: str, tries: int) -> tuple[list[float], float, float]:
+    """What `run` returns, its seconds, and the share of the machine that other programs had; the quietest of the tries."""
+    best = None
+    for _ in range(tries):
+        before, repeats = used(), 0
+        while not repeats or time.perf_counter() - before[0] < 0.5: values, repeats = run(), repeats + 1
+        wall, own, everyone = (b - a for a, b in zip(before, used()))
+        others = max(0.0, everyone - own) / (wall * os.cpu_count())
+        if best is None or others < best[2]: best = values, (wall if clock == "wall" else own) / repeats, others
+        if others < QUIET or clock == "processor": break
+    return best
+
+
+def check_equal(values: dict[str, list[float]]) -> float:
+    """The largest difference between the sweep and another contestant; ends the program if it is too large."""
+    gap = max(abs(a - b) for theirs in values.values() for a, b in zip(theirs, values["sweep"], strict=True))
+    if not gap < TOLERANCE: raise SystemExit(f"The contestants disagree by {gap:.1e}: no time means anything.")
+    return gap
+
+
+def race(running: dict, model, pair, interventions, options) -> dict:
     """Times and ratios of one task, after a check that all contestants agree."""
-    values, seconds = {}, {name: [] for name in running}
+    values, seconds, others = {}, {name: [] for name in running}, 0.0
     for contestant in running.values(): contestant(model, pair, interventions[:2])
     by_sweep(model, pair, interventions)
-    for _ in range(rounds):
+    for _ in range(options.rounds):
         for name, contestant in running.items():
-            start = time.perf_counter()
-            values[name] = contestant(model, pair, interventions)
-            seconds[name].append(time.perf_counter() - start)
-    gap = max(abs(a - b) for name in values for a, b in zip(values[name], values["sweep"]))
-    if not gap < TOLERANCE: raise SystemExit(f"The contestants disagree by {gap:.1e}: no time means anything.")
+            values[name], took, busy = timed(lambda: contestant(model, pair, interventions), options.clock, options.tries)
+            seconds[name].append(took)
+            others = max(others, busy)
+    gap = check_equal(values)
     ratios = {name: [s / ours for s, ours in zip(seconds[name], seconds["sweep"])] for name in running if name != "sweep"}
     spread = lambda x: {"median": round(statistics.median(x), 4), "min": round(min(x), 4), "max": round(max(x), 4)}
-    return {"interventions": len(interventions), "largest_difference": float(f"{gap:.1e}"),
+    return {"interventions": len(interventions), "largest_difference": float(f"{gap:.1e}"), "other_programs": round(others, 2),
             "seconds": {n: spread(s) for n, s in seconds.items()}, "times_faster_than": {n: spread(r) for n, r in ratios.items()}}
 
 
-def tested(subject: str, model, pair, rounds: int, only: str) -> dict:
+def tested(subject: str, model, pair, options) -> dict:
     """The tasks of a subject, with their bars and floors."""
     can, results = machine(model), {}
     with contestants(subject) as running:
         for task, interventions in tasks(model, pair).items():
-            if only not in f"{subject}: {task}": continue
-            done = race(running, model, pair, interventions, rounds)
+            if options.only not in f"{subject}: {task}": continue
+            done = race(running, model, pair, interventions, options)
+            print(f"{subject}, {task}: done", flush=True)
             bar = 10 if subject == NANO else BARS[subject].get(task)
             results[task] = done | {"bar": bar, "floor": floor(model, [pair], interventions, done["seconds"]["sweep"]["median"], can)}
     return {"machine": {k: float(f"{v:.3g}") for k, v in can.items()}, "tasks": results}
@@ -217,19 +261,21 @@ def show(results: dict) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="how often each contestant runs each task")
-    parser.add_argument("--out", type=Path, default=OUT / "patching-cpu.json", help="where the results go")
+    parser.add_argument("--tries", type=int, default=5, help="how often a time is taken at most, for a quiet moment")
+    parser.add_argument("--clock", choices=("wall", "processor"), default="wall", help="wall time on all cores, or processor time on one")
+    parser.add_argument("--out", type=Path, help="where the results go, unless into data/benchmarks")
     parser.add_argument("--only", default="", help="only tasks with this in 'model: task'; use another --out then")
     options = parser.parse_args()
+    if options.clock == "processor": torch.set_num_threads(1)
     console = Console(width=170)
     versions = {p: version(p) for p in ("torch", "transformers", "transformer-lens")}
-    if NNSIGHT.is_dir():
-        asked = "from importlib.metadata import version; print(version('nnsight'))"
-        versions["nnsight"] = subprocess.run([NNSIGHT / "bin" / "python", "-c", asked], capture_output=True, text=True, check=True).stdout.strip()
-    else: console.print(f"nnsight is left out: there is no environment {NNSIGHT.name} (`make bench` makes it).")
-    results = {name: tested(name, model, pair, options.rounds, options.only) for name, (model, pair) in subjects().items()
+    if nnsight_version(): versions["nnsight"] = nnsight_version()
+    else: console.print(f"nnsight is left out: there is no environment {NNSIGHT.name} with it (`make bench` makes one).")
+    results = {name: tested(name, model, pair, options) for name, (model, pair) in subjects().items()
                if name.startswith(options.only.partition(":")[0])}
-    write_json(options.out, {"command": f"python benchmarks/patching.py --rounds {options.rounds}", "hardware": hardware(),
-                             "versions": versions, "results": results})
+    command = f"python benchmarks/patching.py --rounds {options.rounds}" + (" --clock processor" if options.clock == "processor" else "")
+    out = options.out or OUT / ("patching-cpu.json" if options.clock == "wall" else "patching-processor.json")
+    write_json(out, {"command": command, "clock": options.clock, "hardware": hardware(), "versions": versions, "results": results})
     console.print(show(results))
 
 

@@ -1,6 +1,7 @@
 """How the time and memory of a sweep grow: with layers, prompt length, interventions and pairs.
 
-Each setting runs in a process of its own, so that its peak memory is its own. Beside the time stands the number of
+Each setting runs in a process of its own, so that its peak memory is its own. Time is the processor's, on one thread:
+waiting for other programs does not count. Beside the time stands the number of
 token-layers that the sweep cannot avoid: for each row, the positions it runs times the blocks from its first edit on,
 plus two whole runs of each pair. If nothing else cost anything, time would be proportional to it.
 """
@@ -25,7 +26,7 @@ from bizzaroworld.interventions import grid
 from bizzaroworld.models import load_model
 from bizzaroworld.pairs import PromptPair
 from bizzaroworld.passes import rows_of
-from bizzaroworld.sweep import sweep
+from bizzaroworld.sweep import _same_as, sweep
 from bizzaroworld.tokens import TokenPair
 
 USUAL = {"layers": 18, "length": 16, "interventions": 200, "pairs": 2}
@@ -60,20 +61,22 @@ def token_layers(model, pairs, interventions) -> int:
 def measure(s: dict) -> dict:
     """Time and memory of one setting; interventions are taken evenly from everything that can be patched at any position."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     model = load_model(GemmaForCausalLM(GemmaConfig(
         vocab_size=4096, hidden_size=256, intermediate_size=1024, num_hidden_layers=s["layers"], num_attention_heads=4,
         num_key_value_heads=1, head_dim=64)))
     pairs = random_pairs(s["pairs"], s["length"])
-    sites = [site for site in model.sites if site != "resid_post"]  # another name for the next resid_pre
-    everything = [i for source in ("donor", "zero") for i in grid(model, sites, range(s["length"]), source=source)]
+    # A state of the stream has several names; each intervention is taken once.
+    everything = list(dict.fromkeys(_same_as(model, i) for source in ("donor", "zero")
+                                    for i in grid(model, model.sites, range(s["length"]), source=source)))
     step = max(1, len(everything) // s["interventions"])
     interventions = list(islice(everything, 0, None, step))[:s["interventions"]]
     sweep(model, pairs[:1], interventions[:10], progress=False)
     before, seconds = psutil.Process().memory_info().rss, []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         sweep(model, pairs, interventions, progress=False)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {**s, "interventions": len(interventions), "seconds": round(statistics.median(seconds), 3),
             "peak_mib": round((peak - before) / 2**20), "token_layers": token_layers(model, pairs, interventions)}
@@ -90,7 +93,7 @@ def main() -> None:
         done = subprocess.run([sys.executable, __file__, "--one", json.dumps(s)], capture_output=True, text=True, check=True)
         results.append(json.loads(done.stdout.splitlines()[-1]))
         print(results[-1], flush=True)
-    write_json(options.out, {"command": "python benchmarks/scaling.py", "hardware": hardware(), "results": results,
+    write_json(options.out, {"command": "python benchmarks/scaling.py", "hardware": hardware() | {"threads": 1}, "results": results,
                              "versions": {p: version(p) for p in ("torch", "transformers", "transformer-lens")}})
 
 

@@ -1,5 +1,6 @@
 """The shipped checkpoints: what they know, what they are, and that the loop that made them can be repeated."""
 import dataclasses
+import hashlib
 import json
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 
 from bizzaroworld.corpus import generate, held_out, split
 from bizzaroworld.facts import load_facts
+from bizzaroworld.models import embedded_models
 from bizzaroworld.nano import RECIPES, load_shipped, measure, model_card, thin
-from bizzaroworld.pairs import data_path, load_battery, load_spares
+from bizzaroworld.pairs import battery_sha256, data_path, load_battery, load_spares
+from bizzaroworld.runs import open_run, shipped_runs
 from bizzaroworld.training import (TrainingOptions, batches, build_model, build_tokenizer, collate, encode, evaluate_pairs,
                                    local_attention, local_mask, recalled, single_words, step_loss, train)
 
@@ -126,6 +129,39 @@ def test_entities_and_targets_are_single_tokens_in_context(shipped, pairs):
         assert sum(a != b for a, b in zip(clean, corrupt, strict=True)) == 1, pair.id
     others = {" " + f.entity for f in load_facts().facts} - set(single_words(pairs))
     assert sum(len(tokenizer.tokenize(e)) > 1 for e in others) > len(others) / 2
+
+
+# The runs that ship: of these weights and this battery, and of further seeds.
+
+@pytest.mark.parametrize("name", embedded_models())
+def test_the_shipped_run_is_of_the_shipped_weights(name):
+    info = open_run(name).info
+    weights = (embedded_models()[name] / "model.safetensors").read_bytes()
+    assert info["model"]["name"] == name and info["model"]["embedded"]
+    assert info["model"]["weights_sha256"] == hashlib.sha256(weights).hexdigest()
+
+
+@pytest.mark.parametrize("name", shipped_runs())
+def test_a_shipped_run_is_of_the_shipped_pairs(name):
+    run = open_run(name)
+    assert run.info["battery_sha256"] == battery_sha256(load_battery())
+    assert run.info["options"]["spares_sha256"] == battery_sha256(load_spares())
+    pairs = {pair.id for pair in load_battery() + load_spares()}
+    assert set(run.pairs()) == set(run.effects.pair_id) == set(run.controls.pair_id) and set(run.pairs()) <= pairs
+    assert run.model_name == name.split("/")[-1]  # neither a path nor another model's run
+
+
+def test_further_seeds_are_other_trainings_of_a_shipped_recipe():
+    seeds = [open_run(name) for name in shipped_runs() if name.startswith("seeds/")]
+    assert seeds
+    for run in seeds:
+        recipe, seed = run.model_name.rsplit("-s", 1)
+        assert int(seed) != RECIPES[recipe].seed
+        shipped = open_run(recipe).info["model"]
+        same = {key: value for key, value in run.info["model"].items() if key not in ("name", "embedded", "weights_sha256")}
+        assert same == {key: shipped[key] for key in same}
+    weights = [open_run(name).info["model"]["weights_sha256"] for name in shipped_runs()]
+    assert len(set(weights)) == len(weights)
 
 
 # The loop, on a model small enough for a test.

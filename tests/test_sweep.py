@@ -145,6 +145,7 @@ def test_patching_everything_gives_the_donor_run(gemma, seed, length):
 def test_the_stream_is_one_stream(name):
     """An MLP sees one position: resid_mid carries all of it to resid_post, which is the next layer's resid_pre."""
     model = tiny_model(name)
+    vars(model)["mid_is_post"] = False  # else resid_mid would be run under the name of resid_post, and show nothing
     result = sweep(model, [random_pair(7)], grid(model, ["resid_mid", "resid_post", "resid_pre"], "final"))
     mid, post, pre = result.patched[0, :, 0].reshape(3, LAYERS)
     np.testing.assert_allclose(mid, post, atol=1e-5)
@@ -306,18 +307,29 @@ def test_means_are_the_mean_of_the_activations(gemma):
 
 
 @torch.no_grad()
-def test_what_has_two_names_is_run_once(gemma, monkeypatch):
-    """resid_post is run as the next resid_pre, repeats are run once, and the table still has every row asked for."""
+def test_what_has_several_names_is_run_once(gemma, monkeypatch):
+    """resid_mid and resid_post are run as the next resid_pre, repeats once; the table still has every row asked for."""
     ran, real = [], engine._run_pass
     monkeypatch.setattr(engine, "_run_pass", lambda m, b, p, k: ran.extend(p.rows) or real(m, b, p, k))
-    interventions = grid(gemma, ["resid_post", "resid_pre"]) + grid(gemma, ["resid_post"])
-    result = sweep(gemma, [random_pair(1)], interventions)
-    assert len(ran) == LAYERS + 1 and result.patched.shape[1] == 3 * LAYERS
-    two = type(gemma)(gemma.bridge, None, "two", gemma.shape, gemma.readout, gemma.points)
+    interventions = grid(gemma, ["resid_post", "resid_pre", "resid_mid"], "entity") * 2
+    zeros = grid(gemma, ["resid_mid"], "entity", source="zero")
+    result = sweep(gemma, [random_pair(1)], interventions + zeros)
+    assert len(ran) == LAYERS + 1 + LAYERS and result.patched.shape[1] == 7 * LAYERS
+    apart = type(gemma)(gemma.bridge, None, "apart", gemma.shape, gemma.readout, gemma.points)
+    vars(apart)["mid_is_post"] = False
     ran.clear()
-    apart = sweep(two, [random_pair(1)], interventions)
-    assert len(ran) == 2 * LAYERS
-    np.testing.assert_allclose(result.patched, apart.patched, atol=1e-6)
+    np.testing.assert_allclose(sweep(apart, [random_pair(1)], interventions + zeros).patched, result.patched, atol=1e-6)
+    assert len(ran) == 4 * LAYERS
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_whether_the_middle_makes_the_end_is_found_out(name):
+    """Not where there is no resid_mid, and not where an MLP looks at other tokens."""
+    model = tiny_model(name)
+    assert model.mid_is_post == (name != "pythia")
+    mixing = tiny_model(name)
+    mixing.bridge.blocks[1].mlp.original_component.register_forward_hook(lambda mlp, args, out: out + out.mean(1, keepdim=True))
+    assert not mixing.mid_is_post
 
 
 def test_a_study_in_bfloat16_agrees_with_one_in_float32():

@@ -23,6 +23,8 @@ function draw(tag, attributes = {}, ...children) {
   return node;
 }
 
+function nameOf(cell) { return `${cell.layer}|${cell.key}`; }
+
 function text(x, digits, plus = false) {
   if (x === null || x === undefined) return "not defined";
   const shown = x.toFixed(digits).replace(/^-(?=[0.]*$)/, "");
@@ -114,7 +116,7 @@ class Explorer {
   read() {
     if (!this.linked) return;
     const found = new URLSearchParams(location.hash.slice(1));
-    for (const field of FIELDS) if (found.has(field)) this.state[field] = found.get(field);
+    for (const field of FIELDS) this.state[field] = found.get(field) ?? "";
   }
 
   write() {
@@ -221,8 +223,13 @@ class Explorer {
     const unit = s.value === "effect" ? " logits" : " of TotalSwing";
     const where = `Layer ${cell.layer}, ${cell.label} at the ${position} token`;
     if (cell.value === null) return `${where}: not defined${s.pair ? `, TotalSwing is below ${this.data.min_swing} logit` : ""}`;
-    const range = cell.low === null ? "" : `, interval ${text(cell.low, 3)} to ${text(cell.high, 3)}`;
+    const range = cell.low === null ? "" : `, interval ${text(cell.low, this.data.digits)} to ${text(cell.high, this.data.digits)}`;
     return `${where}: ${text(cell.value, this.data.digits, true)}${unit}${range}`;
+  }
+
+  alt(known) {
+    const kind = this.isHeat() ? "Heat map" : this.cells.length > 1 ? `${this.cells.length} curves by layer` : "Curve by layer";
+    return `${kind}. ${this.caption.textContent} Largest: ${this.sentence(this.largest(known))}.`;
   }
 
   showPrompts() {
@@ -254,15 +261,12 @@ class Explorer {
     if (!known.length) this.plot.replaceChildren(make("p", {}, `Not defined: no pair here has a TotalSwing of ${d.min_swing} logit or more.`));
     else if (this.isHeat()) this.drawHeat(known);
     else this.drawCurves(known);
-    const chosen = this.nodes.get(`${s.layer}|${s.series}`) || this.nodes.get(this.largest(known));
+    const chosen = this.nodes.get(`${s.layer}|${s.series}`) || known.length && this.nodes.get(nameOf(this.largest(known)));
     if (chosen) this.pick(chosen.cell); else { this.detail.replaceChildren(); this.write(); }
   }
 
   largest(known) {
-    if (!known.length) return "";
-    const first = known.filter(c => !(c.key in this.data.control_looks));
-    const top = first.reduce((a, b) => Math.abs(b.value) > Math.abs(a.value) ? b : a);
-    return `${top.layer}|${top.key}`;
+    return known.filter(c => !(c.key in this.data.control_looks)).reduce((a, b) => Math.abs(b.value) > Math.abs(a.value) ? b : a);
   }
 
   /* A number to click or to reach with the arrow keys. */
@@ -277,7 +281,7 @@ class Explorer {
       const next = this.beside(cell, ...steps);
       if (next) next.node.focus();
     });
-    this.nodes.set(`${cell.layer}|${cell.key}`, { node, cell });
+    this.nodes.set(nameOf(cell), { node, cell });
     return node;
   }
 
@@ -290,7 +294,7 @@ class Explorer {
 
   drawHeat(known) {
     const { data: d, state: s } = this, most = Math.max(...known.map(c => Math.abs(c.value))) || 1, digits = s.value === "effect" ? 1 : 2;
-    const table = make("table", { class: "heat" }, make("caption", {}, `Heat map, layer by head; layer ${this.cells[0].cells[0].layer} at the bottom`));
+    const table = make("table", { class: "heat", "aria-label": this.alt(known) }, make("caption", {}, `Heat map, layer by head; layer ${this.cells[0].cells[0].layer} at the bottom`));
     const rows = this.cells[0].cells.map((_, i) => {
       const row = make("tr", {}, make("th", { scope: "row" }, "L" + this.cells[0].cells[i].layer));
       for (const series of this.cells) {
@@ -303,7 +307,7 @@ class Explorer {
     });
     const head = make("tr", {}, make("th", { class: "corner", scope: "col" }, ""), ...this.cells.map(x => make("th", { scope: "col" }, x.key)));
     table.append(make("thead", {}, head), make("tbody", {}, ...rows.reverse()));
-    table.style.minWidth = `${2.4 + 2.2 * this.cells.length}rem`;
+    table.style.minWidth = `${2.4 + 2.6 * this.cells.length}rem`;
     const bar = make("span", { class: "bar", style: `background:linear-gradient(90deg,${d.stops.join(",")})` });
     this.plot.replaceChildren(make("div", { class: "scroll" }, table),
       make("div", { class: "scale" }, text(-most, digits), bar, "+" + text(most, digits), ` ${UNITS[s.value]}`));
@@ -318,7 +322,7 @@ class Explorer {
     const pad = 0.06 * (high - low), layers = this.cells[0].cells.map(c => c.layer), last = layers.length - 1;
     const y = v => m.top + (H - m.top - m.bottom) * (high + pad - v) / (high - low + 2 * pad);
     const x = layer => m.left + 8 + (W - m.left - m.right - 16) * (last ? layers.indexOf(layer) / last : 0.5);
-    const svg = draw("svg", { width: W, height: H, viewBox: `0 0 ${W} ${H}`, role: "group", "aria-label": `${this.heading.textContent} ${this.caption.textContent}` });
+    const svg = draw("svg", { width: W, height: H, viewBox: `0 0 ${W} ${H}`, role: "group", "aria-label": this.alt(known) });
     const scale = ticks(low - pad, high + pad);
     for (const v of scale.places) {
       svg.append(draw("line", { x1: m.left, x2: W - m.right, y1: y(v), y2: y(v), stroke: Math.abs(v) < 1e-9 ? "#555" : "#ddd" }));

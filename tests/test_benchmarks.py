@@ -1,0 +1,99 @@
+"""The benchmark programs stop when numbers differ, and their records hold what the page reads and no one's paths."""
+import json
+import re
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import random_pair, tiny_model
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = sorted((ROOT / "data" / "benchmarks").glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """The programs as modules; they lie beside the package, not in it."""
+    if not (ROOT / "benchmarks").is_dir(): pytest.skip("the benchmark programs are not here")
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import floor
+        import gpu
+        import patching
+        yield Namespace(patching=patching, floor=floor, gpu=gpu)
+    finally: sys.path.remove(str(ROOT / "benchmarks"))
+
+
+OPTIONS = Namespace(rounds=1, clock="processor", tries=1, only="")
+
+
+@torch.no_grad()
+def test_contestants_agree_on_every_task(programs):
+    p, model, pair = programs.patching, tiny_model("gemma"), random_pair(1)
+    running = {"sweep": p.by_sweep, "transformer_lens": p.by_transformer_lens, "plain_loop": p.by_plain_loop}
+    for task, interventions in p.tasks(model, pair).items():
+        values = {name: contestant(model, pair, interventions) for name, contestant in running.items()}
+        assert p.check_equal(values) < 1e-5, task
+        assert len({round(v, 4) for v in values["sweep"]}) > 2, task
+
+
+@torch.no_grad()
+def test_no_time_is_given_when_numbers_differ(programs):
+    p, model, pair = programs.patching, tiny_model("gemma"), random_pair(1)
+    interventions = p.tasks(model, pair)["experiment 4"]
+    def wrong(*task): return [v + 0.01 * (i == 3) for i, v in enumerate(p.by_sweep(*task))]
+    with pytest.raises(SystemExit, match="disagree"): p.race({"sweep": p.by_sweep, "plain_loop": wrong}, model, pair, interventions, OPTIONS)
+    def short(*task): return p.by_sweep(*task)[:-1]
+    with pytest.raises(ValueError): p.race({"sweep": p.by_sweep, "plain_loop": short}, model, pair, interventions, OPTIONS)
+
+
+def test_a_time_is_taken_again_until_it_is_quiet(programs, monkeypatch):
+    """Three tries: half of two cores busy with others, all quiet, and one that must not happen."""
+    clock = iter([(0, 0, 0), (1, 1, 2), (1, 1, 2), (3, 3, 4), (9, 9, 9), (9, 9, 9)])
+    monkeypatch.setattr(programs.patching, "used", lambda: next(clock))
+    monkeypatch.setattr(programs.patching.os, "cpu_count", lambda: 2)
+    values, seconds, others = programs.patching.timed(lambda: [1.0], "wall", 5)
+    assert (values, seconds, others) == ([1.0], 2.0, 0.0)
+
+
+def test_operations_are_counted_by_hand(programs):
+    """One pair of 3 tokens, 3 layers: a head written at the last token of layer 1, beside the two whole runs."""
+    from bizzaroworld.interventions import Edit, Intervention
+    model, pair = tiny_model("gemma"), random_pair(1, length=3, entity=(1, 2))
+    d, mlp, inner = 32, 48, 32
+    weights = 2 * d * inner + 2 * 2 * d * 8 + 2 * inner * d + 6 * d * mlp
+    whole = 2 * (3 * weights + 4 * inner * 6) + (3 * 4 * d * 8 + 4 * d * inner + 6 * d * mlp + 4 * inner * 3)
+    head = (2 * inner * d + 6 * d * mlp) + weights + 4 * inner * 3
+    counted = programs.floor.operations(model, [pair], [Intervention((Edit("z", 1, "final", 0),))])
+    assert counted == 2 * whole + head + 4 * d * 3
+
+
+def test_gpu_says_that_nothing_is_measured(programs, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path / "gpu.json")])
+    programs.gpu.main()
+    assert "nothing is measured" in capsys.readouterr().out and not (tmp_path / "gpu.json").exists()
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.name)
+def test_records_say_how_they_came_about(path):
+    record = json.loads(path.read_text())
+    assert {"processor", "cores", "threads", "system"} <= set(record["hardware"])
+    assert {"torch", "transformers", "transformer-lens"} <= set(record["versions"])
+    assert re.match(r"python benchmarks/\w+\.py", record["command"])
+    assert not re.search(r"/home/|/root|/work|/tmp|/Users/", path.read_text())
+
+
+def test_records_of_patching_hold_what_the_page_reads():
+    for name in ("patching-cpu.json", "patching-processor.json"):
+        record = json.loads((ROOT / "data" / "benchmarks" / name).read_text())
+        assert set(record["results"]) == {"random Gemma, 18 layers", "bizzaro-nano"}
+        for done in record["results"].values():
+            assert len(done["tasks"]) == 6
+            for r in done["tasks"].values():
+                assert r["largest_difference"] < 1e-4 and {"median", "min", "max"} == set(r["seconds"]["sweep"])
+                assert {"transformer_lens", "plain_loop"} <= set(r["times_faster_than"])
+                assert {"floor_seconds", "fraction_of_floor", "bound_by"} <= set(r["floor"])
+                assert "bar" in r and 0 <= r["other_programs"] <= 1
