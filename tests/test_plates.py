@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from planted import planted_run, steps
 
-from bizzaroworld.analysis import AnalysisError, correlations, crossing, curve, effect_matrix, pearson, release_layer, worst_layer
+from bizzaroworld.analysis import AnalysisError, correlations, crossing, curve, effect_matrix, head_table, pearson, release_layer, worst_layer
 from bizzaroworld.captions import CAPTIONS, about, caption, curve_words, layer_words
 from bizzaroworld.compare import compare, seed_spread
 from bizzaroworld.plates import (MAKERS, comparison_plates, pair_points, plate, plates, relation, save_comparison, save_figures,
@@ -126,6 +126,8 @@ def test_figures_show_the_right_experiments(run, found):
     first = lines(found["pairs"].figure.axes[0])
     for label, e in (("entity token", "3"), ("final token", "1")):
         np.testing.assert_array_equal(first[label].get_ydata(), effect_matrix(run, e).iloc[0])
+    for ax, e in zip(found["heads"].figure.axes, ("4", "4F")):
+        np.testing.assert_array_equal(ax.images[0].get_array(), head_table(run, e)["mean"].to_numpy().reshape(8, 4))
     left = found["swing"].figure.axes[0]
     assert left.get_title() == f"r = {correlations(run)['total_swing']['pearson']:.2f}\nn = 20 pairs"
     assert found["confidence"].figure.axes[0].get_title() == f"r = {correlations(run)['ld_clean']['pearson']:.2f}\nn = 20 pairs"
@@ -307,6 +309,8 @@ def test_a_comparison_is_written_with_its_tables(two, beside, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted([*(p.name for p in paths), "captions.json"])
     tables = ["models", "curves", "crossings", "heads", "pairs", "drift", "quantities", "differences"]
     assert [p.name for p in paths] == [*(f"{name}.csv" for name in tables), *(f"{name}.png" for name in beside)]
+    stored = json.loads((tmp_path / "out" / "captions.json").read_text("utf-8"))
+    assert stored == {f"{p.name}.png": {"caption": p.caption, "alt": p.alt} for p in beside.values()}
     found = compare(two)
     for name in tables:
         written, table = pd.read_csv(tmp_path / "out" / f"{name}.csv"), getattr(found, name)

@@ -91,9 +91,9 @@ class Explorer {
     this.menus = {};
     const choices = make("div", { class: "choices", role: "group", "aria-label": "Choices" });
     for (const field of ["mode", "pair", "experiment", "site", "head", "value"]) {
-      const menu = this.menus[field] = make("select", { name: field });
+      const name = field[0].toUpperCase() + field.slice(1), menu = this.menus[field] = make("select", { name: field, "aria-label": name });
       menu.addEventListener("change", () => this.change({ [field]: menu.value }));
-      choices.append(make("label", {}, field[0].toUpperCase() + field.slice(1), menu));
+      choices.append(make("label", {}, name, menu));
     }
     this.check = make("input", { type: "checkbox", name: "controls" });
     this.check.addEventListener("change", () => this.change({ controls: this.check.checked ? "1" : "" }));

@@ -9,9 +9,6 @@ from bizzaroworld.explorer import explorer_data, explorer_fragment, write_explor
 from bizzaroworld.files import write_table
 from bizzaroworld.runs import open_run
 
-pytestmark = pytest.mark.slow
-
-
 @pytest.fixture(scope="module")
 def run():
     return open_run("bizzaro-nano")
