@@ -157,6 +157,7 @@ class Explorer {
   }
 
   change(fields) {
+    if ("experiment" in fields) Object.assign(this.state, { site: "", layer: "", series: "" });  // begin with all of its sites
     Object.assign(this.state, fields);
     this.show();
   }
@@ -261,7 +262,8 @@ class Explorer {
     if (!known.length) this.plot.replaceChildren(make("p", {}, `Not defined: no pair here has a TotalSwing of ${d.min_swing} logit or more.`));
     else if (this.isHeat()) this.drawHeat(known);
     else this.drawCurves(known);
-    const chosen = this.nodes.get(`${s.layer}|${s.series}`) || known.length && this.nodes.get(nameOf(this.largest(known)));
+    const near = known.length && (known.find(c => String(c.layer) === s.layer) || this.largest(known));
+    const chosen = this.nodes.get(`${s.layer}|${s.series}`) || near && this.nodes.get(nameOf(near));
     if (chosen) this.pick(chosen.cell); else { this.detail.replaceChildren(); this.write(); }
   }
 

@@ -144,6 +144,15 @@ def test_arrow_keys_in_the_heat_map_go_where_they_point(explorer):
         if key == "ArrowUp": assert point(explorer, 4, "z of H2").bounding_box()["y"] < before["y"]
 
 
+def test_the_layer_stays_while_pairs_are_compared(explorer, data):
+    choose(explorer, experiment="3")
+    assert explorer.locator(".detail b").inner_text().startswith("Layer 0,")  # the largest
+    point(explorer, 4, "resid_pre").click()
+    for number_of in (2, 5):
+        choose(explorer, pair=data["pairs"][number_of]["id"])
+        assert number(explorer) == data["experiments"]["3"]["sites"]["resid_pre"]["effect"][number_of][4]
+
+
 def test_menus_work_by_keyboard(explorer):
     explorer.get_by_label("Experiment", exact=True).focus()
     explorer.keyboard.type("4F")
