@@ -1,7 +1,7 @@
 """How the time and memory of a sweep grow: with layers, prompt length, interventions and pairs.
 
 Each setting runs in a process of its own, so that its peak memory is its own. Time is the processor's, on one thread:
-waiting for other programs does not count. Beside the time stands the number of
+waiting for other programs does not count. It is the median of three sweeps, of fewer where these take seconds. Beside the time stands the number of
 token-layers that the sweep cannot avoid: for each row, the positions it runs times the blocks from its first edit on,
 plus two whole runs of each pair. If nothing else cost anything, time would be proportional to it.
 """
@@ -73,7 +73,7 @@ def measure(s: dict) -> dict:
     interventions = list(islice(everything, 0, None, step))[:s["interventions"]]
     sweep(model, pairs[:1], interventions[:10], progress=False)
     before, seconds = psutil.Process().memory_info().rss, []
-    for _ in range(3):
+    while len(seconds) < 3 and sum(seconds) < 3:
         start = time.process_time()
         sweep(model, pairs, interventions, progress=False)
         seconds.append(time.process_time() - start)

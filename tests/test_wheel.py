@@ -45,16 +45,19 @@ def tracked(repo: Path, folder: str) -> set[str]:
 
 def test_the_wheel_holds_the_package_and_its_data(repo, content):
     names = {n for n in content.namelist() if ".dist-info/" not in n}
-    data = {f for f in tracked(repo, "data") if f.count("/") == 1 and f.endswith(".json") or f.split("/")[1] in ("facts", "models")}
-    assert {"data/battery.json", "data/spares.json", "data/facts/facts.csv"} <= data
+    data = tracked(repo, "data")
+    assert {"data/battery.json", "data/spares.json", "data/facts/facts.csv", "data/runs/bizzaro-nano/effects.parquet",
+            "data/explorer/explorer.js", "data/published/figures.csv"} <= data
+    paper = {f.removeprefix("nbs/") for f in tracked(repo, "nbs/study")} | {"references.bib"}
+    assert len(paper) == 13
     expected = {f for f in tracked(repo, "bizzaroworld") if f.endswith(".py")} | {f"bizzaroworld/{f}" for f in data}
-    assert names == expected
+    assert names == expected | {f"bizzaroworld/data/paper/{f}" for f in paper}
 
 
 def test_the_embedded_models_are_small(content):
     sizes = {i.filename: i.file_size for i in content.infolist() if i.filename.startswith("bizzaroworld/data/models/")}
-    assert {n.split("/")[3] for n in sizes if n.count("/") > 3} == {"bizzaro-nano", "bizzaro-nano-local"}
-    assert sum(sizes.values()) < 12_000_000
+    assert {n.split("/")[3] for n in sizes if n.count("/") > 3} == {"bizzaro-nano", "bizzaro-nano-local", "bizzaro-micro"}
+    assert sum(sizes.values()) < 36_000_000
 
 
 def test_the_metadata_come_from_settings(repo, content):
@@ -117,8 +120,13 @@ def test_a_study_runs_alone_and_offline(alone, tmp_path):
     assert effects[["clean", "corrupt", "patched", "effect"]].notna().all().all()
     assert len(pd.read_csv(tmp_path / "out" / "triage.csv")) == 60
     assert {"run.json", "summary.json"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "could not be made" not in report and "Where bizzaro-nano keeps its facts" in report
 
 
 def test_the_command_answers_from_anywhere(alone, tmp_path):
     assert re.match(r"bizzaroworld \d+\.\d+\.\d+$", run(alone / "bizzaroworld", "--version", cwd=tmp_path).strip())
     assert "bizzaro-nano-local" in run(alone / "bizzaroworld", "models", cwd=tmp_path, env=offline())
+    assert "replicate" in run(alone / "bizzaroworld", "claims", "bizzaro-nano", cwd=tmp_path, env=offline())
+    run(alone / "bizzaroworld", "view", "bizzaro-micro", "--no-open", cwd=tmp_path, env=offline())
+    assert (tmp_path / "bizzaro-micro-explorer.html").stat().st_size > 100_000
