@@ -27,7 +27,7 @@ quick: $(VENV)/.installed-dev  ## the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow and not browser"
 
 test-browser: $(VENV)/.installed-browser  ## the pages and widgets in a real Chromium and JupyterLab (installs Chromium where it is missing)
-	.ci/chromium
+	PATH="$(abspath $(BIN)):$$PATH" .ci/chromium
 	BROWSER_REQUIRED=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m browser tests/browser
 
 notebooks: $(VENV)/.installed-dev  ## export, re-execute and clean the committed notebooks, write README.md

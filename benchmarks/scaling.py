@@ -1,9 +1,9 @@
 """How the time and memory of a sweep grow: with layers, prompt length, interventions and pairs.
 
 Each setting runs in a process of its own, so that its peak memory is its own. Time is the processor's, on one thread:
-waiting for other programs does not count. It is the median of three sweeps, of fewer where these take seconds. Beside the time stands the number of
-token-layers that the sweep cannot avoid: for each row, the positions it runs times the blocks from its first edit on,
-plus two whole runs of each pair. If nothing else cost anything, time would be proportional to it.
+waiting for other programs does not count. It is the median of three sweeps, of fewer where these take seconds. Beside it
+stands the number of token-layers that the sweep cannot avoid: for each row, the positions it runs times the blocks from
+its first edit on, plus two whole runs of each pair. If nothing else cost anything, time would be proportional to it.
 """
 import argparse
 import json

@@ -44,9 +44,10 @@ def test_no_time_is_given_when_numbers_differ(programs):
     p, model, pair = programs.patching, tiny_model("gemma"), random_pair(1)
     interventions = p.tasks(model, pair)["experiment 4"]
     def wrong(*task): return [v + 0.01 * (i == 3) for i, v in enumerate(p.by_sweep(*task))]
-    with pytest.raises(SystemExit, match="disagree"): p.race({"sweep": p.by_sweep, "plain_loop": wrong}, model, pair, interventions, OPTIONS)
     def short(*task): return p.by_sweep(*task)[:-1]
-    with pytest.raises(ValueError): p.race({"sweep": p.by_sweep, "plain_loop": short}, model, pair, interventions, OPTIONS)
+    def against(other): return p.race({"sweep": p.by_sweep, "plain_loop": other}, model, pair, interventions, OPTIONS)
+    with pytest.raises(SystemExit, match="disagree"): against(wrong)
+    with pytest.raises(ValueError): against(short)
 
 
 def test_a_time_is_taken_again_until_it_is_quiet(programs, monkeypatch):

@@ -157,29 +157,53 @@ def moved(tmp_path_factory):
 
 
 TINY = [chapter("01_a", code("#| hide\nimport os\nkept = 1"), code("#| echo: false\nprint(os.path.basename(os.environ['BIZZARO_RUN']))")),
-        chapter("02_b", code("kept"), code("print('not', 'reached')")),
+        chapter("02_b", code("kept"), code("#| label: fig-x\nprint('not', 'reached')")),
         chapter("03_c", code("from bizzaroworld.paper import leave_out"), code("leave_out(True, 'There is nothing to compare with.')")),
         chapter("04_d", code("print('after' + ' that')"))]
 
 
 def test_chapters_run_on_their_own_one_after_another(moved, monkeypatch):
     monkeypatch.setenv("BIZZARO_MODEL", "another")
-    a, b, c, d = report.execute(TINY, moved.folder)
+    told = []
+    a, b, c, d = report.execute(TINY, moved.folder, progress=lambda *args: told.append(args))
     assert a.notebook["cells"][2]["outputs"][0]["text"].strip() == moved.folder.name
-    assert b.left_out.startswith("This chapter could not be made: NameError: name 'kept'") and not b.notebook["cells"][2]["outputs"]
+    assert b.left_out.startswith("This chapter could not be made: cell 2 (kept): NameError: name 'kept'") and not b.notebook["cells"][2]["outputs"]
     assert c.left_out == "There is nothing to compare with."
     assert d.notebook["cells"][1]["outputs"][0]["text"] == "after that\n" and not d.left_out
+    assert told == [(i, 4, c.title) for i, c in enumerate(TINY)] + [(4, 4, "")]
+
+
+def test_a_kernel_that_dies_is_named_by_chapter_and_cell(moved):
+    killed = [chapter("01_a", code("print('fine')")), chapter("02_b", code("# by the system\nimport os"), code("os._exit(9)"))]
+    with pytest.raises(RuntimeError, match=r"Chapter 02_b, cell 3 \(os._exit\(9\)\): its process ended"): report.execute(killed, moved.folder)
+
+
+def test_a_cell_without_end_is_stopped(moved):
+    slow, after = report.execute([chapter("01_a", code("while True: pass")), TINY[3]], moved.folder, timeout=1)
+    assert slow.left_out.startswith("This chapter could not be made: cell 2 (while True: pass): ") and not after.left_out
 
 
 def test_a_report_is_written_with_what_failed_at_its_top(moved, monkeypatch, tmp_path):
     monkeypatch.setattr(report, "read_chapters", lambda names: TINY)
-    path = report.write_report(moved.folder, tmp_path / "r.html", explorer_html='<script>alert("x")</script>')
+    monkeypatch.setattr(report, "explorer_page", lambda run: '<script>alert("x")</script>')
+    path = report.write_report(moved.folder, tmp_path / "r.html")
     text = path.read_text("utf-8")
-    assert re.search(r'class="caution">\s*<p>2 Title of 02_b: This chapter could not be made: NameError', text)
+    assert re.search(r'class="caution">(?:\s*<p>Only 6 pairs.*</p>)?\s*<p>2 Title of 02_b: This chapter could not be made: cell 2 \(kept\): NameError', text)
     assert "reached" not in re.sub(r"<details>.*?</details>", "", text, flags=re.S) and "There is nothing to compare with." in text
     frame = next(attrs for tag, attrs in Elements(text).found if tag == "iframe")
     assert frame["srcdoc"] == '<script>alert("x")</script>' and frame["title"] and "<script" not in text
     assert outside(text) == [] and dead_anchors(text) == []
+
+
+def test_a_doubtful_run_says_so_before_anything_else(monkeypatch, tmp_path):
+    monkeypatch.setattr(report, "read_chapters", lambda names: [])
+    def tops(**planted):
+        run = complete(planted_run(tmp_path / str(len(list(tmp_path.iterdir()))), **planted))
+        return report.write_report(run.folder, explorer=False).read_text("utf-8")
+    few = tops(entity=steps([4] * 12), known=[True] * 5 + [False] * 7)
+    caution = re.search(r'<div class="caution">\s*<p>(.*?)</p>', few).group(1)
+    assert caution.startswith("The model knows only 5 of 12 pairs") and few.index(caution) < few.index("<section")
+    assert 'class="caution"' not in tops(entity=steps([4] * 12))
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

@@ -6,16 +6,19 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from planted import planted_run, steps
 
+from bizzaroworld.analysis import effect_matrix
 from bizzaroworld.hooked import Model
 from bizzaroworld.interventions import Edit, Intervention
 from bizzaroworld.models import load_model
 from bizzaroworld.pairs import load_battery
+from bizzaroworld.runs import open_run
 from bizzaroworld.sweep import sweep
 from bizzaroworld.tokens import TokenPair, align
 from bizzaroworld.traces import Traces, predictions, traces
 from bizzaroworld.views import (Panel, View, attention_view, effects_view, lens_view, log_probs_view, plain_tokens, script, setup,
-                                write_script)
+                                stored_effects_view, write_script)
 
 VOID = {"br", "img", "meta", "link", "input", "hr"}
 
@@ -165,6 +168,27 @@ def test_effects_are_those_of_the_sweep(model, tp):
     assert np.array([p.props["values"] for p in view.panels]).ravel() == pytest.approx(swept, abs=2e-3)
     assert all(p.props["maxValue"] == -p.props["minValue"] == pytest.approx(np.abs(swept).max(), abs=2e-3) for p in view.panels)
     with pytest.raises(ValueError, match="nowhere"): effects_view(model, tp, [0], "nowhere")
+
+
+def test_a_stored_run_shows_what_it_holds():
+    run = open_run("bizzaro-nano")
+    pair = run.pairs("A")[1]
+    view = stored_effects_view(run, pair, [2, 4])
+    row = run.triage.set_index("pair_id").loc[pair]
+    for panel, layer in zip(view.panels, (2, 4)):
+        at = [effect_matrix(run, e).at[pair, layer] for e in ("3", "1")]
+        assert panel.label == f"layer {layer}" and panel.props["values"] == pytest.approx([0, at[0], 0, at[1]], abs=6e-4)
+        assert "".join(panel.props["tokens"]) == row.clean_prompt and panel.props["tokens"][1] == row.clean_entity
+    assert len(view.table) == 2 and "were not patched" in view.alt
+    parsed(view._repr_html_())
+    view.figure().draw_without_rendering()
+    with pytest.raises(ValueError, match="no prompts of 'nobody'"): stored_effects_view(run, "nobody", [2])
+    with pytest.raises(ValueError, match="layers 0 to 7"): stored_effects_view(run, pair, [8])
+
+
+def test_a_stored_run_without_prompts_says_so(tmp_path):
+    run = planted_run(tmp_path / "run", final=steps([5] * 4), entity=steps([3] * 4), swings=range(1, 5))
+    with pytest.raises(ValueError, match="no prompts of"): stored_effects_view(run, run.pairs("C")[0], [2])
 
 
 def test_log_probabilities_before_and_after(tp, traced):

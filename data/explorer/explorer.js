@@ -309,7 +309,7 @@ class Explorer {
     });
     const head = make("tr", {}, make("th", { class: "corner", scope: "col" }, ""), ...this.cells.map(x => make("th", { scope: "col" }, x.key)));
     table.append(make("thead", {}, head), make("tbody", {}, ...rows.reverse()));
-    table.style.minWidth = `${2.4 + 2.6 * this.cells.length}rem`;
+    table.style.minWidth = `${2.4 + 2.9 * this.cells.length}rem`;
     const bar = make("span", { class: "bar", style: `background:linear-gradient(90deg,${d.stops.join(",")})` });
     this.plot.replaceChildren(make("div", { class: "scroll" }, table),
       make("div", { class: "scale" }, text(-most, digits), bar, "+" + text(most, digits), ` ${UNITS[s.value]}`));

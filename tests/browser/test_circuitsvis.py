@@ -1,4 +1,5 @@
 """A page with CircuitsVis views, opened from disk without a network: everything is drawn, once, and nothing complains."""
+import pandas as pd
 import pytest
 
 from bizzaroworld.interventions import Edit, Intervention
@@ -81,7 +82,6 @@ def test_a_token_is_colored_by_its_effect(open_html, tmp_path, traced):
 
 
 def test_no_token_runs(open_html, tmp_path):
-    import pandas as pd
     panel = Panel(NASTY[1], "ColoredTokens", {"tokens": plain_tokens(NASTY), "values": [0.0] * len(NASTY), "minValue": -1, "maxValue": 1})
     view = View(NASTY[2], NASTY[1], (panel,), pd.DataFrame({"token": NASTY}), lambda: None)
     file = tmp_path / "nasty.html"
@@ -90,5 +90,5 @@ def test_no_token_runs(open_html, tmp_path):
     drawn(page, [panel])
     assert page.evaluate("window.bitten") is None and page.locator("img").count() == 0
     assert page.locator(f"#{panel.name}, #{panel.name}-2").count() == 2, "the same view twice"
-    shown = page.locator(f"#{panel.name}").inner_text().replace("\u200b", "")
+    shown = page.locator(f"#{panel.name}").inner_text().replace("\u200b", "").replace("\xa0", " ")
     assert NASTY[1] in shown and NASTY[2] in shown

@@ -29,7 +29,7 @@ CELLS = ["from bizzaroworld.models import load_model\nfrom bizzaroworld.runs imp
          "ModelExplorer(load_model('bizzaro-nano'))", "RunExplorer(open_run('bizzaro-nano'))"]
 TYPED = Typed("The national parliament of Germany meets in the city of", "The national parliament of Russia meets in the city of", "Berlin", "Moscow")
 LABELS = {"clean_prompt": "Clean prompt", "clean_target": "Clean answer", "corrupt_prompt": "Corrupted prompt", "corrupt_target": "Corrupted answer"}
-STARTING = 40  # seconds until a server answers, or a kernel has imported what it needs
+STARTING = 120  # seconds until a server answers, or a kernel has imported what it needs
 
 
 @pytest.fixture(scope="module")
@@ -151,11 +151,12 @@ def test_the_keyboard_works_it(notebook, model, tp):
 def test_choose_in_the_run_explorer_and_read_the_value(notebook):
     run = open_run("bizzaro-nano")
     pair = run.pairs("A")[3]
+    explorer = notebook.locator(".jp-CodeCell").nth(2)
     for menu, option in (("Mode", "A"), ("Experiment", "4F"), ("Head", "H1"), ("Pair", pair)):
-        notebook.get_by_label(menu, exact=True).select_option(option)
-    picture = notebook.locator(f"img[alt*='experiment 4F: z of head 1'][alt*='{pair}']")
+        explorer.get_by_label(menu, exact=True).select_option(option)
+    picture = explorer.locator(f"img[alt*='experiment 4F: z of head 1'][alt*='{pair}']")
     picture.wait_for()
-    table = notebook.locator("table").filter(has_text=f"{pair}: effect (logits)")
+    table = explorer.locator("table").filter(has_text=f"{pair}: effect (logits)")
     cells = [row.split("\t")[:2] for row in table.inner_text().splitlines() if re.match(r"\d", row)]
     effects = effect_matrix(run, "4F", "A", "effect", "z").loc[pair]
     assert cells == [[str(layer), f"{effects[layer, 1]:.3f}".replace("-0.000", "0.000")] for layer, head in effects.index if head == 1]
