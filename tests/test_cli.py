@@ -218,6 +218,7 @@ def test_claims_prints_verdicts_and_writes_the_table(tmp_path):
     table = pd.read_csv(out)
     assert len(table) >= 10 and {"replicates", "does not replicate", "cannot be tested here"} >= set(table.verdict)
     assert all(verdict in done.stdout for verdict in table.verdict.unique())
+    assert len(run("claims", "bizzaro-nano", "--why").stdout) > 2 * len(done.stdout)
     scales = run("claims", "bizzaro-nano", "bizzaro-micro")
     assert scales.exit_code == 0 and scales.stdout != done.stdout, "a second run lets more be tested"
 

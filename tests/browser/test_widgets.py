@@ -82,7 +82,8 @@ def notebook(page, lab):
     page.locator(".jp-Notebook .jp-Cell").first.wait_for(timeout=STARTING * 1000)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    page.locator("img[alt*='experiment']").wait_for(timeout=STARTING * 1000)
+    try: page.locator("img[alt*='experiment']").wait_for(timeout=30 * 1000)
+    except Exception: page.screenshot(path="/work/scratch/H/fail.png"); raise
     return page
 
 
@@ -152,10 +153,11 @@ def test_choose_in_the_run_explorer_and_read_the_value(notebook):
     run = open_run("bizzaro-nano")
     pair = run.pairs("A")[3]
     explorer = notebook.locator(".jp-CodeCell").nth(2)
-    for menu, option in (("Mode", "A"), ("Experiment", "4F"), ("Head", "H1"), ("Pair", pair)):
+    for menu, option, says in (("Mode", "A", "15 pairs of mode A"), ("Experiment", "4F", "experiment 4F: z of head 0"),
+                               ("Head", "H1", "experiment 4F: z of head 1"), ("Pair", pair, pair)):
         explorer.get_by_label(menu, exact=True).select_option(option)
-    picture = explorer.locator(f"img[alt*='experiment 4F: z of head 1'][alt*='{pair}']")
-    picture.wait_for()
+        picture = explorer.locator(f"img[alt*='{says}']")
+        picture.wait_for()
     table = explorer.locator("table").filter(has_text=f"{pair}: effect (logits)")
     cells = [row.split("\t")[:2] for row in table.inner_text().splitlines() if re.match(r"\d", row)]
     effects = effect_matrix(run, "4F", "A", "effect", "z").loc[pair]
