@@ -8,7 +8,10 @@ OUT    ?= runs/$(MODEL)
 TORCH_INDEX ?=
 
 BIN     := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+INDEX   := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+PIP     := -m pip install --quiet --disable-pip-version-check -c constraints.txt $(INDEX)
+INSTALL := $(BIN)/python $(PIP)
+NNSIGHT := .venv-nnsight
 export TORCH_INDEX
 
 .DEFAULT_GOAL := help
@@ -35,15 +38,18 @@ notebooks: $(VENV)/.installed-dev  ## export, re-execute and clean the committed
 	$(BIN)/python .ci/execute.py
 	$(BIN)/python .ci/readme.py
 
-bench: $(VENV)/.installed-dev  ## the sweep against one run per intervention, side by side
+bench: $(VENV)/.installed-dev $(NNSIGHT)/.installed  ## the sweep against TransformerLens, nnsight and the plain loop; floor, profile, growth
 	$(BIN)/python benchmarks/patching.py
+	$(BIN)/python benchmarks/patching.py --clock processor --rounds 2
+	$(BIN)/python benchmarks/where_time_goes.py
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/gpu.py
 
 docs: $(VENV)/.installed-dev  ## build the site into _docs (needs Quarto on the PATH)
 	BIN=$(BIN) .ci/docs
 
 clean:  ## remove what was built; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info _docs _proc .pytest_cache .hypothesis
+	rm -rf $(VENV) $(NNSIGHT) build dist *.egg-info _docs _proc .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -61,3 +67,7 @@ $(VENV)/.installed-dev: settings.ini setup.py constraints.txt | $(BIN)/python
 $(VENV)/.installed-browser: settings.ini setup.py constraints.txt | $(BIN)/python
 	$(INSTALL) -e '.[dev,browser]'
 	@touch $(VENV)/.installed $(VENV)/.installed-dev $@
+
+# nnsight has an environment of its own. Where it cannot be installed, the benchmark says so and goes on without it.
+$(NNSIGHT)/.installed: | $(BIN)/python
+	-$(PYTHON) -m venv $(NNSIGHT) && $(NNSIGHT)/bin/python $(PIP) nnsight==0.8.1 torch transformers && touch $@

@@ -113,6 +113,11 @@ def test_a_page_shows_everything_once_and_needs_nothing():
     assert 'id="ref-doe2024"' in text and "On Shape" in text
 
 
+def test_a_table_without_rows_leaves_no_caption_behind():
+    text = page("T", "", [chapter("04_a", code("#| label: tbl-x\n#| tbl-cap: Nothing to see.\nNone"))], SOURCES)
+    assert "Nothing to see" not in text.partition("<body>")[2] and "<figure" not in text
+
+
 def test_what_nobody_cites_is_not_listed():
     assert "On Shape" not in page("T", "", [chapter("04_a", "Nothing.")], SOURCES)
 
