@@ -244,5 +244,5 @@ def test_the_paper_can_be_made_of_any_run(name, tmp_path):
 def test_a_report_of_another_model_says_nothing_of_ours(tmp_path):
     run = complete(planted_run(tmp_path / "run", steps([4] * 6), embedded=False))
     names = [c.name for c in report.read_chapters() if c.number <= 6]
-    text = report.write_report(run.folder, chapters=names).read_text("utf-8")
+    text = report.write_report(run.folder, chapters=names, explorer=False).read_text("utf-8")
     assert "planted" in text and "bizzaro-nano" not in text and "embedded" not in text
