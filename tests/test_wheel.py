@@ -81,8 +81,9 @@ def alone(repo, built, tmp_path_factory) -> Path:
     where = tmp_path_factory.mktemp("alone") / "venv"
     venv.create(where, with_pip=True)
     index = ["--extra-index-url", os.environ["TORCH_INDEX"]] if os.environ.get("TORCH_INDEX") else []
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # with the tree on it, pip finds the package there already
     run(where / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
-        "-c", repo / "constraints.txt", *index, built["wheel"])
+        "-c", repo / "constraints.txt", *index, built["wheel"], env=clean)
     return where / "bin"
 
 
