@@ -99,3 +99,13 @@ def test_records_of_patching_hold_what_the_page_reads():
                 assert {"transformer_lens", "plain_loop"} <= set(r["times_faster_than"])
                 assert {"floor_seconds", "fraction_of_floor", "bound_by"} <= set(r["floor"])
                 assert "bar" in r and 0 <= r["other_programs"] <= 1
+
+
+def test_the_readme_says_what_was_measured():
+    record = json.loads((ROOT / "data" / "benchmarks" / "patching-cpu.json").read_text(encoding="utf-8"))
+    task = record["results"]["random Gemma, 18 layers"]["tasks"]["the whole study of one pair"]
+    times = task["times_faster_than"]
+    said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert (f"{task['interventions']} interventions, takes {task['seconds']['sweep']['median']:.2f} s on two CPU cores: "
+            f"{times['transformer_lens']['median']:.0f} times faster than TransformerLens's stock loop, "
+            f"{times['nnsight']['median']:.0f} times faster than nnsight") in said
