@@ -197,7 +197,7 @@ def models(debug: Debug = False) -> None:
     with reported(debug):
         print_table(["name", "parameters", "layers", "heads", "kv heads", "width", "MB"], embedded())
         typer.echo("\nAny other causal language model is named by its folder (./my-model) or its name on the\n"
-                   "Hugging Face Hub (google/gemma-2b). Gated models need their licence accepted and `hf auth login`.")
+                   "Hugging Face Hub (google/gemma-2b). Gated models need their license accepted and `hf auth login`.")
 
 # %% ../nbs/library/20_cli.ipynb #5d85433c
 @app.command()
