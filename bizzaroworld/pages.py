@@ -140,7 +140,7 @@ def to_html(text: str, level: int = 1, prefix: str = "") -> str:
         token.tag = f"h{min(int(token.tag[1]) + level, 6)}"
         if token.type == "heading_open": token.attrSet("id", prefix + anchor(tokens[i + 1].content))
     page = reader.renderer.render(tokens, reader.options, {})
-    page = re.sub(r"<td>(?=[^<]{40})", '<td class="long">', page)
+    page = re.sub(r"<td(?=( style=\"[^\"]*\")?>[^<]{40})", '<td class="long"', page)
     return page.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
 
 
@@ -240,7 +240,8 @@ th, td { border-bottom: 1px solid var(--line); padding: 0.25rem 0.6rem; text-ali
 details { margin: 0.5rem 0 1rem; } summary { cursor: pointer; color: var(--soft); font-size: 0.85em; } pre { overflow-x: auto; padding: 0.6rem 0.8rem; background: #f6f8fa; font-size: 0.82em; line-height: 1.45; }
 .caution, .left-out { border-left: 4px solid #b35900; background: #fff6ea; padding: 0.6rem 1rem; } .facts { color: var(--soft); font-size: 0.9em; } iframe { width: 100%; height: 85vh; border: 1px solid var(--line); }
 .references li { margin: 0.4rem 0; }
-@media (max-width: 40rem) { td { min-width: 3.5rem; } td.long { min-width: 11rem; } }
+.wide { background: linear-gradient(270deg, #fff 1rem, #fff0 2rem) 100% 0 / 2rem 100% no-repeat local, linear-gradient(270deg, #0004, #0000) 100% 0 / 0.8rem 100% no-repeat scroll; }
+@media (max-width: 40rem) { td { min-width: 3.5rem; } td.long { min-width: 9rem; } }
 @media (max-width: 60rem) { .page { display: block; padding: 1rem; } nav { position: static; max-height: none; } body { font-size: 16px; } }
 @media print { nav, summary { display: none; } .page { display: block; } }
 """
