@@ -187,7 +187,7 @@ def embedded() -> list[tuple]:
 def models(debug: Debug = False) -> None:
     """List the models that come along, and say how to name others.
 
-    The embedded models know the same facts. They were trained differently and route them in different layers.
+    The embedded models were taught the same facts. They were trained differently and route them in different layers.
 
     Examples:
 
