@@ -39,7 +39,8 @@ def execute(path: Path) -> None:
     """Run one notebook in its own folder, store the outputs, clean it."""
     notebook = nbformat.read(path, as_version=4)
     where = {"metadata": {"path": str(path.parent)}}
-    Client(notebook, timeout=1800, kernel_name="python3", resources=where).execute()
+    # The state of widgets has other names each time, and no page that is only read can use it.
+    Client(notebook, timeout=1800, kernel_name="python3", resources=where, store_widget_state=False).execute()
     temporary = path.with_suffix(".executed")
     nbformat.write(notebook, temporary)
     os.replace(temporary, path)

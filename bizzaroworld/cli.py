@@ -187,7 +187,7 @@ def embedded() -> list[tuple]:
 def models(debug: Debug = False) -> None:
     """List the models that come along, and say how to name others.
 
-    The embedded models know the same facts. They were trained differently and route them in different layers.
+    The embedded models were taught the same facts. They were trained differently and route them in different layers.
 
     Examples:
 
@@ -197,7 +197,7 @@ def models(debug: Debug = False) -> None:
     with reported(debug):
         print_table(["name", "parameters", "layers", "heads", "kv heads", "width", "MB"], embedded())
         typer.echo("\nAny other causal language model is named by its folder (./my-model) or its name on the\n"
-                   "Hugging Face Hub (google/gemma-2b). Gated models need their licence accepted and `hf auth login`.")
+                   "Hugging Face Hub (google/gemma-2b). Gated models need their license accepted and `hf auth login`.")
 
 # %% ../nbs/library/20_cli.ipynb #5d85433c
 @app.command()

@@ -53,7 +53,7 @@ def _explain(name: str, error: BaseException) -> ModelError:
     if met(errors.GatedRepoError) and get_token() is None:
         text = "is gated and no Hugging Face token was found. Run `hf auth login` (or set HF_TOKEN), then try again."
     elif met(errors.GatedRepoError):
-        text = f"is gated and your account has no access yet. Accept its licence at https://huggingface.co/{name}."
+        text = f"is gated and your account has no access yet. Accept its license at https://huggingface.co/{name}."
     elif met(errors.RevisionNotFoundError):
         text = "has no such revision. Look at its branches, tags and commits on the Hub."
     elif met(errors.RepositoryNotFoundError):
@@ -221,7 +221,7 @@ def load_model(model: str | torch.nn.Module, *, tokenizer=None, device: torch.de
     `model` is an embedded model (`bizzaro-nano`), a local folder, a Hub id (`google/gemma-2b`), or a Hugging Face
     model in memory, which is used as it is (its device and dtype too) and gets its hooks in place.
 
-    Raises `ModelError` for an unknown name, a missing licence, token or network, too little memory, an architecture
+    Raises `ModelError` for an unknown name, a missing license, token or network, too little memory, an architecture
     without hooks, or a model whose logits change when hooks are attached."""
     in_memory = not isinstance(model, str)
     name = type(model).__name__ if in_memory else model

@@ -102,6 +102,7 @@ class Resolver:
     labels: Mapping[str, str]
     sources: Mapping[str, Source]
     chapters: frozenset[str]
+    sections: frozenset[str] = frozenset()
 
     def _one(self, key: str, narrative: bool) -> str:
         if key in self.labels: return f"[{self.labels[key]}](#{key})"
@@ -120,8 +121,9 @@ class Resolver:
         path, _, anchor = target.partition("#")
         folder, name = re.match(r"(.*?)([^/]*?)(?:\.ipynb|\.html)?$", path).groups()
         if not folder and name in self.chapters: return f"#{anchor or name}"
-        place = folder.removeprefix("../") if folder else "study/"
-        return f"{SITE}{place}{re.sub(r'^[0-9]+[a-z]?_', '', name)}.html" + (f"#{anchor}" if anchor else "")
+        place, title = folder.removeprefix("../") if folder else "study/", re.sub(r"^[0-9]+[a-z]?_", "", name)
+        if title in self.sections: return f"#{title}"
+        return f"{SITE}{place}{title}.html" + (f"#{anchor}" if anchor else "")
 
     def __call__(self, text: str) -> str:
         "Markdown with everything resolved, except in code."
@@ -138,6 +140,7 @@ def to_html(text: str, level: int = 1, prefix: str = "") -> str:
         token.tag = f"h{min(int(token.tag[1]) + level, 6)}"
         if token.type == "heading_open": token.attrSet("id", prefix + anchor(tokens[i + 1].content))
     page = reader.renderer.render(tokens, reader.options, {})
+    page = re.sub(r"<td(?=( style=\"[^\"]*\")?>[^<]{40})", '<td class="long"', page)
     return page.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
 
 
@@ -237,6 +240,8 @@ th, td { border-bottom: 1px solid var(--line); padding: 0.25rem 0.6rem; text-ali
 details { margin: 0.5rem 0 1rem; } summary { cursor: pointer; color: var(--soft); font-size: 0.85em; } pre { overflow-x: auto; padding: 0.6rem 0.8rem; background: #f6f8fa; font-size: 0.82em; line-height: 1.45; }
 .caution, .left-out { border-left: 4px solid #b35900; background: #fff6ea; padding: 0.6rem 1rem; } .facts { color: var(--soft); font-size: 0.9em; } iframe { width: 100%; height: 85vh; border: 1px solid var(--line); }
 .references li { margin: 0.4rem 0; }
+.wide { background: linear-gradient(270deg, #fff 1rem, #fff0 2rem) 100% 0 / 2rem 100% no-repeat local, linear-gradient(270deg, #0004, #0000) 100% 0 / 0.8rem 100% no-repeat scroll; }
+@media (max-width: 40rem) { td { min-width: 3.5rem; } td.long { min-width: 9rem; } }
 @media (max-width: 60rem) { .page { display: block; padding: 1rem; } nav { position: static; max-height: none; } body { font-size: 16px; } }
 @media print { nav, summary { display: none; } .page { display: block; } }
 """
@@ -247,7 +252,7 @@ def page(title: str, head: str, chapters: Sequence[Chapter], sources: Mapping[st
 
     `head`: HTML below the title. `more`: further sections before the references, id to (title, HTML).
     Raises `PageError` for a reference that leads nowhere."""
-    resolve = Resolver(numbered(chapters), sources, frozenset(c.name for c in chapters))
+    resolve = Resolver(numbered(chapters), sources, frozenset(c.name for c in chapters), frozenset(more))
     body = "".join(chapter_html(c, resolve) for c in chapters)
     body += "".join(f'<section id="{i}">\n<h2>{html.escape(t)}</h2>\n{part}</section>\n' for i, (t, part) in more.items())
     nav = contents(chapters, {i: t for i, (t, _) in more.items()} | {"references": "References"})

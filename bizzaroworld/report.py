@@ -132,8 +132,9 @@ def _reason(error: str, message: str, where: str) -> str:
 def identity(run: Run) -> list[str]:
     "What was run, in lines: the model, its weights, its numbers, the versions."
     model, versions = run.info["model"], run.info.get("versions", {})
-    shape = ", ".join(f"{model[k]} {what}" for k, what in (("n_layers", "layers"), ("n_heads", "heads"), ("n_kv_heads", "key and value heads"),
-                                                           ("d_model", "wide")) if model.get(k))
+    shape = ", ".join(f"{model[k]} {what}" for k, what in (
+        ("n_layers", "layers"), ("n_heads", "heads"), ("n_kv_heads", "key and value head" + "s" * (model.get("n_kv_heads") != 1)),
+        ("d_model", "wide")) if model.get(k))
     weights = ", ".join(f"{what} {str(model[k])[:12]}" for k, what in (("revision", "revision"), ("weights_sha256", "weights"), ("dtype", "in")) if model.get(k))
     kind = "an embedded model: small, made for this package; its results are about no other" if model.get("embedded") else ""
     lines = [f"{model.get('architecture', '')} {model['name']}: {shape}".strip(), kind, weights,

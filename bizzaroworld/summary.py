@@ -133,7 +133,7 @@ def _stored(mode: dict, n_layers: int) -> str:
     last = _last_held(means["mean"])
     if last is None: return "Stored: at no layer does a patch at the entity token move half of the TotalSwing; nothing is localized there."
     here = Estimate(*(means[k][last] for k in ("mean", "low", "high")), n=means["n"])
-    return (f"Stored: up to layer {last} of {n_layers} the answer depends on the entity token; a patch of its residual "
+    return (f"Stored: up to layer {last} of 0 to {n_layers - 1} the answer depends on the entity token; a patch of its residual "
             f"stream there moves {here:.0%} of the TotalSwing.")
 
 

@@ -321,7 +321,7 @@ def test_every_part_of_a_mode_has_its_definition(study):
 def test_findings_say_what_was_planted(study):
     first, stored, leaves, carried, final = findings(summarize(study))
     assert first.startswith("planted (embedded model, 8 layers, 4 heads) knows 39 of 40 pairs; noising")
-    assert "up to layer 4 of 8" in stored and "100%" in stored
+    assert "up to layer 4 of 0 to 7" in stored and "100%" in stored
     assert re.search(r"depth 4\.(49|50) \[4\.(49|50), 4\.5\d\] of 8", leaves) and "5.0 [5.0, 5.0]" in leaves and "40 of 40 pairs" in leaves
     assert "attention of layer 5 as a whole moves 75% [75%, 75%]" in carried and "L5H1 moves most, 30%" in carried
     assert "1 of 32 hold half" in carried
@@ -330,7 +330,7 @@ def test_findings_say_what_was_planted(study):
 
 def test_stored_is_up_to_the_last_layer_with_half_of_the_swing(tmp_path):
     lines = told(summarize(planted_run(tmp_path, [[1, 0.4, 0.6, 0.4, 0.2, 0]] * 3)))
-    assert "up to layer 2 of 6" in lines[1] and "60% [60%, 60%]" in lines[1] and "depth 2.5" in lines[2]
+    assert "up to layer 2 of 0 to 5" in lines[1] and "60% [60%, 60%]" in lines[1] and "depth 2.5" in lines[2]
 
 
 def test_findings_count_the_pairs_without_a_fraction(tmp_path):
@@ -350,7 +350,7 @@ def test_thin_and_flat_runs_are_summarized_honestly(tmp_path, curves, swings):
     assert len(lines) == 5 and not any("nan" in line.lower() or "None" in line for line in lines)
     if len(swings) == 1: assert "[no interval]" in lines[1] and summary["modes"]["C"]["crossing"]["entity"]["low"] is None
     if not np.any(curves): assert "nothing is localized" in lines[1] and "never above half" in lines[2]
-    if np.all(curves): assert "up to layer 3 of 4" in lines[1] and "0 of 2 pairs" in lines[2]
+    if np.all(curves): assert "up to layer 3 of 0 to 3" in lines[1] and "0 of 2 pairs" in lines[2]
 
 
 @pytest.mark.parametrize("change, said", [({"known": 9}, "knows only 9 of 40"), ({"excluded": 21}, "21 of 40 pairs could not be used"),

@@ -85,6 +85,19 @@ def bare_figures(notebook: dict) -> list[str]:
     return found
 
 
+def unread_images(notebook: dict) -> list[str]:
+    """Cells that show an image without a text in its place, in the cell or with the image."""
+    return [f"cell {i}" for i, cell in enumerate(notebook["cells"]) for out in cell.get("outputs", []) for kind in out.get("data", {})
+            if kind.startswith("image/") and not re.search(r"^#\s*\|\s*fig-alt:\s*\S", "".join(cell["source"]), re.M)
+            and not out.get("metadata", {}).get(kind, {}).get("alt")]
+
+
+def empty_tables(notebook: dict) -> list[str]:
+    """Cells that announce a table by a label and show nothing: a table is shown only as the last expression of its cell."""
+    return [found[1] for cell in notebook["cells"] if not cell.get("outputs")
+            and (found := re.search(r"^#\s*\|\s*label:\s*(tbl-\S+)", "".join(cell["source"]), re.M))]
+
+
 def fetching(notebook: dict) -> list[str]:
     """Outputs for which Quarto loads scripts from a server, and mathematics that would need one in a report."""
     kinds = [(i, kind) for i, c in enumerate(notebook["cells"]) for o in c.get("outputs", []) for kind in o.get("data", {})]
@@ -141,8 +154,14 @@ def test_a_chapter_keeps_the_papers_rules(page):
     notebook = json.loads((NBS / page).read_text(encoding="utf-8"))
     assert typed_numbers(notebook) == []
     assert bare_figures(notebook) == []
+    assert empty_tables(notebook) == []
     assert fetching(notebook) == []
     assert noise(notebook) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_every_image_has_a_text_in_its_place(page):
+    assert unread_images(json.loads((NBS / page).read_text(encoding="utf-8"))) == []
 
 
 def test_chapters_are_numbered_without_gaps():
@@ -191,8 +210,11 @@ def test_the_checks_see_what_they_look_for(tmp_path):
     notebook["cells"][1]["outputs"] = [dict(output_type="display_data", data={"image/png": "..."})]
     assert empty_figures(notebook) == []
     assert bare_figures(notebook) == ["cell 1 has only ['fig-cap:', 'label: fig-']"]
+    assert unread_images(notebook) == ["cell 1"]
     notebook["cells"][1]["source"] += "\n#| fig-alt: A curve."
-    assert bare_figures(notebook) == [] and fetching(notebook) == [] and noise(notebook) == [] and typed_numbers(notebook) == []
+    assert unread_images(notebook) == [] and bare_figures(notebook) == [] and fetching(notebook) == [] and noise(notebook) == [] and typed_numbers(notebook) == []
+    notebook["cells"] += [dict(cell_type="code", source="#| label: tbl-a\nif rows: table(rows)", outputs=[])]
+    assert empty_tables(notebook) == ["tbl-a"]
     notebook["cells"][0]["source"] = "It is 16.3 of 18, or 86.7% (v1.2 `0.5`) and $x^2$."
     notebook["cells"][1]["outputs"] += [dict(output_type="display_data", data={"text/html": ""}), dict(output_type="stream", name="stderr", text="w")]
     assert typed_numbers(notebook) == ["16.3", "86.7%"] and noise(notebook) == ["cell 1: w"]

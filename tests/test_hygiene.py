@@ -69,6 +69,11 @@ def machine_paths(notebook: dict) -> list[str]:
             for found in [MACHINE_PATH.search(outputs(cell)) or re.search(r" at 0x[0-9a-f]{6,}", outputs(cell))] if found]
 
 
+def widget_state(notebook: dict) -> list[str]:
+    """What widgets held when the notebook ran: long, under other names each time, and dead without a kernel."""
+    return ["the state of widgets is stored in the metadata"] if "widgets" in notebook.get("metadata", {}) else []
+
+
 def no_title(notebook: dict) -> list[str]:
     """The first cell is a title with a one-line description, for the site and for search."""
     first = notebook["cells"][0]
@@ -90,6 +95,7 @@ BAD_NOTEBOOKS = [
     (machine_paths, sample("p", outputs=[dict(output_type="stream", text=["saved in /home/", "me/runs\n"])])),
     (machine_paths, sample("p", outputs=[dict(output_type="stream", text=f"{REPO.parent}/elsewhere")])),
     (machine_paths, sample("f", outputs=[dict(output_type="execute_result", data={"text/plain": "<f at 0x7f12ab34cd>"})])),
+    (widget_state, sample("a = 1") | {"metadata": {"widgets": {}}}),
     (no_title, sample("a = 1")),
 ]
 NOTEBOOK_CHECKS = list(dict.fromkeys(check for check, _ in BAD_NOTEBOOKS))

@@ -57,7 +57,7 @@ def _hub_error(kind, status):
 
 @pytest.mark.parametrize("cause, token, says", [
     (lambda: _hub_error(errors.GatedRepoError, 401), None, "hf auth login"),
-    (lambda: _hub_error(errors.GatedRepoError, 403), "hf_secret", "Accept its licence at https://huggingface.co/google/gemma-2b"),
+    (lambda: _hub_error(errors.GatedRepoError, 403), "hf_secret", "Accept its license at https://huggingface.co/google/gemma-2b"),
     (lambda: _hub_error(errors.RepositoryNotFoundError, 404), None, "misspelt"),
     (lambda: _hub_error(errors.RevisionNotFoundError, 404), None, "no such revision"),
     (lambda: errors.LocalEntryNotFoundError("x"), None, "could not be reached"),

@@ -113,6 +113,18 @@ def test_a_page_shows_everything_once_and_needs_nothing():
     assert 'id="ref-doe2024"' in text and "On Shape" in text
 
 
+def test_a_link_to_what_the_page_holds_stays_in_the_page():
+    link = chapter("04_a", "[e](../library/12_explorer.ipynb)")
+    assert '<a href="#explorer">e</a>' in page("T", "", [link], SOURCES, {"explorer": ("Explorer", "")})
+    assert f'<a href="{pages.SITE}library/explorer.html">e</a>' in page("T", "", [link], SOURCES)
+
+
+def test_sentences_in_tables_are_told_from_numbers():
+    words = "Up to which layer is the fact read from the entity?"
+    made = to_html(f"| a | b | c |\n| :-- | --- | --: |\n| {words} | {words} | 0.95 [0.90, 0.97] |")
+    assert made.count('<td class="long"') == 2 and made.count("<td") == 3
+
+
 def test_a_table_without_rows_leaves_no_caption_behind():
     text = page("T", "", [chapter("04_a", code("#| label: tbl-x\n#| tbl-cap: Nothing to see.\nNone"))], SOURCES)
     assert "Nothing to see" not in text.partition("<body>")[2] and "<figure" not in text
