@@ -237,6 +237,7 @@ RUNS = {
     "nowhere": dict(entity=np.zeros((6, 8)), final=np.zeros((6, 8))),
     "unknown": dict(entity=steps([2, 3, 4, 5]), swings=[9, 3, 0.5, -1], known=[True, True, False, False], direction="denoising"),
     "one": dict(entity=steps([5])),
+    "flat": dict(entity=steps([2, 3, 4, 5]), swings=[0.9, 0.5, 0.1, -1], known=[False] * 4, controls={"unrelated": steps([2, 3, 4, 5], before=0.5)}),
 }
 
 
