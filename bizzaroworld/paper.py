@@ -24,8 +24,8 @@ __all__ = ['DPI', 'plain', 'Text', 'say', 'bullets', 'listed', 'percent', 'count
 
 # %% ../nbs/library/14_paper.ipynb #9bfce416
 def plain(text: object) -> str:
-    "Text with everything escaped that markdown, or a citation, would read as markup."
-    return re.sub(r"([\\`*_{}\[\]<>|@$~^#])", r"\\\1", str(text))
+    "Text on one line, with everything escaped that markdown, or a citation, would read as markup."
+    return re.sub(r"([\\`*_{}\[\]<>|@$~^#&])", r"\\\1", re.sub(r"\s*\n\s*", " ", str(text)))
 
 
 class Text(str):

@@ -139,6 +139,7 @@ def test_outputs_of_a_run_cannot_become_markup():
     assert Elements(to_html(text)).found == [("p", {})]
     resolve = Resolver({}, {}, frozenset())
     assert re.sub("<.*?>", "", to_html(resolve(text))).strip() == "&lt;img src=x&gt; [a](b) @key `c` | d *e*"
+    assert to_html(resolve(paper.plain("&lt;b&gt; and\n\n# no heading"))) == "<p>&amp;lt;b&amp;gt; and # no heading</p>\n"
     table = to_html(resolve(paper.table(pd.DataFrame({"a|b": ["x|<y>"], "n": [1.5]}))))
     assert "<th style=\"text-align:left\">a|b</th>" in table and "x|&lt;y&gt;" in table and "1.50" in table
 
