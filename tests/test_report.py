@@ -228,6 +228,16 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(RunError): report.write_report(tmp_path)
 
 
+def test_where_the_report_goes_is_known_before_it_is_made(moved, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "read_chapters", lambda names: [])
+    assert report.write_report("bizzaro-nano", explorer=False) == Path("bizzaro-nano-report.html") and Path("bizzaro-nano-report.html").exists()
+    monkeypatch.setattr(report, "execute", lambda *args, **options: pytest.fail("executed for nothing"))
+    with pytest.raises(RunError, match="is a folder. Name a file, such as .*report.html"): report.write_report(moved.folder, tmp_path)
+    monkeypatch.setattr(report.os, "access", lambda path, mode: False)
+    with pytest.raises(RunError, match="Nothing can be written to .*--out"): report.write_report(moved.folder, tmp_path / "r.html")
+
+
 def test_chapters_come_without_outputs_and_in_order():
     found = report.read_chapters()
     assert [c.number for c in found] == sorted(c.number for c in found) and found[0].number == 1
