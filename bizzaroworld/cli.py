@@ -251,7 +251,7 @@ def compare(runs: RunNames,
 @app.command()
 def report(run: RunName,
            out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", dir_okay=False,
-                                                    help="Default: report.html in the run folder.")] = None,
+                                                    help="Default: report.html in the run folder; of a run that comes along, here.")] = None,
            debug: Debug = False) -> None:
     """Write the paper about a run: one file that opens from disk.
 
@@ -269,7 +269,7 @@ def report(run: RunName,
 @app.command()
 def view(run: RunName,
          out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", dir_okay=False,
-                                                  help="Where to write the page. Default: explorer.html in the run folder.")] = None,
+                                                  help="Default: explorer.html in the run folder; of a run that comes along, here.")] = None,
          browser: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in the browser.")] = True,
          debug: Debug = False) -> None:
     """Look at a run in the browser.

@@ -30,7 +30,7 @@ def reported(debug: bool) -> Iterator[None]:
     """Turn an error into one message on stderr and an exit code; with `debug`, let it through."""
     try:
         yield
-    except (typer.Exit, typer.Abort): raise
+    except (typer.Exit, typer.Abort, BrokenPipeError): raise  # whoever reads what is printed may stop, as `head` does
     except KeyboardInterrupt:
         typer.echo("Stopped. A study keeps what it has finished: the same command goes on from there.", err=True)
         raise typer.Exit(1) from None
@@ -48,7 +48,7 @@ Advance = Callable[[int, int, str], None]
 def progress(title: str) -> Iterator[Advance]:
     """A progress bar on stderr, silent where stderr is no terminal; yields `advance(done, total, note)`."""
     console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
         def advance(done: int, total: int, note: str = "") -> None:

@@ -13,17 +13,19 @@ from typing import Any
 
 import pandas as pd
 
+from .analysis import MIN_SWING
 from .estimates import Estimate, number
 from .runs import Run, RunError, open_run
+from .summary import NOTHING
 
 # %% auto #0
 __all__ = ['DPI', 'plain', 'Text', 'say', 'bullets', 'listed', 'percent', 'count', 'cell', 'interval', 'table', 'Picture', 'note',
-           'named', 'beside', 'LeftOut', 'leave_out']
+           'named', 'beside', 'LeftOut', 'leave_out', 'needs_swing']
 
 # %% ../nbs/library/14_paper.ipynb #9bfce416
 def plain(text: object) -> str:
-    "Text with everything escaped that markdown, or a citation, would read as markup."
-    return re.sub(r"([\\`*_{}\[\]<>|@$~^#])", r"\\\1", str(text))
+    "Text on one line, with everything escaped that markdown, or a citation, would read as markup."
+    return re.sub(r"([\\`*_{}\[\]<>|@$~^#&])", r"\\\1", re.sub(r"\s*\n\s*", " ", str(text)))
 
 
 class Text(str):
@@ -129,3 +131,8 @@ class LeftOut(Exception):
 def leave_out(condition: bool, why: str) -> None:
     "End the chapter here if `condition` holds."
     if condition: raise LeftOut(why)
+
+
+def needs_swing(run: Run) -> None:
+    "End the chapter here if no pair of the run has a TotalSwing that fractions can be taken of."
+    leave_out(not (run.triage.total_swing >= MIN_SWING).any(), NOTHING)

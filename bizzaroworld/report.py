@@ -17,7 +17,7 @@ from pathlib import Path
 from .explorer import explorer_page
 from .files import write_text
 from .pages import Chapter, bibliography, page, source
-from .runs import Run, open_run
+from .runs import Run, RunError, open_run, output
 from .summary import cautions, summarize
 
 # %% auto #0
@@ -103,7 +103,7 @@ def _environment(folder: Path, run: Path) -> dict[str, str]:
                    "MPLBACKEND": "agg", "HF_HUB_OFFLINE": "1"}
 
 # %% ../nbs/library/14_report.ipynb #e25a10ff
-SKIPPED = ("LeftOut", "RunError", "AnalysisError", "ClaimError", "CompareError")  # what a run may lack
+SKIPPED = ("LeftOut", "RunError", "AnalysisError")  # what a run may lack
 
 
 def execute(chapters: Sequence[Chapter], run: Path, timeout: int = 600, progress: Callable[[int, int, str], None] | None = None) -> list[Chapter]:
@@ -162,17 +162,25 @@ def write_report(run_folder: str | Path, out: str | Path | None = None, *, chapt
     Parameters
     ----------
     run_folder : a finished run, or the name of a shipped one.
-    out : the file (else `report.html` in the run folder).
+    out : the file (else `report.html`, where `output` says: in the run folder, unless the run came along).
     chapters : names of chapters (else all).
     explorer : show the run's explorer at the end.
     progress : called with (chapters done, chapters, the title of the next).
 
-    Raises `RunError` if the folder holds no finished run."""
+    Raises `RunError` if the folder holds no finished run, or the file cannot be written, before anything is executed."""
     run = open_run(run_folder)
+    path = _writable(Path(out) if out is not None else output(run, "report.html"))
     made = execute(read_chapters(chapters), run.folder, progress=progress)
     sources = bibliography(paper_path("references.bib").read_text("utf-8"))
     more = {"explorer": ("Explorer", framed(explorer_page(run)))} if explorer else {}
     text = page(f"Where {run.model_name} keeps its facts", opening(run, made), made, sources, more)
-    path = Path(out) if out is not None else run.folder / "report.html"
     write_text(path, text)
     return path
+
+
+def _writable(path: Path) -> Path:
+    "The path, if a file can be written there."
+    if path.is_dir(): raise RunError(f"{path} is a folder. Name a file, such as {path / 'report.html'}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if os.access(path.parent, os.W_OK): return path
+    raise RunError(f"Nothing can be written to {path.parent.resolve()}. Name a file elsewhere with --out.")

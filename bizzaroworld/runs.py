@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from .files import write_json
 from .pairs import data_path
 
 # %% auto #0
-__all__ = ['IDENTITY', 'RunError', 'claim', 'read_info', 'pair_file', 'is_done', 'Run', 'ControlRun', 'control_run',
+__all__ = ['IDENTITY', 'AGAIN', 'RunError', 'claim', 'read_info', 'pair_file', 'is_done', 'Run', 'ControlRun', 'control_run',
            'shipped_runs', 'open_run', 'output']
 
 # %% ../nbs/library/08_runs.ipynb #13428333
@@ -56,13 +57,19 @@ def read_info(folder: Path) -> dict:
     if not path.is_file(): raise RunError(f"{folder} is not a run folder: it has no run.json. Make one with "
                                           "`bizzaroworld study --out FOLDER`, or name one that comes along: "
                                           f"{', '.join(shipped_runs()) or 'none'}.")
-    try: return json.loads(path.read_text("utf-8"))
-    except json.JSONDecodeError as error: raise RunError(f"{path} is damaged ({error}). Run the study again.") from error
+    try: info = json.loads(path.read_text("utf-8"))
+    except ValueError as error: raise RunError(f"{path} is damaged ({error}). {AGAIN}") from error
+    if isinstance(info, dict) and isinstance(info.get("model"), dict): return info
+    raise RunError(f"{path} is damaged: it names no model. {AGAIN}")
+
+
+AGAIN = "Delete the folder and run the study again."
 
 # %% ../nbs/library/08_runs.ipynb #1b1b4cf9
 def pair_file(folder: Path, pair_id: str, part: str = "pairs") -> Path:
     "Where the effects of a pair are kept; `part` is another folder for each control."
-    return folder / part / f"{pair_id}.parquet"
+    name = re.sub(r'[%/\\:*?"<>|\0]', lambda m: f"%{ord(m[0]):02X}", pair_id)  # an id may hold anything
+    return folder / part / f"{name}.parquet"
 
 
 def is_done(folder: Path, pair_id: str, part: str = "pairs") -> bool:
@@ -71,10 +78,20 @@ def is_done(folder: Path, pair_id: str, part: str = "pairs") -> bool:
     except (OSError, ValueError): return False
     return True
 
+# %% ../nbs/library/08_runs.ipynb #c0de7ab1
+def _table(folder: Path, name: str) -> pd.DataFrame:
+    "A table of a run folder. Raises `RunError` if it is missing or damaged."
+    path, again = folder / name, "Run the same study again: it does only what is missing."
+    try: table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    except FileNotFoundError as error: raise RunError(f"{folder} has no {name}. {again}") from error
+    except (OSError, ValueError) as error: raise RunError(f"{path} is damaged ({error}). {again}") from error
+    if "pair_id" in table: return table
+    raise RunError(f"{path} is damaged: it has no column 'pair_id'. {again}")
+
 # %% ../nbs/library/08_runs.ipynb #dbb650a5
 @dataclass(frozen=True)
 class Run:
-    "A finished run, read from its folder."
+    "A finished run, read from its folder. Its tables raise `RunError` if they are missing or damaged."
     folder: Path
     info: dict
 
@@ -84,22 +101,22 @@ class Run:
     def n_layers(self) -> int: return self.info["model"]["n_layers"]
 
     @cached_property
-    def triage(self) -> pd.DataFrame: return pd.read_csv(self.folder / "triage.csv")
+    def triage(self) -> pd.DataFrame: return _table(self.folder, "triage.csv")
     @cached_property
-    def excluded(self) -> pd.DataFrame: return pd.read_csv(self.folder / "excluded.csv")
+    def excluded(self) -> pd.DataFrame: return _table(self.folder, "excluded.csv")
     @cached_property
-    def effects(self) -> pd.DataFrame: return pd.read_parquet(self.folder / "effects.parquet")
+    def effects(self) -> pd.DataFrame: return _table(self.folder, "effects.parquet")
 
     @cached_property
     def controls(self) -> pd.DataFrame:
         "The effects of the controls, as `effects`, with a column `control`. Raises `RunError` for a run without them."
         path = self.folder / "controls.parquet"
         if not path.is_file(): raise RunError(f"{self.folder} holds no controls. Run the same study again: it adds what is missing.")
-        return pd.read_parquet(path)
+        return _table(self.folder, path.name)
 
     @cached_property
     def _golden(self) -> dict[str, list[str]]:
-        return {mode: pd.read_csv(self.folder / f"golden_{mode}.csv").pair_id.tolist() for mode in "ABC"}
+        return {mode: _table(self.folder, f"golden_{mode}.csv").pair_id.tolist() for mode in "ABC"}
 
     def pairs(self, mode: str = "C") -> list[str]:
         "Ids of the golden pairs of a mode: A (top 15 by TotalSwing), B (best per category), C (all), best first."

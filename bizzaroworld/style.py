@@ -48,7 +48,7 @@ WIDTH = 7.0  # inches
 SMALL = 11.5  # points, the smallest letters
 STYLE = {"font.size": 13, "axes.titlesize": 13, "axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 2,
          "lines.markersize": 6, "legend.frameon": False, "legend.handlelength": 2.6, "legend.columnspacing": 1.2,
-         "hatch.linewidth": 1.5, "svg.hashsalt": "bizzaroworld"}
+         "hatch.linewidth": 1.5, "svg.hashsalt": "bizzaroworld", "text.parse_math": False}  # a dollar in a name is a dollar
 styled = style.context(["default", STYLE])
 
 # %% ../nbs/library/11_style.ipynb #196af259

@@ -16,7 +16,7 @@ from .profiles import beyond_control, control_curves, depth_fraction
 from .runs import Run
 
 # %% auto #0
-__all__ = ['NOTES', 'FEW_PAIRS', 'FEW_SHARE', 'summarize', 'cautions', 'findings']
+__all__ = ['NOTES', 'STORES', 'FEW_PAIRS', 'FEW_SHARE', 'NOTHING', 'summarize', 'cautions', 'findings']
 
 # %% ../nbs/library/09_summary.ipynb #b645c4a2
 NOTES = {
@@ -127,13 +127,16 @@ def summarize(run: Run) -> dict:
 def _estimate(fields: dict) -> Estimate: return Estimate(**fields)
 
 
-def _stored(mode: dict, n_layers: int) -> str:
-    "Where the answer depends on the entity token."
+STORES = {"noising": "the answer depends on the entity token", "denoising": "the entity token is enough to bring the answer back"}
+
+
+def _stored(mode: dict, n_layers: int, direction: str) -> str:
+    "Up to where a patch at the entity token decides the answer."
     means = mode["curves"]["3"]["resid_pre"]["fraction"]
     last = _last_held(means["mean"])
     if last is None: return "Stored: at no layer does a patch at the entity token move half of the TotalSwing; nothing is localized there."
     here = Estimate(*(means[k][last] for k in ("mean", "low", "high")), n=means["n"])
-    return (f"Stored: up to layer {last} of 0 to {n_layers - 1} the answer depends on the entity token; a patch of its residual "
+    return (f"Stored: up to layer {last} of 0 to {n_layers - 1} {STORES[direction]}; a patch of its residual "
             f"stream there moves {here:.0%} of the TotalSwing.")
 
 
@@ -149,7 +152,7 @@ def _leaves(mode: dict, n_layers: int) -> str:
 def _carried(mode: dict) -> str:
     "What attention brings to the final token: of a whole layer, and of single heads."
     heads, whole = mode["heads"]["4F"], mode["curves"]["2A"]["attn_out"]["fraction"]
-    if heads["half_in"] is None or whole["n"] == 0: return "Carried: no single head at the final token has any effect."
+    if heads["half_in"] is None: return "Carried: no single head at the final token has any effect."
     top, half = heads["top"][0], heads["half_in"]
     layer = max(range(len(whole["mean"])), key=lambda l: abs(whole["mean"][l]))
     joint = Estimate(*(whole[k][layer] for k in ("mean", "low", "high")), n=whole["n"])
@@ -172,6 +175,8 @@ def _controlled(controls: dict | None) -> str | None:
 
 # %% ../nbs/library/09_summary.ipynb #de9e78bd
 FEW_PAIRS, FEW_SHARE = 10, 0.5
+NOTHING = (f"No pair has a TotalSwing of {MIN_SWING:g} logit or more: the model does not hold the two answers apart, so there is "
+           "nothing to move and nothing to localize.")
 
 
 def cautions(summary: dict) -> list[str]:
@@ -198,6 +203,6 @@ def findings(summary: dict) -> list[str]:
     over = f"all {n}" if with_fraction == n else f"{n} (fractions: {with_fraction} with a TotalSwing of {MIN_SWING:g} logit or more)"
     first = (f"{model['name']} ({kind}, {model['n_layers']} layers, {model['n_heads']} heads) knows {pairs['known']} of "
              f"{pairs['total']} pairs; {summary['direction']}, means over {over} with 95% intervals over pairs.")
-    told = [_stored(mode, model["n_layers"]), _leaves(mode, model["n_layers"]), _carried(mode), _final(mode, model["n_layers"]),
-            _controlled(summary["controls"])]
+    told = [_stored(mode, model["n_layers"], summary["direction"]), _leaves(mode, model["n_layers"]), _carried(mode),
+            _final(mode, model["n_layers"]), _controlled(summary["controls"])] if with_fraction else [NOTHING]
     return [*(f"Caution: {doubt}" for doubt in cautions(summary)), first, *(line for line in told if line)]

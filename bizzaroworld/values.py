@@ -49,5 +49,7 @@ def mean_values(model: Model, token_pairs: Sequence[TokenPair], edits: Iterable[
             sums[edit, head] = sums[edit, head] + vector
             counts[edit, head] += 1
     means = {key: total / counts[key] for key, total in sums.items()}
-    def heads(e): return [means[key] for key in means if key[0] == e]
-    return {e: torch.stack(heads(e)) if len(heads(e)) > 1 else heads(e)[0] for e in edits}
+    def value(e):
+        found = {head: mean for (edit, head), mean in means.items() if edit == e}
+        return torch.stack(list(found.values())) if e.head is None and None not in found else next(iter(found.values()))
+    return {e: value(e) for e in edits}

@@ -60,7 +60,7 @@ def test_a_run_of_which_no_pair_has_a_swing_is_summarized_without_numbers(tmp_pa
     mode = summary["modes"]["C"]
     assert mode["crossing"]["entity"] == {"value": None, "low": None, "high": None, "n": 0}
     assert mode["curves"]["3"]["resid_pre"]["fraction"]["mean"] == [None] * 8
-    assert len(told(summary)) == 5 and "0 of 2 pairs" in told(summary)[0]
+    assert len(told(summary)) == 2 and "0 of 2 pairs" in told(summary)[0]
     assert findings(summary)[0].startswith("Caution: The model knows only 0 of 2 pairs")
 
 
@@ -336,6 +336,18 @@ def test_stored_is_up_to_the_last_layer_with_half_of_the_swing(tmp_path):
 def test_findings_count_the_pairs_without_a_fraction(tmp_path):
     summary = summarize(planted_run(tmp_path, noisy([3] * 5), swings=[9.0, 8, 7, 0.9, -3]))
     assert "means over 5 (fractions: 3 with a TotalSwing of 1 logit or more)" in told(summary)[0]
+
+
+def test_findings_of_a_run_without_any_swing_claim_nothing(tmp_path):
+    z = np.full((12, 8, 2), 0.3)
+    lines = told(summarize(planted_run(tmp_path, noisy([3] * 12), swings=[0.4] * 12, heads_final=z)))
+    assert lines[1].startswith("No pair has a TotalSwing of 1 logit or more") and len(lines) == 2
+
+
+def test_findings_of_a_denoising_run_speak_of_what_suffices(tmp_path):
+    noised, denoised = (told(summarize(planted_run(tmp_path / d, steps([3] * 12), direction=d)))[1] for d in ("noising", "denoising"))
+    assert "the answer depends on the entity token" in noised and "is enough to bring the answer back" in denoised
+    assert "depends" not in denoised and noised.partition(";")[2] == denoised.partition(";")[2]
 
 
 def test_another_model_is_not_called_embedded(tmp_path):

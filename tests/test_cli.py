@@ -3,11 +3,13 @@ import json
 import resource
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pandas as pd
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from bizzaroworld import __version__, cli, console
@@ -255,3 +257,16 @@ def test_audit_of_an_embedded_model():
 def test_audit_of_a_tokenizer_that_is_not_there():
     done = run("audit", "./no-such-folder")
     assert done.exit_code == 2 and "no-such-folder" in done.stderr
+
+
+def test_a_category_in_the_progress_bar_is_no_markup(monkeypatch):
+    terminal = Console(force_terminal=True, file=StringIO(), width=100)
+    monkeypatch.setattr(console, "Console", lambda **options: terminal)
+    with console.progress("nano [/x]") as advance: advance(1, 2, "[/b] dates")
+    assert "nano [/x] [/b] dates" in terminal.file.getvalue()
+
+
+def test_a_reader_who_stops_reading_is_no_failure():
+    code = "from bizzaroworld.cli import main; main()"
+    done = subprocess.run(f"{sys.executable} -c '{code}' claims bizzaro-nano --why | head -n 1", shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith("Claims of") and done.stderr == ""

@@ -34,6 +34,13 @@ def fits(figure):
     assert clipped(figure) == [] and overlapping(figure) == [] and smallest(figure) > 5
 
 
+def test_a_name_is_no_formula():
+    figure = draw_categories(pd.concat([a_curve(category=c) for c in (r"$\bad{x}$", "$x^2$ and more $")]))
+    figure.draw_without_rendering()
+    assert [ax.get_title().replace("\n", " ") for ax in figure.axes] == [r"$\bad{x}$ (20)", "$x^2$ and more $ (20)"]
+    assert not any(t.get_parse_math() for ax in figure.axes for t in ax.texts + [ax.title, *ax.get_xticklabels()])
+
+
 # --- curves ---------------------------------------------------------------------------------------------------------
 
 def test_residual_curves_are_the_tables(run):

@@ -139,6 +139,7 @@ def test_outputs_of_a_run_cannot_become_markup():
     assert Elements(to_html(text)).found == [("p", {})]
     resolve = Resolver({}, {}, frozenset())
     assert re.sub("<.*?>", "", to_html(resolve(text))).strip() == "&lt;img src=x&gt; [a](b) @key `c` | d *e*"
+    assert to_html(resolve(paper.plain("&lt;b&gt; and\n\n# no heading"))) == "<p>&amp;lt;b&amp;gt; and # no heading</p>\n"
     table = to_html(resolve(paper.table(pd.DataFrame({"a|b": ["x|<y>"], "n": [1.5]}))))
     assert "<th style=\"text-align:left\">a|b</th>" in table and "x|&lt;y&gt;" in table and "1.50" in table
 
@@ -229,6 +230,16 @@ def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(RunError): report.write_report(tmp_path)
 
 
+def test_where_the_report_goes_is_known_before_it_is_made(moved, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "read_chapters", lambda names: [])
+    assert report.write_report("bizzaro-nano", explorer=False) == Path("bizzaro-nano-report.html") and Path("bizzaro-nano-report.html").exists()
+    monkeypatch.setattr(report, "execute", lambda *args, **options: pytest.fail("executed for nothing"))
+    with pytest.raises(RunError, match="is a folder. Name a file, such as .*report.html"): report.write_report(moved.folder, tmp_path)
+    monkeypatch.setattr(report.os, "access", lambda path, mode: False)
+    with pytest.raises(RunError, match="Nothing can be written to .*--out"): report.write_report(moved.folder, tmp_path / "r.html")
+
+
 def test_chapters_come_without_outputs_and_in_order():
     found = report.read_chapters()
     assert [c.number for c in found] == sorted(c.number for c in found) and found[0].number == 1
@@ -239,6 +250,7 @@ RUNS = {
     "nowhere": dict(entity=np.zeros((6, 8)), final=np.zeros((6, 8))),
     "unknown": dict(entity=steps([2, 3, 4, 5]), swings=[9, 3, 0.5, -1], known=[True, True, False, False], direction="denoising"),
     "one": dict(entity=steps([5])),
+    "flat": dict(entity=steps([2, 3, 4, 5]), swings=[0.9, 0.5, 0.1, -1], known=[False] * 4, controls={"unrelated": steps([2, 3, 4, 5], before=0.5)}),
 }
 
 

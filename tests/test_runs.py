@@ -8,6 +8,8 @@ import pytest
 from bizzaroworld.files import replacing, write_json, write_table
 from bizzaroworld.runs import Run, RunError, claim, is_done, open_run, output, pair_file, read_info, shipped_runs
 
+from planted import planted_run, steps
+
 INFO = {"model": {"name": "m", "weights_sha256": "aa"}, "battery_sha256": "bb", "options": {"direction": "noising"},
         "versions": {"pandas": "1"}}
 
@@ -90,3 +92,33 @@ def test_nothing_is_written_into_the_package(tmp_path):
     made = Run(tmp_path / "mine", {})
     assert output(made, "report.html") == tmp_path / "mine" / "report.html"
     for name in shipped_runs(): assert output(open_run(name), "page.html") == Path(f"{Path(name).name}-page.html")
+
+
+@pytest.mark.parametrize("name, damage", [
+    ("effects.parquet", b""), ("effects.parquet", b"PAR1 and no more"), ("controls.parquet", b"PAR1"), ("triage.csv", b""),
+    ("triage.csv", b"a,b\n1,2\n"), ("triage.csv", b"\xff\xfe\x00"), ("golden_A.csv", b""), ("excluded.csv", b"")])
+def test_a_damaged_table_is_named_with_what_to_do(tmp_path, name, damage):
+    run = planted_run(tmp_path, steps([2] * 3), controls={"unrelated": steps([2] * 3)})
+    (tmp_path / name).write_bytes(damage)
+    with pytest.raises(RunError, match=f"{name} is damaged.*Run the same study again"):
+        run.triage, run.excluded, run.effects, run.controls, run.pairs("A")
+
+
+def test_a_missing_table_is_named_with_what_to_do(tmp_path):
+    run = planted_run(tmp_path, steps([2] * 3))
+    (tmp_path / "golden_B.csv").unlink()
+    with pytest.raises(RunError, match="has no golden_B.csv. Run the same study again"): run.pairs("C")
+
+
+@pytest.mark.parametrize("text", [b"[]", b"{}", b'{"model": "m"}', b'{"model": "\xe9"}'])
+def test_a_damaged_run_json_is_named_with_what_to_do(tmp_path, text):
+    (tmp_path / "run.json").write_bytes(text)
+    with pytest.raises(RunError, match="run.json is damaged.*run the study again"): open_run(tmp_path)
+
+
+@pytest.mark.parametrize("pair_id", ["../../above", "/etc/above", "dates/one", "a: b?", "back\\slash", "%2F", "o\0"])
+def test_whatever_a_pair_is_called_its_file_stays_in_the_folder(tmp_path, pair_id):
+    path = pair_file(tmp_path, pair_id)
+    assert path.parent == tmp_path / "pairs" and path.resolve().parent == path.parent.resolve()
+    assert path != pair_file(tmp_path, pair_id.replace("/", "%2F") + "x")
+    assert pair_file(tmp_path, "geo-a b").name == "geo-a b.parquet" and pair_file(tmp_path, "%2F") != pair_file(tmp_path, "/")

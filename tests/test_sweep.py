@@ -307,6 +307,17 @@ def test_means_are_the_mean_of_the_activations(gemma):
 
 
 @torch.no_grad()
+def test_the_mean_of_all_heads_has_a_row_for_each_where_there_is_one_too(gemma):
+    """One key and value head: all heads are one, and still a row of a table."""
+    every, only = Edit("v", 1, "entity", source="given"), Edit("v", 1, "entity", 0, source="given")
+    pairs = [random_pair(1), random_pair(2)]
+    got = mean_values(gemma, pairs, [every, only])
+    assert gemma.shape.heads("v") == 1 and got[every].shape == (1, len(got[only]))
+    a, b = sweep(gemma, pairs, [Intervention((every,)), Intervention((only,))], values=got, progress=False).patched[..., 0].T
+    np.testing.assert_allclose(a, b)
+
+
+@torch.no_grad()
 def test_what_has_several_names_is_run_once(gemma, monkeypatch):
     """resid_mid and resid_post are run as the next resid_pre, repeats once; the table still has every row asked for."""
     ran, real = [], engine._run_pass
