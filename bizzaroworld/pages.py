@@ -138,7 +138,7 @@ class Resolver:
         parts = re.split(r"(^```.*?^```|``.*?``|`[^`\n]*`)", text, flags=re.M | re.S)
         return "".join(p if i % 2 else self._cited(p) for i, p in enumerate(parts))
 
-# %% ../nbs/library/14_pages.ipynb #615be55c
+# %% ../nbs/library/14_pages.ipynb #4614ac5d
 def to_html(text: str, level: int = 1, prefix: str = "") -> str:
     "Markdown as HTML. Headings are moved `level` levels down and get an `id` of the prefix and their words."
     reader = MarkdownIt("commonmark", {"html": False}).enable("table")
@@ -149,6 +149,7 @@ def to_html(text: str, level: int = 1, prefix: str = "") -> str:
         if token.type == "heading_open": token.attrSet("id", prefix + anchor(tokens[i + 1].content))
     page = reader.renderer.render(tokens, reader.options, {})
     page = re.sub(r"<td(?=( style=\"[^\"]*\")?>[^<]{40})", '<td class="long"', page)
+    page = re.sub(r"<td(?=( style=\"[^\"]*\")?>-?[\d.]+%? \[[^<\]]*\]</td>)", '<td class="interval"', page)
     return page.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
 
 
@@ -231,7 +232,7 @@ def _entry(s: Source) -> str:
     text = html.escape(f"{names} ({s.year}). {s.title}." + (f" {s.where}." if s.where else ""))
     return f'<li id="ref-{s.key}">{text} <a href="{html.escape(s.url, quote=True)}">{html.escape(s.url)}</a></li>\n'
 
-# %% ../nbs/library/14_pages.ipynb #6d93e6bc
+# %% ../nbs/library/14_pages.ipynb #8e9be8c9
 STYLE = """
 :root { color-scheme: light; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --link: #0b57a4; }
 * { box-sizing: border-box; }
@@ -249,6 +250,7 @@ details { margin: 0.5rem 0 1rem; } summary { cursor: pointer; color: var(--soft)
 .caution, .left-out { border-left: 4px solid #b35900; background: #fff6ea; padding: 0.6rem 1rem; } .facts { color: var(--soft); font-size: 0.9em; } iframe { width: 100%; height: 85vh; border: 1px solid var(--line); }
 .references li { margin: 0.4rem 0; }
 .wide { background: linear-gradient(270deg, #fff 1rem, #fff0 2rem) 100% 0 / 2rem 100% no-repeat local, linear-gradient(270deg, #0004, #0000) 100% 0 / 0.8rem 100% no-repeat scroll; }
+td.interval { white-space: nowrap; }
 @media (max-width: 40rem) { td { min-width: 3.5rem; } td.long { min-width: 9rem; } }
 @media (max-width: 60rem) { .page { display: block; padding: 1rem; } nav { position: static; max-height: none; } body { font-size: 16px; } }
 @media print { nav, summary { display: none; } .page { display: block; } }

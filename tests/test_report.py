@@ -123,6 +123,7 @@ def test_sentences_in_tables_are_told_from_numbers():
     words = "Up to which layer is the fact read from the entity?"
     made = to_html(f"| a | b | c |\n| :-- | --- | --: |\n| {words} | {words} | 0.95 [0.90, 0.97] |")
     assert made.count('<td class="long"') == 2 and made.count("<td") == 3
+    assert re.findall(r'<td class="interval"[^>]*>(.*?)<', made) == ["0.95 [0.90, 0.97]"]
 
 
 def test_a_table_without_rows_leaves_no_caption_behind():
