@@ -190,7 +190,7 @@ def _routing() -> list[Claim]:
 # %% ../nbs/library/10_statements.ipynb #4c7bb174
 NUMBERS = ("A head number is no head: H2 of one layer and H2 of another share nothing. Which number leads was picked after looking, and "
            "some number leads by chance.")
-FIFTEEN = "Of 15 pairs only 3 or fewer could show it; the study's own 6 do not."
+FIFTEEN = "With 15 pairs a leader of 3 or fewer would show it; the study's own leader of 6 does not."
 
 
 def _worst_heads() -> list[Claim]:
@@ -211,7 +211,8 @@ ONE_TRAINING = "The interval is over pairs; each model is one training, of its o
 
 def _categories() -> list[Claim]:
     return [Claim("categories", "The fact leaves the entity token at the same depth in all categories.", alike_categories, (0.8, 1),
-                  "Near: within a sixth of the depth of the mean over all. The interval is over categories; of 20, only 20 can show it.",
+                  "Near: within a sixth of the depth of the mean over all. "
+                  "The interval is over categories: with 20 of them it lies in the range only if all 20 are near.",
                   "of categories", None, "One depth is not a circuit. Three pairs to a category show a gross difference and no other; the "
                   "study gives no figure for each.")]
 
