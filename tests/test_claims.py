@@ -294,6 +294,20 @@ def test_worst_heads_and_chance(tmp_path):
     assert 0.25 < chance_share(60, 4).value < 0.4 and chance_share(6000, 4).value == pytest.approx(0.25, abs=0.02)
 
 
+def test_categories_of_a_fact_that_is_nowhere_are_not_alike_nor_different(tmp_path):
+    run = planted_run(tmp_path, np.full((40, 18), 0.3))
+    assert category_depths(run).near.sum() == 0 and alike_categories(run).value is None
+    verdict = found(run, keys={"categories"})["categories"]
+    assert (verdict.verdict, verdict.reason) == (CANNOT, "The number is not defined on these pairs.")
+
+
+def test_what_stops_most_claims_is_said_once_at_the_top(tmp_path):
+    planted = {"unknown": dict(known=[False] * 12), "denoised": dict(direction="denoising"), "fine": {}}
+    lines = {name: claims_lines(check_claims(planted_run(tmp_path / name, steps([5] * 12), **options))) for name, options in planted.items()}
+    assert lines["unknown"][2] == "planted knows 0 of 12 pairs: too few facts to locate." and "is denoising" in lines["denoised"][2]
+    assert lines["fine"][2] == "" and lines["fine"][3].startswith("claim ")
+
+
 def test_categories_are_counted_and_one_without_a_curve_is_not_near(tmp_path):
     run = study_like(tmp_path / "run", np.where(np.arange(PAIRS) < 3, [4, 11, 12] + [15] * 17, 15))
     table = category_depths(run).set_index("category")

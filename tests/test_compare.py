@@ -92,6 +92,15 @@ def test_pair_states(two):
     assert table.index[table.common].tolist() == ["pair-01", "pair-02", "pair-03", "pair-04"]
 
 
+def test_the_same_id_for_other_prompts_is_another_pair(tmp_path):
+    made = [run(tmp_path / name, [3, 3, 4]) for name in "abc"]
+    for found, prompt in zip(made[:2], ("one", "two")):
+        prompts = {"clean_prompt": [prompt, "same", "same"], "corrupt_prompt": "x"}
+        write_table(found.folder / "triage.csv", found.triage.assign(**prompts))
+    table = pair_states([open_run(r.folder) for r in made]).set_index("pair_id")
+    assert table.loc["pair-00"].tolist() == ["known", "other prompts", "known", False] and table.common.tolist() == [False, True, True]
+
+
 def test_drift_and_models(two):
     rows = drift(two).set_index("run")
     assert rows.loc["small"].tolist() == [6, 0, 0, 6, ""]
