@@ -12,8 +12,8 @@ from bizzaroworld.claims import (ASKS_OTHER, BY_CONSTRUCTION, CANNOT, DOES_NOT, 
                                  claims_lines, claims_table, judge, kind, label, obstacle, scope, shown, tally)
 from bizzaroworld.estimates import Estimate
 from bizzaroworld.files import write_json, write_table
-from bizzaroworld.measures import (alike_categories, category_depths, chance_share, dropped_by_one, layer_before, layer_from, r_if_unrelated,
-                                   release_share, remaining, worst_head_share)
+from bizzaroworld.measures import (alike_categories, category_depths, chance_share, dropped_by_one, late_sublayers, layer_before,
+                                   layer_from, r_if_unrelated, release_share, remaining, scale_difference, worst_head_share)
 from bizzaroworld.runs import open_run
 from bizzaroworld.statements import Claim, study_claims
 
@@ -236,6 +236,24 @@ def test_a_model_too_shallow_for_a_claim_says_so(tmp_path):
         assert verdicts[key].verdict == CANNOT and "No layer of a model of 4" in verdicts[key].reason
     three = planted_run(tmp_path / "three", steps([2] * PAIRS, 3))
     with pytest.raises(AnalysisError, match="No layer of a model of 3 lies at 72% to 83%"): release_share(three, 13 / 18, 15 / 18)
+
+
+def test_what_remains_of_next_to_nothing_is_not_defined(tmp_path):
+    entity = steps([15] * PAIRS, LAYERS, before=0.05)
+    assert remaining(planted_run(tmp_path / "large", entity, swings=[30] * PAIRS), 9).value == pytest.approx(1)
+    assert remaining(planted_run(tmp_path / "small", entity, swings=[10] * PAIRS), 9).value is None
+
+
+def test_a_late_sublayer_that_works_against_the_answer_is_not_idle(tmp_path):
+    against = np.zeros((PAIRS, LAYERS))
+    against[:, 16] = -0.3
+    assert late_sublayers(planted_run(tmp_path, steps([9] * PAIRS, LAYERS), sublayers={"mlp_out": against})).value == pytest.approx(0.3)
+
+
+def test_scales_are_compared_over_the_pairs_that_both_know(tmp_path):
+    small, large = study_like(tmp_path / "small", 15), planted_run(tmp_path / "large", steps([30] * 19 + [2], 36), known=[True] * 19 + [False])
+    found = scale_difference(large, small, "leaves")
+    assert found.n == 19 and found.value == pytest.approx(29.5 / 36 - 14.5 / 18)
 
 
 CLAIM = Claim("x", "X.", lambda run: Estimate(None), (0.5, 1), "Because.", "of pairs")

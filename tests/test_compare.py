@@ -83,6 +83,20 @@ def test_a_difference_rests_on_the_pairs_given_that_both_have(two):
     assert found.value == pytest.approx(5.5 / 12 - 2.5 / 8)
 
 
+def test_a_difference_leaves_out_what_one_run_has_no_fraction_of(tmp_path):
+    a, b = run(tmp_path / "a", [3, 4, 5]), run(tmp_path / "b", [6, 5, 6], swings=[0.5, 9, 8])
+    found = difference(a, b, "leaves", a.pairs())
+    assert found.n == 2 and found.value == pytest.approx((5.0 - 4.0) / 8)
+
+
+def test_heads_are_counted_as_a_share_of_all_heads(tmp_path):
+    heads = np.zeros((5, 8, 4))
+    heads[:, 2] = 0.1
+    found = planted_run(tmp_path, steps([3] * 5), heads_entity=heads, heads_final=heads)
+    for key in ("half_entity", "half_final"): assert quantity(found, key).value == pytest.approx(2 / 32)
+    for key in ("top_entity", "top_final"): assert quantity(found, key).value == pytest.approx(1 / 4)
+
+
 def test_pair_states(two):
     table = pair_states(two).set_index("pair_id")
     assert table.columns.tolist() == ["small", "large", "common"]
