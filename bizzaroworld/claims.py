@@ -15,7 +15,7 @@ import pandas as pd
 
 from .analysis import AnalysisError, run_direction
 from .estimates import Estimate, number
-from .runs import Run, RunError
+from .runs import DamagedError, Run, RunError
 from .statements import Claim, region_text, study_claims
 
 # %% auto #0
@@ -81,6 +81,7 @@ def _measured(claim: Claim, *runs: Run) -> tuple[Estimate, str, str]:
     stop = "" if claim.exact else next(filter(None, map(obstacle, runs)), "")
     if stop: return Estimate(None), CANNOT, stop
     try: value = claim.function(*runs)
+    except DamagedError: raise
     except (RunError, AnalysisError) as error: return Estimate(None), CANNOT, str(error)
     return value, *judge(claim, value)
 
@@ -107,7 +108,7 @@ def check_claims(run: Run, others: Sequence[Run] = ()) -> list[Verdict]:
     """Every claim of the study, checked on a run.
 
     `others`: runs of further models, for the claims about two: a verdict for each that fits. From the run folders alone; what a
-    run lacks makes a claim *cannot be tested here*, with the reason, and raises nothing."""
+    run lacks makes a claim *cannot be tested here*, with the reason, and raises nothing; a damaged file raises `DamagedError`."""
     return [verdict for claim in study_claims() for verdict in _check(claim, run, others)]
 
 # %% ../nbs/library/10_claims.ipynb #82f9d041

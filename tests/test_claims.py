@@ -14,7 +14,7 @@ from bizzaroworld.estimates import Estimate
 from bizzaroworld.files import write_json, write_table
 from bizzaroworld.measures import (alike_categories, category_depths, chance_share, dropped_by_one, late_sublayers, layer_before,
                                    layer_from, r_if_unrelated, release_share, remaining, scale_difference, worst_head_share)
-from bizzaroworld.runs import open_run
+from bizzaroworld.runs import DamagedError, open_run
 from bizzaroworld.statements import Claim, study_claims
 
 PAIRS, LAYERS, HEADS = 20, 18, 8
@@ -254,6 +254,12 @@ def test_scales_are_compared_over_the_pairs_that_both_know(tmp_path):
     small, large = study_like(tmp_path / "small", 15), planted_run(tmp_path / "large", steps([30] * 19 + [2], 36), known=[True] * 19 + [False])
     found = scale_difference(large, small, "leaves")
     assert found.n == 19 and found.value == pytest.approx(29.5 / 36 - 14.5 / 18)
+
+
+def test_a_damaged_file_is_no_missing_experiment(tmp_path):
+    run = planted_run(tmp_path, steps([3] * 12))
+    (tmp_path / "golden_A.csv").write_text("")
+    with pytest.raises(DamagedError, match="golden_A.csv is damaged"): check_claims(run)
 
 
 CLAIM = Claim("x", "X.", lambda run: Estimate(None), (0.5, 1), "Because.", "of pairs")
