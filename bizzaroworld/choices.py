@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from .analysis import effect_matrix, run_direction
 from .estimates import estimate_means, number
+from .explorer import pair_data
 from .hooked import HEAD_SITES, PATTERN_SITES, Model
 from .interventions import Edit, Intervention, grid
 from .pairs import BatteryError, PromptPair, differences, pairs_from_rows
@@ -99,17 +100,17 @@ def run_page(run: Run, choice: RunChoice) -> RunPage:
     return RunPage(choice, about, numbers, heat, _prompts_html(run, choice.pair), alt)
 
 # %% ../nbs/library/12_choices.ipynb #f6418159
-def _marked(prompt: str, entity: str, target: str) -> str:
-    "A prompt with its entity and what follows, as HTML."
-    before, found, after = prompt.partition(entity)
-    return f"{escape(before)}<mark><b>{escape(found)}</b></mark>{escape(after)} <u>{escape(target.strip())}</u>"
+def _marked(side: dict) -> str:
+    "A prompt (of `pair_data`) with its entity and what follows, as HTML."
+    words = "".join(f"<mark><b>{escape(text)}</b></mark>" if "entity" in name else escape(text) for text, name in side["pieces"])
+    return f"{side['name']}: {words} <u>{escape(side['target'])}</u>"
 
 
 def _prompts_html(run: Run, pair: str) -> str:
     row = run.triage.set_index("pair_id").loc[pair]
-    if "clean_prompt" not in row: return escape(pair)
-    lines = [f"{name}: {_marked(row[f'{side}_prompt'], row[f'{side}_entity'], row[f'{side}_target'])}"
-             for name, side in (("clean", "clean"), ("corrupted", "corrupt"))]
+    known = pair_data(row.to_dict() | {"pair_id": pair})
+    if "prompts" not in known: return escape(pair)
+    lines = [_marked(side) for side in known["prompts"]]
     swing = f"ld {row.ld_clean:+.2f} clean, {row.ld_corrupt:+.2f} corrupted, TotalSwing {row.total_swing:.2f} logits"
     return "<br>".join([*lines, swing])
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ import pandas as pd
 
 from .analysis import AnalysisError, run_direction
 from .estimates import Estimate, number
-from .runs import Run, RunError
+from .runs import DamagedError, Run, RunError
 from .statements import Claim, region_text, study_claims
 
 # %% auto #0
@@ -80,6 +81,7 @@ def _measured(claim: Claim, *runs: Run) -> tuple[Estimate, str, str]:
     stop = "" if claim.exact else next(filter(None, map(obstacle, runs)), "")
     if stop: return Estimate(None), CANNOT, stop
     try: value = claim.function(*runs)
+    except DamagedError: raise
     except (RunError, AnalysisError) as error: return Estimate(None), CANNOT, str(error)
     return value, *judge(claim, value)
 
@@ -106,7 +108,7 @@ def check_claims(run: Run, others: Sequence[Run] = ()) -> list[Verdict]:
     """Every claim of the study, checked on a run.
 
     `others`: runs of further models, for the claims about two: a verdict for each that fits. From the run folders alone; what a
-    run lacks makes a claim *cannot be tested here*, with the reason, and raises nothing."""
+    run lacks makes a claim *cannot be tested here*, with the reason, and raises nothing; a damaged file raises `DamagedError`."""
     return [verdict for claim in study_claims() for verdict in _check(claim, run, others)]
 
 # %% ../nbs/library/10_claims.ipynb #82f9d041
@@ -164,6 +166,12 @@ def _why(v: Verdict) -> list[list[str]]:
         v.claim.statement, v.reason, beside and f"Beside: {beside}.", v.claim.criterion, v.claim.caveat and f"Mind: {v.claim.caveat}"))]
 
 
+def _common_reason(verdicts: Sequence[Verdict]) -> list[str]:
+    "Why most of the claims cannot be tested, where that is one reason."
+    reasons = Counter(v.reason for v in verdicts if kind(v) == LACKING)
+    return [reason for reason, n in reasons.items() if 2 * n > len(verdicts)]
+
+
 def claims_lines(verdicts: Sequence[Verdict], details: bool = False) -> list[str]:
     "The verdicts as lines of text; with `details`, the reasons, criteria and caveats below each."
     lines = [f"{'claim':20} {'verdict':21} {'value [95% interval]':24} {'n':>3}  {'published':12} unit"]
@@ -172,4 +180,5 @@ def claims_lines(verdicts: Sequence[Verdict], details: bool = False) -> list[str
         lines.append(f"{v.claim.key:20} {v.verdict:21} {shown(v.value, v.claim):24} {v.value.n or '':>3}  {v.claim.reported:12} "
                      f"{v.claim.unit} {v.mark}".rstrip() + other)
         if details: lines += [line for paragraph in _why(v) for line in paragraph]
-    return [f"Claims of the BizzaroWorld study, checked on {scope(verdicts)}.", tally(verdicts), "", *lines, "", *FOOTNOTES]
+    return [f"Claims of the BizzaroWorld study, checked on {scope(verdicts)}.", tally(verdicts), *_common_reason(verdicts), "",
+            *lines, "", *FOOTNOTES]

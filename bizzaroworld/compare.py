@@ -88,13 +88,21 @@ def names(runs: Sequence[Run]) -> list[str]:
     models, folders = ([run.model_name for run in runs], [run.folder.name for run in runs])
     for found in (models, folders):
         if len(set(found)) == len(found): return found
-    raise AnalysisError(f"These runs cannot be told apart by model or folder: {', '.join(map(str, (r.folder for r in runs)))}.")
+    raise AnalysisError(f"These runs cannot be told apart by model or folder: {', '.join(map(str, (r.folder for r in runs)))}. "
+                        "Name each run once; give folders of the same name another.")
 
 
 def pair_states(runs: Sequence[Run]) -> pd.DataFrame:
-    "A row for each pair that any run ranked or dropped: `pair_id`, a column per run, and whether all know it (`common`)."
+    """A row for each pair that any run ranked or dropped: `pair_id`, a column per run, and whether all know it (`common`).
+
+    A run of another battery may give the same id to `other prompts` than the runs before it: that is another pair."""
+    asked: dict[str, list[str]] = {}
     def states(run):
-        ranked = run.triage.set_index("pair_id").known.map({True: "known", False: "not known"})
+        triage = run.triage.set_index("pair_id")
+        prompts = triage.reindex(columns=["clean_prompt", "corrupt_prompt"]).dropna()
+        others = [pair for pair, *texts in prompts.itertuples(name=None) if asked.setdefault(pair, texts) != texts]
+        ranked = triage.known.map({True: "known", False: "not known"})
+        ranked[others] = "other prompts"
         return pd.concat([ranked, pd.Series("dropped", index=run.excluded.pair_id, dtype=object)])
     table = pd.DataFrame({name: states(run) for name, run in zip(names(runs), runs)}).fillna("not asked")
     order = {pair: i for i, pair in enumerate(dict.fromkeys(p for run in runs for p in [*run.pairs(), *run.excluded.pair_id]))}

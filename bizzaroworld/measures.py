@@ -128,8 +128,9 @@ def category_depths(run: Run) -> pd.DataFrame:
 
 
 def alike_categories(run: Run) -> Estimate:
-    "The share of categories that are `near`; its n counts categories."
+    "The share of categories that are `near`; its n counts categories. Not defined where the mean curve over all has no depth."
     near = category_depths(run).near
+    if leaving_depth(run).value is None: return Estimate(None, n=len(near))
     return estimate_share(int(near.sum()), len(near))
 
 # %% ../nbs/library/10_measures.ipynb #ef9eb9da

@@ -23,7 +23,7 @@ from .compare import QUANTITIES, Comparison, SeedSpread, compare
 from .estimates import Estimate, Statistic, estimate, number
 from .files import replacing, write_json, write_table
 from .profiles import category_curves, control_curves, head_frequency, top_pairs
-from .runs import Run, RunError
+from .runs import DamagedError, Run, RunError
 from .style import CONTROLS, STYLE
 
 # %% auto #0
@@ -188,12 +188,12 @@ def plate(run: Run, name: str) -> Plate:
 
 
 def plates(run: Run) -> list[Plate]:
-    "Every figure that a run has the data for. Raises `RunError` if the run lacks an experiment, naming it."
+    "Every figure that a run has the data for. Raises `RunError` if the run lacks an experiment, or a file is damaged, naming it."
     found = []
     for name in MAKERS:
         try: found.append(plate(run, name))
-        except RunError:
-            if name not in OPTIONAL: raise
+        except RunError as error:
+            if name not in OPTIONAL or isinstance(error, DamagedError): raise
     return found
 
 # %% ../nbs/library/11_plates.ipynb #0fb4301c

@@ -17,12 +17,16 @@ from .files import write_json
 from .pairs import data_path
 
 # %% auto #0
-__all__ = ['IDENTITY', 'AGAIN', 'RunError', 'claim', 'read_info', 'pair_file', 'is_done', 'Run', 'ControlRun', 'control_run',
-           'shipped_runs', 'open_run', 'output']
+__all__ = ['IDENTITY', 'AGAIN', 'RunError', 'DamagedError', 'claim', 'read_info', 'pair_file', 'is_done', 'Run', 'ControlRun',
+           'control_run', 'shipped_runs', 'open_run', 'output']
 
 # %% ../nbs/library/08_runs.ipynb #13428333
 class RunError(ValueError):
     "A run folder that cannot be used as asked; the message says why and what to do."
+
+
+class DamagedError(RunError):
+    "A file of a run that is missing or cannot be read, where the run is not merely without it."
 
 # %% ../nbs/library/08_runs.ipynb #9ae2392e
 IDENTITY = ("model", "battery_sha256", "options")
@@ -80,18 +84,18 @@ def is_done(folder: Path, pair_id: str, part: str = "pairs") -> bool:
 
 # %% ../nbs/library/08_runs.ipynb #c0de7ab1
 def _table(folder: Path, name: str) -> pd.DataFrame:
-    "A table of a run folder. Raises `RunError` if it is missing or damaged."
+    "A table of a run folder. Raises `DamagedError` if it is missing or damaged."
     path, again = folder / name, "Run the same study again: it does only what is missing."
     try: table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
-    except FileNotFoundError as error: raise RunError(f"{folder} has no {name}. {again}") from error
-    except (OSError, ValueError) as error: raise RunError(f"{path} is damaged ({error}). {again}") from error
+    except FileNotFoundError as error: raise DamagedError(f"{folder} has no {name}. {again}") from error
+    except (OSError, ValueError) as error: raise DamagedError(f"{path} is damaged ({error}). {again}") from error
     if "pair_id" in table: return table
-    raise RunError(f"{path} is damaged: it has no column 'pair_id'. {again}")
+    raise DamagedError(f"{path} is damaged: it has no column 'pair_id'. {again}")
 
 # %% ../nbs/library/08_runs.ipynb #dbb650a5
 @dataclass(frozen=True)
 class Run:
-    "A finished run, read from its folder. Its tables raise `RunError` if they are missing or damaged."
+    "A finished run, read from its folder. Its tables raise `DamagedError` if they are missing or damaged."
     folder: Path
     info: dict
 

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 from .analysis import effect_matrix, run_direction
 from .estimates import number
+from .explorer import pair_data
 from .files import write_text
 from .hooked import Model
 from .interventions import grid
@@ -235,19 +236,19 @@ def stored_effects_view(run: Run, pair: str, layers: Sequence[int]) -> View:
     A row for each layer. Raises `ValueError` for a pair or layer that the run lacks."""
     direction, layers = run_direction(run), list(layers)
     entity, final = (effect_matrix(run, experiment) for experiment in ("3", "1"))
-    triage, side = run.triage.set_index("pair_id"), "clean" if direction == "noising" else "corrupt"
-    if pair not in triage.index or f"{side}_prompt" not in triage:
-        raise ValueError(f"The run of {run.model_name} has no prompts of {pair!r}; its pairs: {', '.join(run.pairs('C')[:3])}, ...")
+    rows = run.triage[run.triage.pair_id == pair].to_dict("records")
+    prompts = pair_data(rows[0]).get("prompts") if rows else None
+    if not prompts: raise ValueError(f"The run of {run.model_name} has no prompts of {pair!r}; its pairs: {', '.join(run.pairs('C')[:3])}, ...")
     if not set(layers) <= set(entity.columns): raise ValueError(f"The run has layers 0 to {max(entity.columns)}, asked for {layers}.")
-    before, name, after = triage.at[pair, f"{side}_prompt"].partition(triage.at[pair, f"{side}_entity"])
-    between, last = after[:after.rfind(" ")], after[after.rfind(" "):]
+    tokens, roles = zip(*prompts[direction != "noising"]["pieces"])
+    name, last = ("".join(t for t, role in zip(tokens, roles) if which in role) for which in ("entity", "final"))
     patched = np.stack([entity.loc[pair, layers], final.loc[pair, layers]], 1).round(3) + 0.0
     most, labels = round(float(np.abs(patched).max()), 3) or 1.0, [f"layer {layer}" for layer in layers]
     words = ", ".join(f"{label} {number(a, '+.1f')} at {name!r} and {number(b, '+.1f')} at {last.strip()!r}" for label, (a, b) in zip(labels, patched))
-    shown = np.insert(patched, [0, 1], 0, axis=1)
+    shown = np.stack([patched[:, 0] if "entity" in role else patched[:, 1] * ("final" in role) for role in roles], 1)
     return View(f"Effect of patching resid_pre in the run of {run.model_name}, {pair} ({direction}, logits)",
                 f"Effect on the logit difference: {words}. The deepest color is {most:.1f} logits; the other words were not patched.",
-                _rows(labels, [[before, name, between, last]] * len(labels), shown, most), _wide(labels, [name, last], patched),
+                _rows(labels, [tokens] * len(labels), shown, most), _wide(labels, [name, last], patched),
                 lambda: _draw_rows(labels, [name, last], patched, most, "Effect (logits)"), 40, "100%")
 
 # %% ../nbs/library/12_views.ipynb #88a05d8c

@@ -333,6 +333,13 @@ def test_stored_is_up_to_the_last_layer_with_half_of_the_swing(tmp_path):
     assert "up to layer 2 of 0 to 5" in lines[1] and "60% [60%, 60%]" in lines[1] and "depth 2.5" in lines[2]
 
 
+def test_controls_are_compared_where_the_real_patch_last_holds(tmp_path):
+    real, other = steps([3] * 12), np.tile([0.9, 0.6, 0.2, 0, 0, 0, 0, 0], (12, 1))
+    summary = summarize(planted_run(tmp_path, real, controls={"unrelated": other}))["controls"]
+    assert summary["layer"] == 2 and summary["fraction"]["unrelated"]["value"] == pytest.approx(0.2)
+    assert summary["beyond"]["unrelated"]["value"] == pytest.approx(0.8)
+
+
 def test_findings_count_the_pairs_without_a_fraction(tmp_path):
     summary = summarize(planted_run(tmp_path, noisy([3] * 5), swings=[9.0, 8, 7, 0.9, -3]))
     assert "means over 5 (fractions: 3 with a TotalSwing of 1 logit or more)" in told(summary)[0]

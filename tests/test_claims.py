@@ -12,9 +12,9 @@ from bizzaroworld.claims import (ASKS_OTHER, BY_CONSTRUCTION, CANNOT, DOES_NOT, 
                                  claims_lines, claims_table, judge, kind, label, obstacle, scope, shown, tally)
 from bizzaroworld.estimates import Estimate
 from bizzaroworld.files import write_json, write_table
-from bizzaroworld.measures import (alike_categories, category_depths, chance_share, dropped_by_one, layer_before, layer_from, r_if_unrelated,
-                                   release_share, remaining, worst_head_share)
-from bizzaroworld.runs import open_run
+from bizzaroworld.measures import (alike_categories, category_depths, chance_share, dropped_by_one, late_sublayers, layer_before,
+                                   layer_from, r_if_unrelated, release_share, remaining, scale_difference, worst_head_share)
+from bizzaroworld.runs import DamagedError, open_run
 from bizzaroworld.statements import Claim, study_claims
 
 PAIRS, LAYERS, HEADS = 20, 18, 8
@@ -238,6 +238,30 @@ def test_a_model_too_shallow_for_a_claim_says_so(tmp_path):
     with pytest.raises(AnalysisError, match="No layer of a model of 3 lies at 72% to 83%"): release_share(three, 13 / 18, 15 / 18)
 
 
+def test_what_remains_of_next_to_nothing_is_not_defined(tmp_path):
+    entity = steps([15] * PAIRS, LAYERS, before=0.05)
+    assert remaining(planted_run(tmp_path / "large", entity, swings=[30] * PAIRS), 9).value == pytest.approx(1)
+    assert remaining(planted_run(tmp_path / "small", entity, swings=[10] * PAIRS), 9).value is None
+
+
+def test_a_late_sublayer_that_works_against_the_answer_is_not_idle(tmp_path):
+    against = np.zeros((PAIRS, LAYERS))
+    against[:, 16] = -0.3
+    assert late_sublayers(planted_run(tmp_path, steps([9] * PAIRS, LAYERS), sublayers={"mlp_out": against})).value == pytest.approx(0.3)
+
+
+def test_scales_are_compared_over_the_pairs_that_both_know(tmp_path):
+    small, large = study_like(tmp_path / "small", 15), planted_run(tmp_path / "large", steps([30] * 19 + [2], 36), known=[True] * 19 + [False])
+    found = scale_difference(large, small, "leaves")
+    assert found.n == 19 and found.value == pytest.approx(29.5 / 36 - 14.5 / 18)
+
+
+def test_a_damaged_file_is_no_missing_experiment(tmp_path):
+    run = planted_run(tmp_path, steps([3] * 12))
+    (tmp_path / "golden_A.csv").write_text("")
+    with pytest.raises(DamagedError, match="golden_A.csv is damaged"): check_claims(run)
+
+
 CLAIM = Claim("x", "X.", lambda run: Estimate(None), (0.5, 1), "Because.", "of pairs")
 COUNT = Claim("y", "Y.", lambda run: Estimate(None), (1, np.inf), "Because.", "pairs", exact=True)
 
@@ -292,6 +316,20 @@ def test_worst_heads_and_chance(tmp_path):
     assert worst_head_share(run).value == 1 and worst_head_share(run, "4F", "C").value == 3 / 20
     assert chance_share(1, 8).value == 1 and chance_share(50, 1).value == 1
     assert 0.25 < chance_share(60, 4).value < 0.4 and chance_share(6000, 4).value == pytest.approx(0.25, abs=0.02)
+
+
+def test_categories_of_a_fact_that_is_nowhere_are_not_alike_nor_different(tmp_path):
+    run = planted_run(tmp_path, np.full((40, 18), 0.3))
+    assert category_depths(run).near.sum() == 0 and alike_categories(run).value is None
+    verdict = found(run, keys={"categories"})["categories"]
+    assert (verdict.verdict, verdict.reason) == (CANNOT, "The number is not defined on these pairs.")
+
+
+def test_what_stops_most_claims_is_said_once_at_the_top(tmp_path):
+    planted = {"unknown": dict(known=[False] * 12), "denoised": dict(direction="denoising"), "fine": {}}
+    lines = {name: claims_lines(check_claims(planted_run(tmp_path / name, steps([5] * 12), **options))) for name, options in planted.items()}
+    assert lines["unknown"][2] == "planted knows 0 of 12 pairs: too few facts to locate." and "is denoising" in lines["denoised"][2]
+    assert lines["fine"][2] == "" and lines["fine"][3].startswith("claim ")
 
 
 def test_categories_are_counted_and_one_without_a_curve_is_not_near(tmp_path):

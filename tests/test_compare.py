@@ -83,6 +83,20 @@ def test_a_difference_rests_on_the_pairs_given_that_both_have(two):
     assert found.value == pytest.approx(5.5 / 12 - 2.5 / 8)
 
 
+def test_a_difference_leaves_out_what_one_run_has_no_fraction_of(tmp_path):
+    a, b = run(tmp_path / "a", [3, 4, 5]), run(tmp_path / "b", [6, 5, 6], swings=[0.5, 9, 8])
+    found = difference(a, b, "leaves", a.pairs())
+    assert found.n == 2 and found.value == pytest.approx((5.0 - 4.0) / 8)
+
+
+def test_heads_are_counted_as_a_share_of_all_heads(tmp_path):
+    heads = np.zeros((5, 8, 4))
+    heads[:, 2] = 0.1
+    found = planted_run(tmp_path, steps([3] * 5), heads_entity=heads, heads_final=heads)
+    for key in ("half_entity", "half_final"): assert quantity(found, key).value == pytest.approx(2 / 32)
+    for key in ("top_entity", "top_final"): assert quantity(found, key).value == pytest.approx(1 / 4)
+
+
 def test_pair_states(two):
     table = pair_states(two).set_index("pair_id")
     assert table.columns.tolist() == ["small", "large", "common"]
@@ -90,6 +104,15 @@ def test_pair_states(two):
     assert table.loc["pair-05", ["small", "large"]].tolist() == ["known", "dropped"]
     assert table.loc["gone", ["small", "large"]].tolist() == ["not asked", "dropped"]
     assert table.index[table.common].tolist() == ["pair-01", "pair-02", "pair-03", "pair-04"]
+
+
+def test_the_same_id_for_other_prompts_is_another_pair(tmp_path):
+    made = [run(tmp_path / name, [3, 3, 4]) for name in "abc"]
+    for found, prompt in zip(made[:2], ("one", "two")):
+        prompts = {"clean_prompt": [prompt, "same", "same"], "corrupt_prompt": "x"}
+        write_table(found.folder / "triage.csv", found.triage.assign(**prompts))
+    table = pair_states([open_run(r.folder) for r in made]).set_index("pair_id")
+    assert table.loc["pair-00"].tolist() == ["known", "other prompts", "known", False] and table.common.tolist() == [False, True, True]
 
 
 def test_drift_and_models(two):

@@ -116,6 +116,12 @@ def test_controls_come_with_their_means(data):
     assert data["experiments"]["2B"]["sites"]["attn_out"]["controls"] == {}
 
 
+def test_controls_of_a_mode_are_of_its_pairs(run, data):
+    controls = data["experiments"]["3"]["sites"]["resid_pre"]["controls"]["unrelated"]
+    assert {mode: means["effect"]["n"] for mode, means in controls.items()} == {mode: len(run.pairs(mode)) for mode in "ABC"}
+    assert controls["B"]["effect"]["mean"] != controls["C"]["effect"]["mean"]
+
+
 def test_a_run_without_controls_has_none(tmp_path):
     run = planted_run(tmp_path, steps([1, 2], 4))
     assert experiment_data(run, "3")["sites"]["resid_pre"]["controls"] == {}

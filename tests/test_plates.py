@@ -17,7 +17,7 @@ from bizzaroworld.captions import CAPTIONS, about, caption, curve_words, layer_w
 from bizzaroworld.compare import compare, seed_spread
 from bizzaroworld.plates import (MAKERS, comparison_plates, pair_points, plate, plates, relation, save_comparison, save_figures,
                                  seed_plate, write_plates)
-from bizzaroworld.runs import RunError, open_run
+from bizzaroworld.runs import DamagedError, RunError, open_run
 from bizzaroworld.style import SITE_COLORS
 
 NAMES = ["triage", "residual", "crossing", "controls", "sites", "heads", "head_frequency", "worst", "release", "confidence", "swing",
@@ -47,6 +47,14 @@ def test_what_a_run_lacks_is_left_out_and_a_missing_experiment_is_named(tmp_path
     with pytest.raises(RunError, match="controls"): plate(run, "controls")
     with pytest.raises(RunError, match="'4F'"): save_figures(make(tmp_path / "s", leave_out=("4F",)), tmp_path / "f")
     assert not (tmp_path / "f").exists()
+
+
+def test_damaged_controls_are_not_taken_for_none(tmp_path):
+    run = planted_run(tmp_path, steps([3] * 4), controls={"unrelated": steps([3] * 4)})
+    (tmp_path / "controls.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DamagedError, match="controls.parquet is damaged"): plates(run)
+    (tmp_path / "controls.parquet").unlink()
+    assert "controls" not in [p.name for p in plates(run)]
 
 
 def test_an_unknown_figure_is_refused_with_the_names_that_exist(run):

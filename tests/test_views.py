@@ -9,6 +9,8 @@ import torch
 from planted import planted_run, steps
 
 from bizzaroworld.analysis import effect_matrix
+from bizzaroworld.choices import RunChoice, run_page
+from bizzaroworld.files import write_table
 from bizzaroworld.hooked import Model
 from bizzaroworld.interventions import Edit, Intervention
 from bizzaroworld.models import load_model
@@ -184,6 +186,20 @@ def test_a_stored_run_shows_what_it_holds():
     view.figure().draw_without_rendering()
     with pytest.raises(ValueError, match="no prompts of 'nobody'"): stored_effects_view(run, "nobody", [2])
     with pytest.raises(ValueError, match="layers 0 to 7"): stored_effects_view(run, pair, [8])
+
+
+@pytest.mark.parametrize("direction, entity", [("noising", "Rom"), ("denoising", "all")])
+def test_an_entity_is_marked_where_it_stands_and_not_inside_another_word(tmp_path, direction, entity):
+    run = planted_run(tmp_path / "run", steps([3] * 4), direction=direction)
+    texts = dict(relation="r", clean_prompt="In Romania they call Rom a", corrupt_prompt="In Romania they call all a", clean_target=" b",
+                 corrupt_target=" c", clean_entity="Rom", corrupt_entity="all")
+    write_table(tmp_path / "run" / "triage.csv", run.triage.assign(**texts))
+    run = open_run(tmp_path / "run")
+    pair = run.pairs("C")[0]
+    tokens = stored_effects_view(run, pair, [2]).panels[0].props["tokens"]
+    assert list(tokens) == ["In Romania they call ", entity, " ", "a"]
+    prompts = run_page(run, RunChoice(pair=pair)).prompts
+    assert "Romania they call <mark><b>Rom</b></mark> a <u>b</u>" in prompts and "Romania they call <mark><b>all</b></mark> a <u>c</u>" in prompts
 
 
 def test_a_stored_run_without_prompts_says_so(tmp_path):
