@@ -17,8 +17,8 @@ from .files import write_json
 from .pairs import data_path
 
 # %% auto #0
-__all__ = ['IDENTITY', 'AGAIN', 'RunError', 'DamagedError', 'claim', 'read_info', 'pair_file', 'is_done', 'Run', 'ControlRun',
-           'control_run', 'shipped_runs', 'open_run', 'output']
+__all__ = ['IDENTITY', 'AGAIN', 'TEXT', 'RunError', 'DamagedError', 'claim', 'read_info', 'pair_file', 'is_done', 'Run',
+           'ControlRun', 'control_run', 'shipped_runs', 'open_run', 'output']
 
 # %% ../nbs/library/08_runs.ipynb #13428333
 class RunError(ValueError):
@@ -83,10 +83,20 @@ def is_done(folder: Path, pair_id: str, part: str = "pairs") -> bool:
     return True
 
 # %% ../nbs/library/08_runs.ipynb #c0de7ab1
+TEXT = ("pair_id", "category", "relation", "clean_prompt", "corrupt_prompt", "clean_target", "corrupt_target", "clean_entity",
+        "corrupt_entity", "replaces", "warnings", "reason", "message", "replaced_by")
+
+
+def _read(path: Path) -> pd.DataFrame:
+    "A table; of CSV, text stays text: a pair may be called 1 or NA."
+    if path.suffix != ".csv": return pd.read_parquet(path)
+    return pd.read_csv(path, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values=[""])
+
+
 def _table(folder: Path, name: str) -> pd.DataFrame:
     "A table of a run folder. Raises `DamagedError` if it is missing or damaged."
     path, again = folder / name, "Run the same study again: it does only what is missing."
-    try: table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    try: table = _read(path)
     except FileNotFoundError as error: raise DamagedError(f"{folder} has no {name}. {again}") from error
     except (OSError, ValueError) as error: raise DamagedError(f"{path} is damaged ({error}). {again}") from error
     if "pair_id" in table: return table

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from bizzaroworld.files import replacing, write_json, write_table
-from bizzaroworld.runs import Run, RunError, claim, is_done, open_run, output, pair_file, read_info, shipped_runs
+from bizzaroworld.runs import Run, RunError, claim, control_run, is_done, open_run, output, pair_file, read_info, shipped_runs
 
 from planted import planted_run, steps
 
@@ -102,6 +102,19 @@ def test_a_damaged_table_is_named_with_what_to_do(tmp_path, name, damage):
     (tmp_path / name).write_bytes(damage)
     with pytest.raises(RunError, match=f"{name} is damaged.*Run the same study again"):
         run.triage, run.excluded, run.effects, run.controls, run.pairs("A")
+
+
+def test_a_pair_may_be_called_anything(tmp_path):
+    run = planted_run(tmp_path, steps([2] * 4), controls={"unrelated": steps([2] * 4)})
+    names = dict(zip(run.pairs(), ["1", "NA", "007", "null"]))
+    for path in tmp_path.iterdir():
+        if path.suffix == ".json": continue
+        table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+        write_table(path, table.assign(pair_id=table.pair_id.map(names), category="None", clean_target=" 5"))
+    run = open_run(tmp_path)
+    assert run.pairs() == run.triage.pair_id.tolist() == list(names.values())
+    assert set(run.triage.category) == {"None"} and set(run.triage.clean_target) == {" 5"}
+    assert len(run.select("1")) == 4 * 8 and control_run(run, "unrelated").pairs() == run.pairs()
 
 
 def test_a_missing_table_is_named_with_what_to_do(tmp_path):
