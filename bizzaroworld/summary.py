@@ -168,7 +168,9 @@ def _final(mode: dict, n_layers: int) -> str:
 
 def _controlled(controls: dict | None) -> str | None:
     "What donors that know nothing of the fact do."
-    if controls is None or controls["layer"] is None or "unrelated" not in controls["beyond"]: return None
+    if controls is None or controls["layer"] is None: return None
+    if "unrelated" not in controls["beyond"]:
+        return "Control: no pair was patched from an unrelated one (of another category, without a word in common), so that control is missing."
     other, beyond = (_estimate(controls[k]["unrelated"]) for k in ("fraction", "beyond"))
     return (f"Control: in layer {controls['layer']} an unrelated donor at the entity token moves {other:.0%}; the real one moves {beyond:.0%} "
             "of the TotalSwing more.")

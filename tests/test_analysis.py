@@ -340,6 +340,12 @@ def test_controls_are_compared_where_the_real_patch_last_holds(tmp_path):
     assert summary["beyond"]["unrelated"]["value"] == pytest.approx(0.8)
 
 
+def test_a_control_that_could_not_be_made_is_missed(tmp_path):
+    with_it, without = (findings(summarize(planted_run(tmp_path / name, steps([3] * 12), controls={name: 0 * steps([3] * 12)})))[-1]
+                        for name in ("unrelated", "shuffled"))
+    assert "an unrelated donor at the entity token moves 0%" in with_it and "that control is missing" in without
+
+
 def test_findings_count_the_pairs_without_a_fraction(tmp_path):
     summary = summarize(planted_run(tmp_path, noisy([3] * 5), swings=[9.0, 8, 7, 0.9, -3]))
     assert "means over 5 (fractions: 3 with a TotalSwing of 1 logit or more)" in told(summary)[0]
