@@ -53,7 +53,7 @@ OF_FRACTION = "mode C (n = {fraction} of {C} pairs)"
 LATE = "late layers at the final token reproduce the donor run whatever the circuit"
 WORD = "where the prompts differ in that token alone, the patch at layer 0 exchanges the word itself"
 
-# %% ../nbs/library/11_captions.ipynb #413a77ed
+# %% ../nbs/library/11_captions.ipynb #0eed5bb6
 CURVES = {
     "residual": "Mean effect of patching the residual stream (resid_pre) at one token, by layer: at the entity token (experiment 3, "
                 f"solid) and at the final token (experiment 1, dashed); {{model}}, {OF_MODES}, {{how}}. {EFFECT}. {BAND} By construction: "
@@ -68,7 +68,7 @@ CURVES = {
                 f"final token (experiment 1, right), by layer; {{model}}, mode C (n = {{fraction}} of {{C}} pairs; each control's n: "
                 f"{{counts}}), {{how}}. {FRACTION}. Unrelated donor: the patch comes from a pair of another category; taking the fact "
                 "away without bringing the other answer leaves ld near 0, about one half. Other position: the same patch at a token drawn from those "
-                f"between entity and final token. Untrained model: same shape, random weights. {BAND} Where a control moves as much as the real "
+                f"between entity and final token; at layer 0 both prompts have the same token there, so that it changes nothing by construction. Untrained model: same shape, random weights. {BAND} Where a control moves as much as the real "
                 "patch, the curve localizes nothing.",
     "categories": "Mean effect of patching the residual stream (resid_pre) at the entity token (experiment 3), a panel for each category "
                   f"with its number of pairs; {{model}}, {OF_FRACTION}, {{how}}. {FRACTION}. {BAND} A category of one pair, or of too few to tell, has none. By construction: {WORD}.",

@@ -276,7 +276,7 @@ def _lines(table: pd.DataFrame) -> list[str]:
     right = [pd.api.types.is_numeric_dtype(table[c]) for c in table]
     return ["  ".join(x.rjust(w) if r else x.ljust(w) for x, w, r in zip(row, wide, right)).rstrip() for row in cells]
 
-# %% ../nbs/library/10_compare.ipynb #469128e8
+# %% ../nbs/library/10_compare.ipynb #c36d8316
 def _rows(table: pd.DataFrame, cells: Callable[[pd.Series], dict]) -> list[str]:
     "A table as text, with these cells for each of its rows."
     return _lines(pd.DataFrame([cells(row) for _, row in table.iterrows()]))
@@ -293,7 +293,7 @@ def comparison_lines(comparison: Comparison) -> list[str]:
              *_rows(c.heads, lambda r: {"run": r["run"], "token": r.position, "heads": f"{r.heads} of {r.of}", "share of heads": _interval(r, "share"),
                                         "largest": r.top, "share of the sum": _interval(r, "top_share"), "n": r.n})]
     if len(c.models) == 1: return lines
-    if n < 2: return [*lines, "", f"{n} pairs are known to all models: too few for differences."]
+    if n < 2: return [*lines, "", f"{n} {'pair is' if n == 1 else 'pairs are'} known to all models: too few for differences."]
     return [*lines, "", f"Differences over the {n} pairs that all models know (paired 95% intervals over pairs)",
             *_rows(c.differences, lambda r: {"difference": f"{r.b} - {r.a}", "of": QUANTITIES[r.quantity].label, "value": _interval(r), "n": r.n}),
             "", "Depth: 0 is the input of the first block, 1 the output of the last; within a block it is interpolated. Each model is one",

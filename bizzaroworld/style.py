@@ -51,7 +51,7 @@ STYLE = {"font.size": 13, "axes.titlesize": 13, "axes.spines.top": False, "axes.
          "hatch.linewidth": 1.5, "svg.hashsalt": "bizzaroworld", "text.parse_math": False}  # a dollar in a name is a dollar
 styled = style.context(["default", STYLE])
 
-# %% ../nbs/library/11_style.ipynb #196af259
+# %% ../nbs/library/11_style.ipynb #07485246
 def panels(n: int, height: float, width: float = WIDTH, columns: int | None = None, sharex: bool = True,
            sharey: bool = True) -> tuple[Figure, list[Axes]]:
     "A figure (inches) with `n` panels in rows of `columns` (default: one row)."
@@ -88,7 +88,8 @@ def legend(figure: Figure, ax: Axes, ncols: int, title: str | None = None) -> No
 
 def words(name: str, width: int = 14) -> str:
     "A name with underscores as words, in lines of about `width` characters."
-    return fill(name.replace("_", " "), width, break_long_words=False)
+    text = name.replace("_", " ")
+    return fill(text, width, break_long_words=max(map(len, text.split()), default=0) > 20)
 
 # %% ../nbs/library/11_style.ipynb #292b011f
 def line(ax: Axes, table: pd.DataFrame, label: str, look: Mapping[str, Any], x: str = "layer") -> None:

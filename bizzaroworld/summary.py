@@ -111,7 +111,7 @@ def _controls(run: Run) -> dict | None:
     return {"layer": layer, "fraction": {name: at(rows) for name, rows in curves.items()},
             "beyond": {name: beyond_control(run, name, layer=layer).to_dict() for name in curves if name != "none"}}
 
-# %% ../nbs/library/09_summary.ipynb #36515edc
+# %% ../nbs/library/09_summary.ipynb #ddba4387
 def summarize(run: Run) -> dict:
     """Every figure of merit of a run, for modes A, B and C: what `summary.json` holds.
 
@@ -120,7 +120,8 @@ def summarize(run: Run) -> dict:
     unknown = run.triage.pair_id[~run.triage.known]
     return {"model": model, "direction": run_direction(run), "metric": "ld", "intervals": METHOD, "notes": NOTES,
             "pairs": {"battery": run.info["n_pairs"], "total": len(run.triage), "known": int(run.triage.known.sum()),
-                      "unknown": unknown.tolist(), "excluded": len(run.excluded)},
+                      "unknown": unknown.tolist(), "excluded": len(run.excluded),
+                      "differs_at_final": int(run.triage.warnings.astype(str).str.contains("differs_at_final").sum())},
             "modes": {mode: _mode(run, mode) for mode in "ABC"}, "controls": _controls(run)}
 
 # %% ../nbs/library/09_summary.ipynb #77b48203
@@ -175,7 +176,7 @@ def _controlled(controls: dict | None) -> str | None:
     return (f"Control: in layer {controls['layer']} an unrelated donor at the entity token moves {other:.0%}; the real one moves {beyond:.0%} "
             "of the TotalSwing more.")
 
-# %% ../nbs/library/09_summary.ipynb #de9e78bd
+# %% ../nbs/library/09_summary.ipynb #d6d35acd
 FEW_PAIRS, FEW_SHARE = 10, 0.5
 NOTHING = (f"No pair has a TotalSwing of {MIN_SWING:g} logit or more: the model does not hold the two answers apart, so there is "
            "nothing to move and nothing to localize.")
@@ -192,11 +193,14 @@ def cautions(summary: dict) -> list[str]:
                    "longer the battery.")
     if pairs["total"] < FEW_PAIRS:
         out.append(f"Only {pairs['total']} {'pair was' if pairs['total'] == 1 else 'pairs were'} swept: intervals over so few are rough.")
+    if same := pairs["differs_at_final"]:
+        out.append(f"In {same} of {pairs['total']} pairs the prompts differ at their last token: there the entity and the final token are "
+                   "one, experiments 1 and 3 ask the same, and nothing can be seen to move.")
     if mode["n"] and mode["curves"]["3"]["resid_pre"]["fraction"]["n"] < FEW_SHARE * mode["n"]:
         out.append(f"More than half of the pairs have a TotalSwing below {MIN_SWING:g} logit and no fractions.")
     return out
 
-# %% ../nbs/library/09_summary.ipynb #db753697
+# %% ../nbs/library/09_summary.ipynb #245039f8
 def findings(summary: dict) -> list[str]:
     "Sentences on a run, from its summary: doubts, what was run, where the fact is stored, leaves, is carried, is read, a control."
     model, pairs, mode = summary["model"], summary["pairs"], summary["modes"]["C"]
@@ -204,7 +208,7 @@ def findings(summary: dict) -> list[str]:
     n, with_fraction = mode["n"], mode["curves"]["3"]["resid_pre"]["fraction"]["n"]
     over = f"all {n}" if with_fraction == n else f"{n} (fractions: {with_fraction} with a TotalSwing of {MIN_SWING:g} logit or more)"
     first = (f"{model['name']} ({kind}, {model['n_layers']} layers, {model['n_heads']} heads) knows {pairs['known']} of "
-             f"{pairs['total']} pairs; {summary['direction']}, means over {over} with 95% intervals over pairs.")
+             f"{pairs['total']} {'pair' if pairs['total'] == 1 else 'pairs'}; {summary['direction']}, means over {over} with 95% intervals over pairs.")
     told = [_stored(mode, model["n_layers"], summary["direction"]), _leaves(mode, model["n_layers"]), _carried(mode),
             _final(mode, model["n_layers"]), _controlled(summary["controls"])] if with_fraction else [NOTHING]
     return [*(f"Caution: {doubt}" for doubt in cautions(summary)), first, *(line for line in told if line)]

@@ -54,7 +54,7 @@ def planted_run(folder: Path, entity, *, swings=None, final=None, sublayers=None
     triage = pd.DataFrame({
         "rank": range(1, n + 1), "battery_idx": order, "total_swing": swings[order], "ld_clean": 0.6 * swings[order],
         "ld_corrupt": -0.4 * swings[order], "category": [f"cat-{i % 4}" for i in order], "pair_id": [ids[i] for i in order],
-        "known": True if known is None else np.asarray(known)[order]})
+        "known": True if known is None else np.asarray(known)[order], "warnings": ""})
     write_json(folder / "run.json", {
         "model": {"name": "planted", "embedded": embedded, "n_layers": n_layers, "n_heads": z["final"].shape[2], "revision": None},
         "battery_sha256": "0", "options": {"direction": direction}, "n_pairs": n})

@@ -301,7 +301,7 @@ def test_summary_holds_what_the_functions_return(study):
         assert part["heads"]["4F"]["top"][0]["head"] == "L5H1" == part["heads"]["4F"]["most_often_worst"]["head"]
         assert part["heads"]["4F"]["top"][0]["worst"] == part["n"] and part["heads"]["4"]["half_in"] is None
         assert part["worst_layer"]["1"]["mean"] == worst_layer(study, "1", mode).mean.to_dict()
-    assert summary["pairs"] == {"battery": 40, "total": 40, "known": 39, "unknown": ["pair-39"], "excluded": 0}
+    assert summary["pairs"] == {"battery": 40, "total": 40, "known": 39, "unknown": ["pair-39"], "excluded": 0, "differs_at_final": 0}
     assert set(summary["modes"]["C"]["curves"]["2B"]) == {"resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"}
 
 
@@ -385,3 +385,11 @@ def test_a_run_that_failed_a_step_says_so_first(study, change, said):
     assert cautions(summary) == []
     doubtful = summary | {"pairs": summary["pairs"] | change}
     assert said in findings(doubtful)[0] and findings(doubtful)[0].startswith("Caution: ")
+
+
+def test_pairs_that_differ_in_their_last_token_are_counted(tmp_path):
+    run = planted_run(tmp_path, [[1, 1, 0, 0]] * 3, swings=[9.0, 8.0, 7.0])
+    assert not any("last token" in line for line in cautions(summarize(run)))
+    warned = run.triage.assign(warnings=["differs_outside_entity differs_at_final", None, "differs_at_final"])
+    warned.to_csv(run.folder / "triage.csv", index=False)
+    assert any(line.startswith("In 2 of 3 pairs the prompts differ at their last token") for line in cautions(summarize(open_run(run.folder))))

@@ -69,6 +69,11 @@ def machine_paths(notebook: dict) -> list[str]:
             for found in [MACHINE_PATH.search(outputs(cell)) or re.search(r" at 0x[0-9a-f]{6,}", outputs(cell))] if found]
 
 
+def never_run(notebook: dict) -> list[str]:
+    """No output at all: it was committed without having been executed."""
+    return [] if any(cell["outputs"] for _, _, cell in cells(notebook, "code")) else ["no cell has an output: `python .ci/execute.py` it"]
+
+
 def widget_state(notebook: dict) -> list[str]:
     """What widgets held when the notebook ran: long, under other names each time, and dead without a kernel."""
     return ["the state of widgets is stored in the metadata"] if "widgets" in notebook.get("metadata", {}) else []
@@ -95,6 +100,7 @@ BAD_NOTEBOOKS = [
     (machine_paths, sample("p", outputs=[dict(output_type="stream", text=["saved in /home/", "me/runs\n"])])),
     (machine_paths, sample("p", outputs=[dict(output_type="stream", text=f"{REPO.parent}/elsewhere")])),
     (machine_paths, sample("f", outputs=[dict(output_type="execute_result", data={"text/plain": "<f at 0x7f12ab34cd>"})])),
+    (never_run, sample("a = 1")),
     (widget_state, sample("a = 1") | {"metadata": {"widgets": {}}}),
     (no_title, sample("a = 1")),
 ]

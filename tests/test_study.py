@@ -109,6 +109,9 @@ def test_the_controls_are_swept_once_and_can_be_left_out(nano, few, tmp_path, mo
     monkeypatch.setattr("bizzaroworld.controls.sweep", None)  # nothing may be swept any more
     run_study(nano, battery=few, out=folder)
     pd.testing.assert_frame_equal(open_run(folder).controls, controls)
+    for fewer in (("shuffled",), ()):
+        run_study(nano, battery=few, out=folder, controls=fewer)
+        pd.testing.assert_frame_equal(open_run(folder).controls, controls)
     bare = open_run(run_study(nano, battery=few, out=tmp_path / "bare", controls=()))
     with pytest.raises(RunError, match="holds no controls"): bare.controls
 

@@ -256,7 +256,7 @@ class Explorer {
     const who = s.pair || `mean of ${this.cells[0].cells[0].n} pairs of mode ${s.mode}`;
     this.heading.textContent = experiment.question || `Experiment ${s.experiment}`;
     this.caption.textContent = `Experiment ${s.experiment}, ${who}, ${UNITS[s.value]}, at the ${experiment.position} token`
-      + (s.pair ? "." : ", with 95% interval.") + " Arrow keys move between the numbers.";
+      + (this.cells.some(x => x.cells.some(c => c.low !== null)) ? ", with 95% interval." : ".") + " Arrow keys move between the numbers.";
     this.nodes = new Map();
     const known = this.cells.flatMap(x => x.cells).filter(c => c.value !== null);
     if (!known.length) this.plot.replaceChildren(make("p", {}, `Not defined: no pair here has a TotalSwing of ${d.min_swing} logit or more.`));
