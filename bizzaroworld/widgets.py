@@ -124,58 +124,62 @@ class RunExplorer(Explorer):
         self.numbers.value = table_html(page.numbers, f"{page.choice.pair}: effect (logits), fraction of TotalSwing, and the mean effect of "
                                                       f"the {len(page.heat)} pairs of mode {page.choice.mode} with its 95% interval")
 
-# %% ../nbs/library/12_widgets.ipynb #ff9c2096
+# %% ../nbs/library/12_widgets.ipynb #ce8a17ec
 RED, BLUE = (229, 131, 104), (107, 174, 214)  # as in the views: dark letters are legible on both
 
 
 def cell_color(effect: float, most: float) -> str:
-    "White at zero; red where a patch lowers the logit difference, blue where it raises it; full at `most`."
-    share, end = min(abs(effect) / (most or 1.0), 1.0), RED if effect < 0 else BLUE
+    "White at zero; red where a patch lowers the logit difference, blue where it raises it; full at `most`; in twenty steps."
+    share, end = round(20 * min(abs(effect) / (most or 1.0), 1.0)) / 20, RED if effect < 0 else BLUE
     return "#" + "".join(f"{round(255 + share * (c - 255)):02x}" for c in end)
 
-
+# %% ../nbs/library/12_widgets.ipynb #14e54c5f
 class Cells(w.GridBox):
     "A grid of buttons, of the effects of a `Grid`; `chosen(layer, column)` is called on a click."
 
     def __init__(self, chosen: Callable[[int, int], None]):
-        self.chosen, self.buttons, self.columns = chosen, {}, ()
+        self.chosen, self.buttons, self.columns, self.styles = chosen, {}, (), {}
+        self.frames = [w.Layout(width="auto", margin="0", padding="0", border=line) for line in ("1px solid #ccc", "3px solid #111")]
+        self.corner = w.HTML()
         super().__init__(layout=w.Layout(overflow="auto", max_width="100%", grid_gap="1px", align_items="flex-end"))
 
-    def _build(self, swept: Grid) -> None:
-        layers, columns = swept.effects.index, swept.effects.columns
-        self.columns, self.buttons = swept.columns, {}
-        for place in ((layer, column) for layer in layers for column in columns):
-            button = w.Button(layout=w.Layout(width="auto", margin="0", padding="0"))
-            button.on_click(lambda _, place=place: self.chosen(*place))
-            self.buttons[place] = button
-        heads = [w.HTML(f'<div style="{HEADING}">{escape(c)}</div>') for c in swept.columns]
-        rows = [x for layer in layers for x in (w.HTML(f"L{layer}"), *(self.buttons[layer, c] for c in columns))]
-        self.layout.grid_template_columns = f"2.2rem repeat({len(columns)}, minmax(2.6rem, 4rem))"
-        self.children = [w.HTML(), *heads, *rows]
+    def _look(self, swept: Grid, choice: PatchChoice, layer: int, column: int, most: float) -> dict[str, Any]:
+        "What a button shows."
+        effect, here = float(swept.effects.at[layer, column]), (layer, column) == (choice.layer, choice.column)
+        key = cell_color(effect, most), "bold" if here else "normal"
+        if key not in self.styles: self.styles[key] = w.ButtonStyle(button_color=key[0], text_color="#111", font_weight=key[1])
+        about = f"Patch {choice.site}, layer {layer}, {swept.columns[column]}: effect {number(effect, '.2f')} logits"
+        return {"description": number(effect, ".1f"), "tooltip": about, "style": self.styles[key], "layout": self.frames[here]}
+
+    def _build(self, swept: Grid, looks: dict[tuple[int, int], dict]) -> None:
+        self.columns, self.buttons = swept.columns, {place: w.Button(**look) for place, look in looks.items()}
+        for place, button in self.buttons.items(): button.on_click(lambda _, place=place: self.chosen(*place))
+        def text(html): return w.HTML(html, layout=self.corner.layout, style=self.corner.style)
+        heads = [text(f'<div style="{HEADING}">{escape(c)}</div>') for c in swept.columns]
+        rows = [x for layer, row in swept.effects.iterrows() for x in (text(f"L{layer}"), *(self.buttons[layer, c] for c in row.index))]
+        self.layout.grid_template_columns = f"2.2rem repeat({len(swept.columns)}, minmax(2.6rem, 4rem))"
+        self.children = [self.corner, *heads, *rows]
 
     def show(self, swept: Grid, choice: PatchChoice) -> None:
         "Put the numbers on the buttons and mark the chosen one."
-        effects = swept.effects
-        if swept.columns != self.columns or len(self.buttons) != effects.size: self._build(swept)
-        most = float(effects.abs().max().max())
-        for (layer, column), button in self.buttons.items():
-            effect, here = float(effects.at[layer, column]), (layer, column) == (choice.layer, choice.column)
-            button.description = number(effect, ".1f")
-            button.tooltip = f"Patch {choice.site}, layer {layer}, {swept.columns[column]}: effect {number(effect, '.2f')} logits"
-            button.style.button_color, button.style.text_color = cell_color(effect, most), "#111"
-            button.style.font_weight = "bold" if here else "normal"
-            button.layout.border = "3px solid #111" if here else "1px solid #ccc"
+        most = float(swept.effects.abs().max().max())
+        looks = {(l, c): self._look(swept, choice, l, c, most) for l, row in swept.effects.iterrows() for c in row.index}
+        if swept.columns != self.columns or looks.keys() != self.buttons.keys(): return self._build(swept, looks)
+        for place, button in self.buttons.items():
+            with button.hold_sync():
+                for name, value in looks[place].items(): setattr(button, name, value)
 
 
 HEADING = "writing-mode:vertical-rl;transform:rotate(180deg);line-height:1.2;margin:auto;max-height:8rem"
 
-# %% ../nbs/library/12_widgets.ipynb #6cc68ca1
+# %% ../nbs/library/12_widgets.ipynb #f3b1d0a0
 class PatchControls(Explorer):
     "The controls of a `ModelExplorer`, named after the field of the state that they set. They do nothing by themselves."
 
     def __init__(self, model: Model, pairs: Sequence[PromptPair], picked: Callable[[int, int], None]):
         self.start = _menu("Start from", [("your own prompts", None), *((p.id, p) for p in pairs)])
-        self.typed = {field: w.Text(description=label, style={"description_width": "8rem"}, layout=w.Layout(width="100%", max_width="44rem"))
+        self.typed = {field: w.Text(description=label, continuous_update=False, style={"description_width": "8rem"},
+                                     layout=w.Layout(width="100%", max_width="44rem"))
                       for field, label in LABELS.items()}
         self.run_pair = w.Button(description="Run this pair", button_style="primary")
         self.direction, self.site = _menu("Direction", DIRECTIONS), _menu("Site", patch_sites(model))
