@@ -5,6 +5,7 @@ from html import unescape
 import ipywidgets as w
 import pandas as pd
 import pytest
+from comm.base_comm import BaseComm
 from planted import planted_run, steps
 
 from bizzaroworld.analysis import effect_matrix
@@ -245,3 +246,18 @@ def test_cells_call_with_their_place():
     assert called == [(0, 1)] and cells.buttons[1, 2].layout.border_top.startswith("3px")
     assert [b.description for b in cells.buttons.values()] == ["0.0", "-1.0", "2.0", "0.5", "0.0", "0.0"]
     assert all("<b>" not in child.value for child in cells.children if isinstance(child, w.HTML))
+
+
+def test_few_messages_are_sent(model, monkeypatch):
+    """A notebook loses messages when a thousand come at once; the grid alone has 88 buttons here."""
+    sent = []
+
+    class Counted(BaseComm):
+        def publish_msg(self, kind, *content, **more): sent.append(kind)
+
+    monkeypatch.setattr("comm.create_comm", lambda *args, **more: Counted(*args, **more))
+    live = typed(ModelExplorer(model))
+    assert len(live.cells.buttons) < sent.count("comm_open") and len(sent) < 3 * len(live.cells.buttons)
+    sent.clear()
+    live.cells.buttons[4, 1].click()
+    assert 0 < len(sent) < 15
