@@ -97,9 +97,9 @@ def sweep_controls(controls: Sequence[Control], result: Triage, folder: Path, ad
 # %% ../nbs/library/13_study.ipynb #e967b1da
 def _controls(model: Model, token_pairs: Sequence[TokenPair], names: Sequence[str], folder: Path, direction: str, max_rows: int) -> list[Control]:
     "The named controls that can be made, and those that the folder holds whole."
-    asked = {c.name for c in controls_of(model, token_pairs, names)}
     def whole(c): return all(is_done(folder, tp.id, f"controls/{c.name}") for tp in c.token_pairs)
-    return [c for c in controls_of(model, token_pairs, CONTROLS, direction, max_rows) if c.token_pairs and (c.name in asked or whole(c))]
+    return [c for c in controls_of(model, token_pairs, [*CONTROLS, *names], direction, max_rows)
+            if c.token_pairs and (c.name in names or whole(c))]
 
 # %% ../nbs/library/13_study.ipynb #d76af055
 def run_study(model: str | Model, *, battery: str | Path | None = None, out: str | Path | None = None,

@@ -73,7 +73,7 @@ def _patches(model: Model, tp: TokenPair, intervention: Intervention, other: tup
 LENS_TOP = 5
 
 
-def _lens_table(model: Model, tp: TokenPair, lens) -> pd.DataFrame:
+def _lens_table(model: Model, lens) -> pd.DataFrame:
     "The result of TransformerLens's `logit_lens` at the entity and the final token, as a table."
     ids, values = lens.readout.top_ids[:, 0], lens.values[:, 0]  # depth position rank
     rows = [(position, depth, rank + 1, *token_texts(model, [ids[depth, p, rank]]), values[depth, p, rank].item())
@@ -89,7 +89,7 @@ def _trace(model: Model, tp: TokenPair, name: str, ids: tuple[int, ...], patches
         logits, cache = model.bridge.run_with_cache(torch.tensor([ids], device=model.device), names_filter=lambda n: "resid_" in n)
     lens = cache.logit_lens(positions=[tp.entity, tp.final], top_k=LENS_TOP, return_type="probs")
     return Trace(name, ids, token_texts(model, ids), logits[0].float().log_softmax(-1).cpu(),
-                 torch.stack([seen[layer] for layer in range(model.n_layers)]), _lens_table(model, tp, lens))
+                 torch.stack([seen[layer] for layer in range(model.n_layers)]), _lens_table(model, lens))
 
 # %% ../nbs/library/12_traces.ipynb #ff3d5b26
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,6 @@
 # %% ../nbs/library/12_views.ipynb #04d54135
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
