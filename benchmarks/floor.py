@@ -20,8 +20,8 @@ import time
 
 import torch
 
-from bizzaroworld.passes import AFTER_MLP, rows_of
-from bizzaroworld.sweep import _same_as
+from bizzaroworld.patch.passes import AFTER_MLP, rows_of
+from bizzaroworld.patch.sweep import _same_as
 
 
 def best_of(run, repeats: int = 30) -> float:

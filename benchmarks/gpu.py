@@ -16,12 +16,12 @@ import torch
 from patching import OUT, by_plain_loop, hardware
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GemmaConfig, GemmaForCausalLM
 
-from bizzaroworld.experiments import interventions_of
+from bizzaroworld.battery.formats import load_battery
+from bizzaroworld.battery.tokens import TokenPair
 from bizzaroworld.files import write_json
-from bizzaroworld.models import load_model
-from bizzaroworld.pairs import load_battery
-from bizzaroworld.sweep import sweep
-from bizzaroworld.tokens import TokenPair
+from bizzaroworld.model.load import load_model
+from bizzaroworld.patch.sweep import sweep
+from bizzaroworld.study.experiments import interventions_of
 
 # As published in the configuration of google/gemma-2b and of the text model of google/gemma-3-12b-it.
 SHAPES = {

@@ -33,14 +33,15 @@ from rich.table import Table
 from transformer_lens import patching
 from transformers import GemmaConfig, GemmaForCausalLM
 
-from bizzaroworld.experiments import interventions_of
+from bizzaroworld.battery.formats import load_battery
+from bizzaroworld.battery.pairs import PromptPair
+from bizzaroworld.battery.tokens import TokenPair, align
 from bizzaroworld.files import write_json
-from bizzaroworld.hooked import SITES
-from bizzaroworld.interventions import grid, positions_of
-from bizzaroworld.models import embedded_models, load_model
-from bizzaroworld.pairs import PromptPair, load_battery
-from bizzaroworld.sweep import sweep
-from bizzaroworld.tokens import TokenPair, align
+from bizzaroworld.model.hooked import SITES
+from bizzaroworld.model.load import embedded_models, load_model
+from bizzaroworld.patch.interventions import grid, positions_of
+from bizzaroworld.patch.sweep import sweep
+from bizzaroworld.study.experiments import interventions_of
 
 TOLERANCE = 1e-4
 QUIET = 0.05  # of all cores, used by other programs

@@ -21,13 +21,13 @@ import torch
 from patching import OUT, hardware
 from transformers import GemmaConfig, GemmaForCausalLM
 
+from bizzaroworld.battery.pairs import PromptPair
+from bizzaroworld.battery.tokens import TokenPair
 from bizzaroworld.files import write_json
-from bizzaroworld.interventions import grid
-from bizzaroworld.models import load_model
-from bizzaroworld.pairs import PromptPair
-from bizzaroworld.passes import rows_of
-from bizzaroworld.sweep import _same_as, sweep
-from bizzaroworld.tokens import TokenPair
+from bizzaroworld.model.load import load_model
+from bizzaroworld.patch.interventions import grid
+from bizzaroworld.patch.passes import rows_of
+from bizzaroworld.patch.sweep import _same_as, sweep
 
 USUAL = {"layers": 18, "length": 16, "interventions": 200, "pairs": 2}
 GROW = {"layers": (6, 12, 24, 48), "length": (8, 16, 32, 64, 128), "interventions": (10, 100, 1000, 10_000),

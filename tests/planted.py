@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 
 from bizzaroworld.files import write_json, write_table
-from bizzaroworld.runs import Run, open_run
+from bizzaroworld.study.runs import Run, open_run
 
 SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 

@@ -61,7 +61,7 @@ def test_a_time_is_taken_again_until_it_is_quiet(programs, monkeypatch):
 
 def test_operations_are_counted_by_hand(programs):
     """One pair of 3 tokens, 3 layers: a head written at the last token of layer 1, beside the two whole runs."""
-    from bizzaroworld.interventions import Edit, Intervention
+    from bizzaroworld.patch.interventions import Edit, Intervention
     model, pair = tiny_model("gemma"), random_pair(1, length=3, entity=(1, 2))
     d, mlp, inner = 32, 48, 32
     weights = 2 * d * inner + 2 * 2 * d * 8 + 2 * inner * d + 6 * d * mlp

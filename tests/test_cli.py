@@ -66,7 +66,7 @@ def fake_study(calls):
 
 def test_study_passes_every_option_on_and_prints_the_closing_lines(stand_in, tmp_path):
     calls = []
-    stand_in("study", **fake_study(calls))
+    stand_in("pipeline", **fake_study(calls))
     battery = tmp_path / "mine.json"
     battery.write_text("[]")
     done = run("study", "--model", "google/gemma-2b", "--battery", str(battery), "--out", str(tmp_path / "run"),
@@ -83,8 +83,8 @@ def test_study_passes_every_option_on_and_prints_the_closing_lines(stand_in, tmp
 
 def test_study_defaults(stand_in):
     calls, reports = [], []
-    stand_in("study", **fake_study(calls))
-    stand_in("report", write_report=lambda run, out, progress: reports.append((run, out)))
+    stand_in("pipeline", **fake_study(calls))
+    stand_in("paper.report", write_report=lambda run, out, progress: reports.append((run, out)))
     assert run("study").exit_code == 0
     assert run("study", "-m", "google/gemma-2b").exit_code == 0
     (name, options), (_, other) = calls
@@ -96,8 +96,8 @@ def test_study_defaults(stand_in):
 
 def test_a_report_that_fails_is_told_after_the_results(stand_in):
     def write_report(*args, **options): raise OSError("no kernel")
-    stand_in("study", **fake_study([]))
-    stand_in("report", write_report=write_report)
+    stand_in("pipeline", **fake_study([]))
+    stand_in("paper.report", write_report=write_report)
     done = run("study")
     assert done.exit_code == 1 and "60 pairs swept" in done.stdout and "no kernel" in done.stderr
 
@@ -117,12 +117,12 @@ def error_of(module: str, kind: type) -> type:
 
 
 @pytest.mark.parametrize("error, code", [
-    (error_of("bizzaroworld.pairs", ValueError)("row 3 has no clean_target"), 2),
-    (error_of("bizzaroworld.study", RuntimeError)("it broke"), 1),
+    (error_of("bizzaroworld.battery.pairs", ValueError)("row 3 has no clean_target"), 2),
+    (error_of("bizzaroworld.pipeline", RuntimeError)("it broke"), 1),
     (ValueError("deep inside torch"), 1), (OSError("disk full"), 1), (KeyboardInterrupt(), 1)])
 def test_errors_are_one_message_and_an_exit_code(stand_in, error, code):
     def run_study(*args, **options): raise error
-    stand_in("study", run_study=run_study, closing_lines=None)
+    stand_in("pipeline", run_study=run_study, closing_lines=None)
     done = run("study")
     assert done.exit_code == code
     assert str(error) in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
@@ -130,7 +130,7 @@ def test_errors_are_one_message_and_an_exit_code(stand_in, error, code):
 
 def test_debug_lets_the_error_through(stand_in):
     def run_study(*args, **options): raise OSError("disk full")
-    stand_in("study", run_study=run_study, closing_lines=None)
+    stand_in("pipeline", run_study=run_study, closing_lines=None)
     assert isinstance(run("study", "--debug").exception, OSError)
     assert not isinstance(run("study").exception, OSError)
 
@@ -153,8 +153,8 @@ def table() -> pd.DataFrame:
 
 
 def test_triage_prints_the_top_and_writes_everything(stand_in, table, tmp_path):
-    stand_in("models", load_model=lambda name, **options: (name, options))
-    stand_in("triage", triage=lambda model, pairs, spares: SimpleNamespace(table=table, excluded=table.head(1)))
+    stand_in("model.load", load_model=lambda name, **options: (name, options))
+    stand_in("battery.triage", triage=lambda model, pairs, spares: SimpleNamespace(table=table, excluded=table.head(1)))
     out = tmp_path / "new" / "triage.csv"
     done = run("triage", "--top", "2", "--out", str(out))
     assert done.exit_code == 0, done.output
@@ -170,8 +170,8 @@ def test_audit_prints_the_counts_and_the_reasons(stand_in, tmp_path):
     dropped = pd.DataFrame({"pair_id": ["newton"], "reason": ["length_differs"], "replaced_by": ["spare-7"]})
     report = SimpleNamespace(summary=lambda: summary, dropped=lambda name: dropped, table=dropped)
     seen = []
-    stand_in("models", load_tokenizer=lambda name: f"tokenizer of {name}")
-    stand_in("tokens", audit=lambda *args: (seen.append(args), report)[1])
+    stand_in("model.load", load_tokenizer=lambda name: f"tokenizer of {name}")
+    stand_in("battery.audit", audit=lambda *args: (seen.append(args), report)[1])
     done = run("audit", "one", "--out", str(tmp_path / "audit.csv"))
     assert done.exit_code == 0, done.output
     (tokenizers, pairs, spares), = seen
@@ -197,7 +197,7 @@ def test_models_reads_configs_and_weight_headers(stand_in, monkeypatch, tmp_path
     header = json.dumps({"__metadata__": {"format": "pt"}, "w": {"dtype": "F16", "shape": [1000, 500]},
                          "b": {"dtype": "F16", "shape": [100_000]}}).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    stand_in("pairs", data_path=lambda *parts: tmp_path.joinpath(*parts))
+    stand_in("files", data_path=lambda *parts: tmp_path.joinpath(*parts))
     assert [row[:6] for row in cli.embedded()] == [("tiny", "0.6M", 8, 4, 1, 128)]
     done = run("models")
     assert done.exit_code == 0 and "tiny" in done.stdout and "google/gemma-2b" in done.stdout

@@ -171,7 +171,7 @@ def test_chapters_are_numbered_without_gaps():
 @pytest.mark.slow
 def test_exported_functions_are_documented(processed):
     """nbdev puts signature and docstring of what a notebook exports into its page."""
-    page = json.loads((processed / "library" / "00_pairs.ipynb").read_text(encoding="utf-8"))
+    page = json.loads((processed / "library" / "battery" / "01_pairs.ipynb").read_text(encoding="utf-8"))
     shown = "\n".join("".join(o.get("data", {}).get("text/markdown", "")) for c in page["cells"] for o in c.get("outputs", []))
     assert "### load_battery" in shown and "### PromptPair" in shown and "clean_entity" in shown
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from bizzaroworld import study as study_module
-from bizzaroworld.models import load_model
-from bizzaroworld.pairs import load_battery
-from bizzaroworld.runs import RunError, open_run, pair_file
-from bizzaroworld.study import closing_lines, run_study
+from bizzaroworld import pipeline as study_module
+from bizzaroworld.battery.formats import load_battery
+from bizzaroworld.model.load import load_model
+from bizzaroworld.pipeline import closing_lines, run_study
+from bizzaroworld.study.runs import RunError, open_run, pair_file
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_the_controls_are_swept_once_and_can_be_left_out(nano, few, tmp_path, mo
     folder = run_study(nano, battery=few, out=tmp_path / "run")
     controls = open_run(folder).controls
     assert set(controls.control) == {"unrelated", "shuffled", "untrained"}
-    monkeypatch.setattr("bizzaroworld.controls.sweep", None)  # nothing may be swept any more
+    monkeypatch.setattr("bizzaroworld.study.controls.sweep", None)  # nothing may be swept any more
     run_study(nano, battery=few, out=folder)
     pd.testing.assert_frame_equal(open_run(folder).controls, controls)
     for fewer in (("shuffled",), ()):

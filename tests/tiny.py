@@ -6,9 +6,9 @@ from transformers import (
     LlamaForCausalLM, MistralConfig, MistralForCausalLM, Olmo2Config, Olmo2ForCausalLM, Qwen3Config, Qwen3ForCausalLM,
     SiglipVisionConfig)
 
-from bizzaroworld.models import load_model
-from bizzaroworld.pairs import PromptPair
-from bizzaroworld.tokens import TokenPair
+from bizzaroworld.battery.pairs import PromptPair
+from bizzaroworld.battery.tokens import TokenPair
+from bizzaroworld.model.load import load_model
 
 VOCAB, LAYERS = 97, 3
 _WIDTH = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KEYS = {
     "id", "category", "relation", "clean_prompt", "corrupt_prompt", "clean_target",
     "corrupt_target", "clean_entity", "corrupt_entity",

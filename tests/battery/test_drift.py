@@ -6,10 +6,12 @@ import pandas as pd
 import pytest
 from transformers import AutoTokenizer
 
-from bizzaroworld.pairs import data_path, load_battery, load_spares
-from bizzaroworld.tokens import REASONS, audit
+from bizzaroworld.battery.audit import audit
+from bizzaroworld.battery.formats import load_battery, load_spares
+from bizzaroworld.battery.tokens import REASONS
+from bizzaroworld.files import data_path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED, EMBEDDED = ("gemma-1", "gemma-3", "gpt2", "pythia"), ("bizzaro-nano", "bizzaro-micro")
 KEPT = ["battery_idx", "pair_id", "category", "usable", "reason", "message", "replaced_by"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parents[1] / "data" / "facts"
+FOLDER = Path(__file__).resolve().parents[2] / "data" / "facts"
 COLUMNS = ["relation", "entity", "given", "answer"]
 PLACEHOLDERS = {"{e}", "{b}", "{a}", "{L}", "{x}", "{y}", "{N1}", "{N2}", "{O}"}
 NUMBERS = (

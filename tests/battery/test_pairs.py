@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bizzaroworld.pairs import (BatteryError, PromptPair, battery_sha256, counterpart, data_path, differences,
-                                entity_spans, load_battery, load_spares, pairs_from_rows, read_pairs, review)
+from bizzaroworld.battery.formats import BatteryError, battery_sha256, load_battery, load_spares, pairs_from_rows, read_pairs
+from bizzaroworld.battery.pairs import PromptPair, counterpart, differences, entity_spans, review
+from bizzaroworld.files import data_path
 
 PERU = PromptPair("capitals-01", "capitals", "capital", "The capital of Peru is", "The capital of Cuba is",
                   " Lima", " Havana", "Peru", "Cuba")

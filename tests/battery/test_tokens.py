@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from bizzaroworld.pairs import PromptPair, load_battery, load_spares
-from bizzaroworld.tokens import (REASONS, AlignmentError, TokenPair, align, audit, continuation, encode, token_span,
-                                 token_table)
+from bizzaroworld.battery.audit import audit
+from bizzaroworld.battery.formats import load_battery, load_spares
+from bizzaroworld.battery.pairs import PromptPair
+from bizzaroworld.battery.tokens import REASONS, AlignmentError, TokenPair, align, continuation, encode, token_span, token_table
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 PERU = PromptPair("peru", "capitals", "capital", "The capital of Peru is", "The capital of Chile is",
@@ -312,7 +313,7 @@ def test_audit_refuses_ids_that_collide():
 
 # --- real tokenizers, where they are
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def real(name):

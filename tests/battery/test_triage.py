@@ -8,9 +8,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerFast
 
-from bizzaroworld.pairs import PromptPair
-from bizzaroworld.tokens import TokenPair
-from bizzaroworld.triage import STUDY_COLUMNS, baselines, read_targets, triage
+from bizzaroworld.battery.pairs import PromptPair
+from bizzaroworld.battery.tokens import TokenPair
+from bizzaroworld.battery.triage import STUDY_COLUMNS, baselines, read_targets, triage
 
 NAMES = ["Ada", "Bea", "Cy", "Dee", "Eve", "Flo", "Gus", "Hal"]
 ANSWERS = ["red", "blue", "green", "gold", "pink", "gray", "teal", "rust"]

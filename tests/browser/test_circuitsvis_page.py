@@ -2,12 +2,13 @@
 import pandas as pd
 import pytest
 
-from bizzaroworld.interventions import Edit, Intervention
-from bizzaroworld.models import load_model
-from bizzaroworld.pairs import load_battery
-from bizzaroworld.tokens import align
-from bizzaroworld.traces import traces
-from bizzaroworld.views import Panel, View, attention_view, effects_view, lens_view, log_probs_view, plain_tokens, setup, write_script
+from bizzaroworld.battery.formats import load_battery
+from bizzaroworld.battery.tokens import align
+from bizzaroworld.model.load import load_model
+from bizzaroworld.patch.interventions import Edit, Intervention
+from bizzaroworld.views.circuitsvis import (Panel, View, attention_view, effects_view, lens_view, log_probs_view, plain_tokens,
+                                            setup, write_script)
+from bizzaroworld.views.lens_and_attention import traces
 
 pytestmark = pytest.mark.slow
 NASTY = ["<bos>", "</script><script>window.bitten=1</script>", "<img src=x onerror=window.bitten=1>", "&lt;b&gt;", "\u2028", '"\\']

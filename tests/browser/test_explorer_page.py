@@ -5,9 +5,9 @@ import re
 import pytest
 from planted import planted_run, steps
 
-from bizzaroworld.explorer import explorer_data, explorer_fragment, write_explorer
 from bizzaroworld.files import write_table
-from bizzaroworld.runs import open_run
+from bizzaroworld.study.runs import open_run
+from bizzaroworld.views.explorer import explorer_data, explorer_fragment, write_explorer
 
 @pytest.fixture(scope="module")
 def run():
@@ -246,7 +246,7 @@ def test_two_fragments_live_in_one_page_and_do_not_share_state(open_html, tmp_pa
 
 
 def test_it_works_inside_a_frame(open_html, tmp_path, file, data):
-    from bizzaroworld.report import framed
+    from bizzaroworld.paper.report import framed
     (tmp_path / "frame.html").write_text(f"<!DOCTYPE html><title>frame</title>{framed(file.read_text('utf-8'))}", "utf-8")
     frame = open_html(tmp_path / "frame.html").frame_locator("iframe")
     frame.get_by_label("Experiment", exact=True).select_option("3")

@@ -13,20 +13,20 @@ import nbformat
 import pytest
 from conftest import missing
 
-from bizzaroworld.analysis import effect_matrix
-from bizzaroworld.choices import Typed, typed_pair
-from bizzaroworld.estimates import number
-from bizzaroworld.interventions import Edit, Intervention
-from bizzaroworld.models import load_model
-from bizzaroworld.runs import open_run
-from bizzaroworld.sweep import sweep
-from bizzaroworld.tokens import align
-from bizzaroworld.traces import predictions
+from bizzaroworld.battery.tokens import align
+from bizzaroworld.model.load import load_model
+from bizzaroworld.patch.interventions import Edit, Intervention
+from bizzaroworld.patch.sweep import sweep
+from bizzaroworld.results.effects import effect_matrix
+from bizzaroworld.results.estimates import number
+from bizzaroworld.study.runs import open_run
+from bizzaroworld.views.explorer_state import Typed, typed_pair
+from bizzaroworld.views.lens_and_attention import predictions
 
 pytestmark = pytest.mark.slow
 
-CELLS = ["from bizzaroworld.models import load_model\nfrom bizzaroworld.runs import open_run\n"
-         "from bizzaroworld.widgets import ModelExplorer, RunExplorer",
+CELLS = ["from bizzaroworld.model.load import load_model\nfrom bizzaroworld.study.runs import open_run\n"
+         "from bizzaroworld.views.widgets import ModelExplorer, RunExplorer",
          "ModelExplorer(load_model('bizzaro-nano'))", "RunExplorer(open_run('bizzaro-nano'))"]
 TYPED = Typed("The national parliament of Germany meets in the city of", "The national parliament of Russia meets in the city of", "Berlin", "Moscow")
 LABELS = {"clean_prompt": "Clean prompt", "clean_target": "Clean answer", "corrupt_prompt": "Corrupted prompt", "corrupt_target": "Corrupted answer"}

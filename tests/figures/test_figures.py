@@ -5,12 +5,15 @@ import pytest
 from drawn import band, clipped, legend_texts, lines, make, overlapping, smallest
 from planted import planted_run, steps
 
-from bizzaroworld.analysis import Layers, crossing, curve, effect_matrix, head_table, release_layer, worst_layer
-from bizzaroworld.estimates import Estimate
-from bizzaroworld.figures import (draw_categories, draw_controls, draw_crossing, draw_heads, draw_pairs, draw_residual, draw_sites)
-from bizzaroworld.spreads import (DRIFT, beside, draw_damage, draw_drift, draw_head_frequency, draw_release, draw_release_damage,
-                                  draw_triage, draw_worst, farthest)
-from bizzaroworld.style import ACCENT, CONTROLS, KNOWN, SITE_COLORS, SITE_MARKS
+from bizzaroworld.figures.layers import (draw_categories, draw_controls, draw_crossing, draw_heads, draw_pairs, draw_residual,
+                                         draw_sites)
+from bizzaroworld.figures.pairs import (DRIFT, beside, draw_damage, draw_drift, draw_head_frequency, draw_release,
+                                        draw_release_damage, draw_triage, draw_worst, farthest)
+from bizzaroworld.figures.style import ACCENT, CONTROLS, KNOWN, SITE_COLORS, SITE_MARKS
+from bizzaroworld.results.effects import curve, effect_matrix
+from bizzaroworld.results.estimates import Estimate
+from bizzaroworld.results.heads import head_table
+from bizzaroworld.results.layers import Layers, crossing, release_layer, worst_layer
 
 CATEGORIES = ("anatomy_organs animal_taxonomy astronomy_planets chemistry_symbols colors_mixing geography_capitals geography_continents "
               "history_dates literature_authors materials_composition mathematics_addition mathematics_geometry mythology_roman_greek "

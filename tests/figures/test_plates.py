@@ -12,13 +12,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 from planted import planted_run, steps
 
-from bizzaroworld.analysis import AnalysisError, correlations, crossing, curve, effect_matrix, head_table, pearson, release_layer, worst_layer
-from bizzaroworld.captions import CAPTIONS, about, caption, curve_words, layer_words
-from bizzaroworld.compare import compare, seed_spread
-from bizzaroworld.plates import (MAKERS, comparison_plates, pair_points, plate, plates, relation, save_comparison, save_figures,
-                                 seed_plate, write_plates)
-from bizzaroworld.runs import DamagedError, RunError, open_run
-from bizzaroworld.style import SITE_COLORS
+from bizzaroworld.figures.captions import CAPTIONS, about, caption, curve_words, layer_words
+from bizzaroworld.figures.comparison_figures import comparison_plates, save_comparison, seed_plate
+from bizzaroworld.figures.run_figures import MAKERS, plate, plates, save_figures, write_plates
+from bizzaroworld.figures.style import SITE_COLORS
+from bizzaroworld.results.compare import compare, seed_spread
+from bizzaroworld.results.correlations import correlations, pair_points, pearson, relation
+from bizzaroworld.results.effects import AnalysisError, curve, effect_matrix
+from bizzaroworld.results.heads import head_table
+from bizzaroworld.results.layers import crossing, release_layer, worst_layer
+from bizzaroworld.study.runs import DamagedError, RunError, open_run
 
 NAMES = ["triage", "residual", "crossing", "controls", "sites", "heads", "head_frequency", "worst", "release", "confidence", "swing",
          "release_damage", "pairs", "categories"]

@@ -4,8 +4,8 @@ import pandas as pd
 import pytest
 from drawn import clipped, legend_texts, lines, overlapping, smallest
 
-from bizzaroworld.scales import KINDS, draw_concentration, draw_depths, draw_rows, draw_seeds
-from bizzaroworld.style import RUN_LOOKS
+from bizzaroworld.figures.comparisons import KINDS, draw_concentration, draw_depths, draw_rows, draw_seeds
+from bizzaroworld.figures.style import RUN_LOOKS
 
 RUNS = ["bizzaro-nano", "bizzaro-nano-local", "bizzaro-micro", "google/gemma-2b"]
 

@@ -9,8 +9,8 @@ from drawn import clipped, overlapping, smallest
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from bizzaroworld.style import (ACCENT, CONTROLS, KNOWN, POSITIONS, RUN_LOOKS, SITE_COLORS, SITE_MARKS, SMALL, STYLE, WIDTH, layer_axis,
-                                line, name_points, panels, words)
+from bizzaroworld.figures.style import (ACCENT, CONTROLS, KNOWN, POSITIONS, RUN_LOOKS, SITE_COLORS, SITE_MARKS, SMALL, STYLE, WIDTH,
+                                        layer_axis, line, name_points, panels, words)
 
 
 def test_every_site_can_be_told_apart_with_and_without_color():

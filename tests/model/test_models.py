@@ -1,6 +1,5 @@
 """Loading: what is accepted, what is refused, and that the checks can fail."""
 import hashlib
-import json
 from types import SimpleNamespace
 
 import httpx
@@ -10,9 +9,9 @@ from huggingface_hub import errors
 from tiny import BUILDERS, LAYERS, tiny_hf, tiny_model
 from transformers import BertConfig, BertForMaskedLM
 
-from bizzaroworld import hooked, models
-from bizzaroworld.hooked import Model, ModelError, Readout
-from bizzaroworld.models import embedded_models, load_model, validate
+from bizzaroworld.model import hooked, load as models
+from bizzaroworld.model.hooked import Model, ModelError, Readout
+from bizzaroworld.model.load import embedded_models, load_model, validate
 
 
 @pytest.mark.parametrize("name", BUILDERS)

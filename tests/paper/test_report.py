@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bizzaroworld import pages, paper, report
-from bizzaroworld.estimates import Estimate
 from bizzaroworld.files import write_table
-from bizzaroworld.pages import Chapter, PageError, Resolver, bibliography, numbered, page, to_html
-from bizzaroworld.runs import RunError, open_run
+from bizzaroworld.paper import chapters as paper, pages, report
+from bizzaroworld.paper.pages import Chapter, PageError, Resolver, bibliography, numbered, page, to_html
+from bizzaroworld.results.estimates import Estimate
+from bizzaroworld.study.runs import RunError, open_run
 from planted import planted_run, steps
 
 SOURCES = bibliography("@misc{doe2024,\n  title = {On {Shape}},\n  author = {Doe, Jane and Roe, R. and Poe, E.},\n  year = {2024},\n"
@@ -85,7 +85,7 @@ def test_figures_and_tables_are_numbered_by_chapter_and_kind():
     ("@doe2024 says", '<a href="#ref-doe2024">Doe et al. (2024)</a> says'),
     ("[next](05_b.ipynb)", '<a href="#05_b">next</a>'),
     ("[next](05_b.ipynb#fig-x)", '<a href="#fig-x">next</a>'),
-    ("[how](../library/09_analysis.ipynb)", f'<a href="{pages.SITE}library/analysis.html">how</a>'),
+    ("[how](../library/results/02_effects.ipynb)", f'<a href="{pages.SITE}library/results/effects.html">how</a>'),
     ("[bench](../benchmarks.ipynb)", f'<a href="{pages.SITE}benchmarks.html">bench</a>'),
     ("`@fig-nowhere` and me\\@home.org", "<code>@fig-nowhere</code> and me@home.org"),
     ("<script>x</script>", "&lt;script&gt;x&lt;/script&gt;"),
@@ -114,9 +114,9 @@ def test_a_page_shows_everything_once_and_needs_nothing():
 
 
 def test_a_link_to_what_the_page_holds_stays_in_the_page():
-    link = chapter("04_a", "[e](../library/12_explorer.ipynb)")
+    link = chapter("04_a", "[e](../library/views/01_explorer.ipynb)")
     assert '<a href="#explorer">e</a>' in page("T", "", [link], SOURCES, {"explorer": ("Explorer", "")})
-    assert f'<a href="{pages.SITE}library/explorer.html">e</a>' in page("T", "", [link], SOURCES)
+    assert f'<a href="{pages.SITE}library/views/explorer.html">e</a>' in page("T", "", [link], SOURCES)
 
 
 def test_sentences_in_tables_are_told_from_numbers():
@@ -179,7 +179,7 @@ def moved(tmp_path_factory):
 
 TINY = [chapter("01_a", code("#| hide\nimport os\nkept = 1"), code("#| echo: false\nprint(os.path.basename(os.environ['BIZZARO_RUN']))")),
         chapter("02_b", code("kept"), code("#| label: fig-x\nprint('not', 'reached')")),
-        chapter("03_c", code("from bizzaroworld.paper import leave_out"), code("leave_out(True, 'There is nothing to compare with.')")),
+        chapter("03_c", code("from bizzaroworld.paper.chapters import leave_out"), code("leave_out(True, 'There is nothing to compare with.')")),
         chapter("04_d", code("print('after' + ' that')"))]
 
 

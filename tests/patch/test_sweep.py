@@ -7,13 +7,13 @@ from hypothesis import given, settings, strategies as st
 from tiny import BUILDERS, LAYERS, random_pair, tiny_hf, tiny_model
 from transformer_lens.patching import generic_activation_patch
 
-from bizzaroworld import engine
-from bizzaroworld.interventions import Edit, Intervention, grid, positions_of
-from bizzaroworld.models import load_model
-from bizzaroworld.pairs import load_battery
-from bizzaroworld.sweep import sweep
-from bizzaroworld.tokens import align
-from bizzaroworld.values import mean_values
+from bizzaroworld.battery.formats import load_battery
+from bizzaroworld.battery.tokens import align
+from bizzaroworld.model.load import load_model
+from bizzaroworld.patch import engine
+from bizzaroworld.patch.interventions import Edit, Intervention, grid, positions_of
+from bizzaroworld.patch.means import mean_values
+from bizzaroworld.patch.sweep import sweep
 
 
 @pytest.fixture(scope="module")

@@ -7,15 +7,17 @@ import pandas as pd
 import pytest
 from planted import planted_run, steps
 
-from bizzaroworld.analysis import AnalysisError
-from bizzaroworld.claims import (ASKS_OTHER, BY_CONSTRUCTION, CANNOT, DOES_NOT, FAILS, HOLDS, LACKING, REPLICATES, UNDECIDED, check_claims,
-                                 claims_lines, claims_table, judge, kind, label, obstacle, scope, shown, tally)
-from bizzaroworld.estimates import Estimate
 from bizzaroworld.files import write_json, write_table
-from bizzaroworld.measures import (alike_categories, category_depths, chance_share, dropped_by_one, late_sublayers, layer_before,
-                                   layer_from, r_if_unrelated, release_share, remaining, scale_difference, worst_head_share)
-from bizzaroworld.runs import DamagedError, open_run
-from bizzaroworld.statements import Claim, study_claims
+from bizzaroworld.replication.claims import Claim, study_claims
+from bizzaroworld.replication.numbers import (alike_categories, category_depths, chance_share, dropped_by_one, late_sublayers,
+                                              layer_before, layer_from, r_if_unrelated, release_share, remaining, scale_difference,
+                                              worst_head_share)
+from bizzaroworld.replication.verdicts import (ASKS_OTHER, BY_CONSTRUCTION, CANNOT, DOES_NOT, FAILS, HOLDS, LACKING, REPLICATES,
+                                               UNDECIDED, check_claims, claims_lines, claims_table, judge, kind, label, obstacle,
+                                               scope, shown, tally)
+from bizzaroworld.results.effects import AnalysisError
+from bizzaroworld.results.estimates import Estimate
+from bizzaroworld.study.runs import DamagedError, open_run
 
 PAIRS, LAYERS, HEADS = 20, 18, 8
 MODES = [f"{key}.{mode}" for key in ("release.share", "worst", "confidence", "swing") for mode in "ABC"]
@@ -68,7 +70,7 @@ def deeper(folder, leaves=30, heads=None, target_id=9, dropped=("pair-90", "pair
 
 def found(run, others=(), keys=KEYS):
     """The verdicts on these claims by key, each of which comes once."""
-    with patch("bizzaroworld.claims.study_claims", lambda: [c for c in CLAIMS if c.key in keys]): verdicts = check_claims(run, others)
+    with patch("bizzaroworld.replication.verdicts.study_claims", lambda: [c for c in CLAIMS if c.key in keys]): verdicts = check_claims(run, others)
     assert len({v.claim.key for v in verdicts}) == len(verdicts)
     return {v.claim.key: v for v in verdicts}
 
@@ -194,7 +196,7 @@ def test_a_second_run_is_asked_for_and_must_fit(tmp_path):
 def test_each_fitting_run_gets_its_own_verdict(tmp_path):
     run = study_like(tmp_path / "run")
     others = [deeper(tmp_path / "large"), study_like(tmp_path / "other", target_id=5), deeper(tmp_path / "third", leaves=18, target_id=1, dropped=())]
-    with patch("bizzaroworld.claims.study_claims", lambda: [c for c in CLAIMS if c.partner]): verdicts = check_claims(run, others)
+    with patch("bizzaroworld.replication.verdicts.study_claims", lambda: [c for c in CLAIMS if c.partner]): verdicts = check_claims(run, others)
     assert [v.verdict for v in verdicts if v.claim.key == "scale.depth"] == [REPLICATES, DOES_NOT]
     assert [v.verdict for v in verdicts if v.claim.key == "drift"] == [REPLICATES, DOES_NOT]
 

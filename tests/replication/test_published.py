@@ -4,8 +4,9 @@ import shutil
 import pandas as pd
 import pytest
 
-from bizzaroworld.pairs import data_path
-from bizzaroworld.published import OBTAINED, Published, PublishedError, load_heads, load_published, load_sources, published
+from bizzaroworld.files import data_path
+from bizzaroworld.replication.published import (OBTAINED, Published, PublishedError, load_heads, load_published, load_sources,
+                                                published)
 
 PAIRS = {"A": 15, "B": 20, "C": 60}
 

@@ -8,13 +8,14 @@ import pytest
 from planted import planted_run, steps
 from scipy import stats
 
-from bizzaroworld.analysis import (AnalysisError, Concentration, concentration, correlations, crossing, curve, depth_below,
-                                   effect_matrix, head_table, onset_layer, pearson, ratios, release_layer, run_direction,
-                                   spearman, worst_layer)
-from bizzaroworld.estimates import Estimate
 from bizzaroworld.files import write_table
-from bizzaroworld.runs import RunError, open_run
-from bizzaroworld.summary import cautions, findings, summarize
+from bizzaroworld.results.correlations import correlations, pearson, spearman
+from bizzaroworld.results.effects import AnalysisError, curve, effect_matrix, ratios, run_direction
+from bizzaroworld.results.estimates import Estimate
+from bizzaroworld.results.heads import Concentration, concentration, head_table
+from bizzaroworld.results.layers import crossing, depth_below, onset_layer, release_layer, worst_layer
+from bizzaroworld.results.summary import cautions, findings, summarize
+from bizzaroworld.study.runs import RunError, open_run
 
 RNG = np.random.default_rng(3)
 

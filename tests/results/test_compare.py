@@ -7,11 +7,13 @@ import pandas as pd
 import pytest
 from planted import planted_run, steps
 
-from bizzaroworld.analysis import AnalysisError, concentration, curve
-from bizzaroworld.compare import (QUANTITIES, compare, comparison_lines, concentration_table, crossing_table, depth_curves,
-                                  difference, drift, heads_for_half, model_table, names, pair_states, quantity, seed_spread)
 from bizzaroworld.files import write_table
-from bizzaroworld.runs import open_run
+from bizzaroworld.results.compare import (compare, comparison_lines, concentration_table, crossing_table, depth_curves, drift,
+                                          model_table, names, pair_states, seed_spread)
+from bizzaroworld.results.effects import AnalysisError, curve
+from bizzaroworld.results.heads import concentration
+from bizzaroworld.results.quantities import QUANTITIES, difference, heads_for_half, quantity
+from bizzaroworld.study.runs import open_run
 
 
 def run(folder, leaves, n_layers=8, **options): return planted_run(folder, steps(leaves, n_layers), **options)
@@ -216,5 +218,5 @@ def test_the_text_says_what_stands_in_the_tables(two, tmp_path):
 
 
 def test_a_reader_of_runs_needs_no_torch():
-    code = "import sys, bizzaroworld.compare; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, bizzaroworld.results.compare; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

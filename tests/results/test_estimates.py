@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bizzaroworld.estimates import Estimate, estimate, estimate_means, estimate_share, mean, number
+from bizzaroworld.results.estimates import Estimate, estimate, estimate_means, estimate_share, mean, number
 
 RNG = np.random.default_rng(7)
 

@@ -4,12 +4,14 @@ import pandas as pd
 import pytest
 from planted import planted_run, steps
 
-from bizzaroworld.analysis import crossing
-from bizzaroworld.estimates import Estimate
 from bizzaroworld.files import write_table
-from bizzaroworld.profiles import (beyond_control, category_curves, control_curves, depth_fraction, head_frequency, head_shares,
-                                   mode_agreement, top_pairs, worst_counts)
-from bizzaroworld.runs import RunError, control_run
+from bizzaroworld.results.correlations import top_pairs
+from bizzaroworld.results.effects import beyond_control, category_curves, control_curves
+from bizzaroworld.results.estimates import Estimate
+from bizzaroworld.results.heads import head_frequency, head_shares, worst_counts
+from bizzaroworld.results.layers import crossing, depth_fraction
+from bizzaroworld.results.summary import mode_agreement
+from bizzaroworld.study.runs import RunError, control_run
 
 
 def with_controls(run, **strength):

@@ -6,13 +6,13 @@ import pytest
 import torch
 from tiny import random_pair, tiny_hf, tiny_model
 
-from bizzaroworld import controls
-from bizzaroworld.controls import (CONTROLS, controls_of, default_controls, shuffled_positions, sweep_shuffled, sweep_unrelated,
-                                   sweep_untrained, unrelated_donors, untrained)
-from bizzaroworld.experiments import run_experiments
-from bizzaroworld.interventions import grid
-from bizzaroworld.models import load_model
-from bizzaroworld.sweep import sweep
+from bizzaroworld.model.load import load_model
+from bizzaroworld.patch.interventions import grid
+from bizzaroworld.patch.sweep import sweep
+from bizzaroworld.study import controls
+from bizzaroworld.study.controls import (CONTROLS, controls_of, default_controls, shuffled_positions, sweep_shuffled,
+                                         sweep_unrelated, sweep_untrained, unrelated_donors, untrained)
+from bizzaroworld.study.experiments import run_experiments
 
 KEYS = ["experiment", "pair_id", "site", "layer", "head"]
 

@@ -2,9 +2,9 @@
 import pytest
 from tiny import LAYERS, random_pair, tiny_model
 
-from bizzaroworld.experiments import EXPERIMENTS, interventions_of, label, run_experiments
-from bizzaroworld.interventions import Edit, Intervention, grid
-from bizzaroworld.sweep import sweep
+from bizzaroworld.patch.interventions import Edit, Intervention, grid
+from bizzaroworld.patch.sweep import sweep
+from bizzaroworld.study.experiments import EXPERIMENTS, interventions_of, label, run_experiments
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,11 @@
 """Run folders: nothing half-written, nothing mixed up, nothing done twice."""
-import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from bizzaroworld.files import replacing, write_json, write_table
-from bizzaroworld.runs import Run, RunError, claim, control_run, is_done, open_run, output, pair_file, read_info, shipped_runs
+from bizzaroworld.study.runs import Run, RunError, claim, control_run, is_done, open_run, output, pair_file, read_info, shipped_runs
 
 from planted import planted_run, steps
 

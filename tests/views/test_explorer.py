@@ -10,15 +10,16 @@ import pandas as pd
 import pytest
 from planted import planted_run, steps
 
-from bizzaroworld.analysis import SITES
-from bizzaroworld.estimates import estimate
-from bizzaroworld.experiments import EXPERIMENTS
-from bizzaroworld.explorer import (LOOKS, QUESTIONS, embed, experiment_data, explorer_data, explorer_fragment, explorer_page, open_view,
-                                   pair_data, pieces, write_explorer)
+from bizzaroworld.battery.formats import load_battery
+from bizzaroworld.battery.pairs import entity_spans
+from bizzaroworld.figures.style import SITE_COLORS
 from bizzaroworld.files import write_json, write_table
-from bizzaroworld.pairs import entity_spans, load_battery
-from bizzaroworld.runs import open_run
-from bizzaroworld.style import SITE_COLORS
+from bizzaroworld.results.effects import SITES
+from bizzaroworld.results.estimates import estimate
+from bizzaroworld.study.experiments import EXPERIMENTS
+from bizzaroworld.study.runs import open_run
+from bizzaroworld.views.explorer import (LOOKS, QUESTIONS, embed, experiment_data, explorer_data, explorer_fragment, explorer_page,
+                                         open_view, pair_data, pieces, write_explorer)
 
 HOSTILE = '</script><b id="out">"&<!--'
 
@@ -207,7 +208,7 @@ def test_view_opens_the_page_or_says_where_it_is(small, monkeypatch, capsys, the
 
 
 def test_no_torch_is_needed():
-    code = "import sys, bizzaroworld.explorer; sys.exit('torch' in sys.modules)"
+    code = "import sys, bizzaroworld.views.explorer; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 

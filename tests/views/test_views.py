@@ -8,19 +8,19 @@ import pytest
 import torch
 from planted import planted_run, steps
 
-from bizzaroworld.analysis import effect_matrix
-from bizzaroworld.choices import RunChoice, run_page
+from bizzaroworld.battery.formats import load_battery
+from bizzaroworld.battery.tokens import TokenPair, align
 from bizzaroworld.files import write_table
-from bizzaroworld.hooked import Model
-from bizzaroworld.interventions import Edit, Intervention
-from bizzaroworld.models import load_model
-from bizzaroworld.pairs import load_battery
-from bizzaroworld.runs import open_run
-from bizzaroworld.sweep import sweep
-from bizzaroworld.tokens import TokenPair, align
-from bizzaroworld.traces import Traces, predictions, traces
-from bizzaroworld.views import (Panel, View, attention_view, effects_view, lens_view, log_probs_view, plain_tokens, script, setup,
-                                stored_effects_view, write_script)
+from bizzaroworld.model.hooked import Model
+from bizzaroworld.model.load import load_model
+from bizzaroworld.patch.interventions import Edit, Intervention
+from bizzaroworld.patch.sweep import sweep
+from bizzaroworld.results.effects import effect_matrix
+from bizzaroworld.study.runs import open_run
+from bizzaroworld.views.circuitsvis import (Panel, View, attention_view, effects_view, lens_view, log_probs_view, plain_tokens,
+                                            script, setup, stored_effects_view, write_script)
+from bizzaroworld.views.explorer_state import RunChoice, run_page
+from bizzaroworld.views.lens_and_attention import Traces, predictions, traces
 
 VOID = {"br", "img", "meta", "link", "input", "hr"}
 
@@ -260,7 +260,7 @@ def test_the_script_is_put_into_a_page_once(tmp_path):
 
 
 def test_the_committed_page_is_small_and_links_to_the_script(repo):
-    notebook = json.loads((repo / "nbs" / "library" / "12_views.ipynb").read_text("utf-8"))
+    notebook = json.loads((repo / "nbs" / "library" / "views" / "04_circuitsvis.ipynb").read_text("utf-8"))
     pages = ["".join(o["data"]["text/html"]) for c in notebook["cells"] for o in c.get("outputs", []) if "text/html" in o.get("data", {})]
     assert setup("../circuitsvis.js")._repr_html_() in pages
     assert sum("data-circuits" in p for p in pages) >= 3 and max(map(len, pages)) < 25_000

@@ -8,14 +8,14 @@ import pytest
 from comm.base_comm import BaseComm
 from planted import planted_run, steps
 
-from bizzaroworld.analysis import effect_matrix
-from bizzaroworld.choices import Grid, PatchChoice, RunChoice, Typed, run_options, run_page, settled, typed_pair
-from bizzaroworld.interventions import Edit, Intervention
-from bizzaroworld.models import load_model
-from bizzaroworld.pairs import load_battery
-from bizzaroworld.runs import open_run
-from bizzaroworld.sweep import sweep
-from bizzaroworld.widgets import BLUE, RED, Cells, ModelExplorer, RunExplorer, cell_color
+from bizzaroworld.battery.formats import load_battery
+from bizzaroworld.model.load import load_model
+from bizzaroworld.patch.interventions import Edit, Intervention
+from bizzaroworld.patch.sweep import sweep
+from bizzaroworld.results.effects import effect_matrix
+from bizzaroworld.study.runs import open_run
+from bizzaroworld.views.explorer_state import Grid, PatchChoice, RunChoice, Typed, run_options, run_page, settled, typed_pair
+from bizzaroworld.views.widgets import BLUE, RED, Cells, ModelExplorer, RunExplorer, cell_color
 
 BERLIN = {"clean_prompt": "The national parliament of Germany meets in the city of", "clean_target": "Berlin",
           "corrupt_prompt": "The national parliament of Russia meets in the city of", "corrupt_target": "Moscow"}
@@ -169,7 +169,7 @@ def test_a_slider_does_what_a_click_does(live):
 
 
 def test_a_grid_is_swept_once(live, monkeypatch):
-    from bizzaroworld import widgets
+    from bizzaroworld.views import widgets
     monkeypatch.setattr(widgets, "patch_grid", lambda *_: pytest.fail("swept again"))
     for place in ((0, 1), (7, live.pair.final)): live.cells.buttons[place].click()
     agree(live)
@@ -199,7 +199,7 @@ def test_no_pair_yet(model):
 
 
 def test_what_nobody_foresaw_is_shown_and_raised(live, monkeypatch):
-    from bizzaroworld import widgets
+    from bizzaroworld.views import widgets
     def broken(*_): raise RuntimeError("the model ran <away>")
     monkeypatch.setattr(widgets, "patch_page", broken)
     before = live.state

@@ -3,10 +3,11 @@ import random
 
 import pytest
 
-from bizzaroworld.corpus import (Composition, Document, Guard, Sentence, compositions, document, find_compositions, generate, held_out,
-                                 new_wordings, normalize, prompts_of, render, split)
-from bizzaroworld.facts import FactsError, is_prompt, load_facts
-from bizzaroworld.pairs import data_path, load_battery, load_spares
+from bizzaroworld.battery.facts import FactsError, is_prompt, load_facts
+from bizzaroworld.battery.formats import load_battery, load_spares
+from bizzaroworld.files import data_path
+from bizzaroworld.zoo.corpus import (Composition, Document, Guard, Sentence, compositions, document, find_compositions, generate,
+                                     held_out, new_wordings, normalize, prompts_of, render, split)
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,15 @@ import json
 import pytest
 import torch
 
-from bizzaroworld.corpus import generate, held_out, split
-from bizzaroworld.facts import load_facts
-from bizzaroworld.models import embedded_models
-from bizzaroworld.nano import RECIPES, load_shipped, measure, model_card, thin
-from bizzaroworld.pairs import battery_sha256, data_path, load_battery, load_spares
-from bizzaroworld.runs import open_run, shipped_runs
-from bizzaroworld.training import (TrainingOptions, batches, build_model, build_tokenizer, collate, encode, evaluate_pairs,
-                                   local_attention, local_mask, recalled, single_words, step_loss, train)
+from bizzaroworld.battery.facts import load_facts
+from bizzaroworld.battery.formats import battery_sha256, load_battery, load_spares
+from bizzaroworld.files import data_path
+from bizzaroworld.model.load import embedded_models
+from bizzaroworld.study.runs import open_run, shipped_runs
+from bizzaroworld.zoo.corpus import generate, held_out, split
+from bizzaroworld.zoo.nano import RECIPES, load_shipped, measure, model_card, thin
+from bizzaroworld.zoo.training import (TrainingOptions, batches, build_model, build_tokenizer, collate, encode, evaluate_pairs,
+                                       local_attention, local_mask, recalled, single_words, step_loss, train)
 
 NAMES = sorted(RECIPES)
 

@@ -6,13 +6,14 @@ import math
 import pytest
 import torch
 
-from bizzaroworld import micro
-from bizzaroworld.corpus import held_out, split
-from bizzaroworld.facts import load_facts
-from bizzaroworld.micro import NAME, OPTIONS, aligned, build, measure_micro, model_card, tokenizer_of, train_micro
-from bizzaroworld.nano import entity_effects, load_shipped
-from bizzaroworld.pairs import data_path, load_battery, load_spares
-from bizzaroworld.training import evaluate_pairs, recalled
+from bizzaroworld.battery.facts import load_facts
+from bizzaroworld.battery.formats import load_battery, load_spares
+from bizzaroworld.files import data_path
+from bizzaroworld.zoo import micro
+from bizzaroworld.zoo.corpus import held_out, split
+from bizzaroworld.zoo.micro import NAME, OPTIONS, aligned, build, measure_micro, model_card, tokenizer_of, train_micro
+from bizzaroworld.zoo.nano import entity_effects, load_shipped
+from bizzaroworld.zoo.training import evaluate_pairs, recalled
 
 FOLDER = data_path("models", NAME)
 RECORD = json.loads((FOLDER / "training.json").read_text(encoding="utf-8"))
