@@ -25,10 +25,10 @@ WINGS = {wing: rooms.split() for wing, rooms in {
     "views": "lens_and_attention explorer explorer_state circuitsvis widgets",
     "paper": "chapters pages report",
     "zoo": "corpus training nano micro",
-    "top": "pipeline console cli"}.items()}
+    "top": "pipeline console options cli"}.items()}
 FLOW = [room if wing in ("ground", "top") else f"{wing}.{room}" for wing, rooms in WINGS.items() for room in rooms]
 # What `--help` and a reader of the battery wait for; and all that reads a run, which needs no model.
-TORCHLESS = {"files", "console", "cli", "battery.pairs", "battery.formats", "battery.facts", "study.runs", "paper.pages", "views.explorer",
+TORCHLESS = {"files", "console", "options", "cli", "battery.pairs", "battery.formats", "battery.facts", "study.runs", "paper.pages", "views.explorer",
              *(name for name in FLOW if name.partition(".")[0] in ("results", "replication", "figures"))}
 HEAVY = {"torch", "transformers", "transformer_lens"}
 PLACES = "|".join(map(re.escape, sorted({str(REPO.parent), str(Path.home())} - {"/"})))
