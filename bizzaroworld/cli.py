@@ -20,7 +20,7 @@ from .options import (BatteryFile, Debug, Device, Direction, Dtype, ModelName, R
                                   RunNames, TableFile)
 
 # %% auto #0
-__all__ = ['app', 'study', 'triage', 'audit', 'embedded', 'models', 'claims', 'compare', 'report', 'view', 'main']
+__all__ = ['app', 'study', 'triage', 'audit', 'battery', 'embedded', 'models', 'claims', 'compare', 'report', 'view', 'main']
 
 # %% ../nbs/library/05_cli.ipynb #2748e5cd
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown",
@@ -138,6 +138,41 @@ def audit(names: Annotated[list[str], typer.Argument(metavar="NAME...", help=(
                 typer.echo(f"\nDropped by {name}:")
                 print_frame(dropped, ["pair_id", "reason", "replaced_by"])
         if out: save(report.table, out)
+
+# %% ../nbs/library/05_cli.ipynb #06e21f20
+@app.command()
+def battery(out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", dir_okay=False, help="The battery file to write (JSON).")],
+            model: ModelName = "bizzaro-nano",
+            source: Annotated[Path | None, typer.Option("--from", metavar="FILE", exists=True, dir_okay=False, help=(
+                "Pairs whose questions are paired anew. Default: the facts that come along."))] = None,
+            degree: Annotated[Literal["preferred", "first of its kind", "first of all"], typer.Option(metavar="NAME", help=(
+                "How well both answers must be known: preferred, 'first of its kind', 'first of all'."))] = "preferred",
+            swing: Annotated[float, typer.Option(metavar="LOGITS", help="The least TotalSwing of a pair.")] = 2.0,
+            most: Annotated[int, typer.Option(metavar="N", min=1, help="Most pairs of one relation.")] = 20,
+            seed: Annotated[int, typer.Option(metavar="N", help="Decides every choice that is made by lot.")] = 0,
+            device: Device = None, dtype: Dtype = "float32", revision: Revision = None, debug: Debug = False) -> None:
+    """Build a battery of facts that the model knows: every question asked once, those it answers paired, no fact twice.
+
+    Pairs are chosen on the unpatched runs only, balanced over relations and answers. Stopped and started again, it goes on.
+
+    Examples:
+
+        bizzaroworld battery --model google/gemma-2b --out gemma-2b.json
+        bizzaroworld battery --model google/gemma-2b --from mine.csv --degree "first of all" --out known.json
+    """
+    with reported(debug):
+        from bizzaroworld.battery.builder import build_battery, questions_from, questions_of
+        from bizzaroworld.battery.facts import load_facts
+        from bizzaroworld.battery.formats import load_battery
+        questions = questions_from(load_battery(source)) if source else questions_of(load_facts())
+        from bizzaroworld.model.load import load_model
+        loaded, notes = load_model(model, device=device, dtype=dtype, revision=revision), out.with_name(f".{out.name}.notes")
+        with progress("battery") as advance:
+            built = build_battery(loaded, questions, degree=degree, min_swing=swing, most=most, seed=seed, notes=notes, progress=advance)
+        built.save(out)
+        notes.unlink(missing_ok=True)
+        print_frame(built.summary(), ["degree", "pairs"])
+        typer.echo(f"{len(built.pairs)} pairs of {built.table.relation.nunique()} relations. Wrote {out}")
 
 # %% ../nbs/library/05_cli.ipynb #fa2b405c
 def _parameters(weights: Path) -> int:

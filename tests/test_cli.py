@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from bizzaroworld import __version__, cli, console
 
-COMMANDS = ["study", "triage", "audit", "models", "claims", "compare", "report", "view"]
+COMMANDS = ["study", "triage", "audit", "battery", "models", "claims", "compare", "report", "view"]
 
 
 def run(*args: str):
@@ -270,3 +270,22 @@ def test_a_reader_who_stops_reading_is_no_failure():
     code = "from bizzaroworld.cli import main; main()"
     done = subprocess.run(f"{sys.executable} -c '{code}' claims bizzaro-nano --why | head -n 1", shell=True, capture_output=True, text=True)
     assert done.stdout.startswith("Claims of") and done.stderr == ""
+
+
+@pytest.mark.slow
+def test_battery_writes_a_battery_that_triage_reads(tmp_path):
+    from bizzaroworld.battery.formats import load_battery
+    prompt = "The national parliament of {} meets in the city of"
+    few = [dict(id=i, category="c", relation="capital", clean_prompt=prompt.format(a), corrupt_prompt=prompt.format(b), clean_target=x, corrupt_target=y,
+                clean_entity=a, corrupt_entity=b) for i, a, b, x, y in [("1", "Germany", "Russia", " Berlin", " Moscow"), ("2", "Poland", "China", " Warsaw", " Beijing")]]
+    (tmp_path / "mine.json").write_text(json.dumps(few))
+    out = tmp_path / "made.json"
+    done = run("battery", "--from", str(tmp_path / "mine.json"), "--out", str(out))
+    assert done.exit_code == 0 and "pairs of 1 relations" in done.output, done.output
+    pairs = load_battery(out)
+    assert pairs and {p.relation for p in pairs} == {"capital"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["made.json", "mine.json"], "the notes are gone"
+    nothing = run("battery", "--from", str(tmp_path / "mine.json"), "--swing", "999", "--out", str(tmp_path / "none.json"))
+    assert nothing.exit_code == 2 and "--swing" in nothing.output and not (tmp_path / "none.json").exists()
+    ranked = run("triage", "--battery", str(out), "--out", str(tmp_path / "t.csv"))
+    assert ranked.exit_code == 0 and (pd.read_csv(tmp_path / "t.csv").total_swing >= 2).all()

@@ -179,3 +179,38 @@ def test_halves_share_nothing_and_keep_relations_in_proportion():
 
 def test_degrees_are_nested():
     assert DEGREES == ("preferred", "first of its kind", "first of all")
+
+
+def test_a_second_start_goes_on_where_the_first_stopped(tmp_path):
+    notes, model = tmp_path / "notes.jsonl", Oracle({e: 5.0 + i for i, e in enumerate(FACTS)})
+    asked = [question(e, relation=r) for r, entities in (("a", ("Peru", "Cuba")), ("b", ("Chile", "Spain")), ("c", ("Chad", "Mali"))) for e in entities]
+    whole = build_battery(model, asked)
+
+    def stop(done, total, note):
+        if note == "c": raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): build_battery(model, asked, notes=notes, progress=stop)
+    model.asked = 0
+    again = build_battery(model, asked, notes=notes)
+    assert again.pairs == whole.pairs and again.table.equals(whole.table)
+    assert model.asked == 4, "two questions of the last relation, each for the choice of the template and for the pair"
+    other = build_battery(model, asked, notes=notes, min_swing=99.0)
+    assert other.pairs == (), "notes of another building are not used"
+    notes.write_text(notes.read_text()[:-20])
+    assert build_battery(model, asked, notes=notes).pairs == whole.pairs, "nor damaged ones"
+
+
+def test_facts_that_were_used_before_the_stop_stay_used(tmp_path):
+    notes, model = tmp_path / "notes.jsonl", Oracle({e: 5.0 for e in FACTS})
+    asked = [question("Peru", relation="a"), question("Cuba", relation="a"), *EVERY]
+    whole = build_battery(model, asked)
+
+    def stop(done, total, note):
+        if note == "capital": raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): build_battery(model, asked, notes=notes, progress=stop)
+    assert build_battery(model, asked, notes=notes).pairs == whole.pairs
+
+
+def test_what_is_saved_is_a_battery(tmp_path):
+    built = build_battery(Oracle({"Peru": 5.0, "Cuba": 4.0}), EVERY)
+    built.save(tmp_path / "mine.json")
+    assert tuple(load_battery(tmp_path / "mine.json")) == built.pairs
