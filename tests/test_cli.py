@@ -13,6 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from bizzaroworld import __version__, cli, console
+from bizzaroworld.model import catalog
 
 COMMANDS = ["study", "triage", "audit", "battery", "models", "claims", "compare", "report", "view"]
 
@@ -189,7 +190,7 @@ def test_a_spare_that_the_battery_holds_is_not_offered_again(repo, tmp_path):
     assert not {p.id for p in pairs} & {p.id for p in left}
 
 
-def test_models_reads_configs_and_weight_headers(stand_in, monkeypatch, tmp_path):
+def test_models_reads_configs_and_weight_headers(monkeypatch, tmp_path):
     folder = tmp_path / "models" / "tiny"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(dict(
@@ -197,14 +198,14 @@ def test_models_reads_configs_and_weight_headers(stand_in, monkeypatch, tmp_path
     header = json.dumps({"__metadata__": {"format": "pt"}, "w": {"dtype": "F16", "shape": [1000, 500]},
                          "b": {"dtype": "F16", "shape": [100_000]}}).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    stand_in("files", data_path=lambda *parts: tmp_path.joinpath(*parts))
-    assert [row[:6] for row in cli.embedded()] == [("tiny", "0.6M", 8, 4, 1, 128)]
+    monkeypatch.setattr("bizzaroworld.model.catalog.data_path", lambda *parts: tmp_path.joinpath(*parts))
+    assert [row[:6] for row in catalog.embedded()] == [("tiny", "0.6M", 8, 4, 1, 128)]
     done = run("models")
     assert done.exit_code == 0 and "tiny" in done.stdout and "google/gemma-2b" in done.stdout
 
 
 def test_the_embedded_models_are_listed():
-    assert {row[0] for row in cli.embedded()} == {"bizzaro-nano", "bizzaro-nano-local", "bizzaro-micro"}
+    assert {row[0] for row in catalog.embedded()} == {"bizzaro-nano", "bizzaro-nano-local", "bizzaro-micro"}
 
 
 def test_a_wide_table_keeps_its_words(capsys):

@@ -213,7 +213,7 @@ def _identity(model: Any, questions: Sequence[Question], options: dict) -> str:
     parts = (getattr(model, "weights_sha256", ""), getattr(model, "name", ""), str(getattr(model, "dtype", "")), options, [asdict(q) for q in questions])
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-# %% ../../nbs/library/battery/07_builder.ipynb #c929aea1
+# %% ../../nbs/library/battery/07_builder.ipynb #7a33dcd6
 @dataclass(frozen=True, eq=False)
 class Built:
     "A battery that was built for a model. `table`: `pair_id, relation, category, total_swing, degree`, a row for each pair."
@@ -246,7 +246,7 @@ def _relations(model: Any, asked: dict[str, list[Asked]], options: dict, identit
     if progress: progress(len(asked), len(asked), "")
     return made
 
-
+# %% ../../nbs/library/battery/07_builder.ipynb #3402f7bd
 def build_battery(model: Any, questions: Iterable[Question], *, degree: str = "preferred", min_swing: float = 2.0, most: int = 20,
                   facts: int = 60, templates: int = 3, sample: int = 4, seed: int = 0, notes: Path | None = None,
                   progress: Callable[[int, int, str], None] | None = None) -> Built:
@@ -267,7 +267,7 @@ def build_battery(model: Any, questions: Iterable[Question], *, degree: str = "p
                          columns=["pair_id", "relation", "category", "total_swing", "degree"])
     return Built(tuple(p for p, _ in made), table)
 
-# %% ../../nbs/library/battery/07_builder.ipynb #3b1b7eca
+# %% ../../nbs/library/battery/07_builder.ipynb #637488f2
 def halves(pairs: Sequence[PromptPair], seed: int = 0) -> tuple[list[PromptPair], list[PromptPair]]:
     "Two halves of a battery, by lot within each relation; of an odd number the first half gets one more or one less, in turn."
     by_relation = defaultdict(list)
