@@ -5,8 +5,6 @@
 # %% ../nbs/library/05_cli.ipynb #728a2488
 from __future__ import annotations
 
-import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -20,7 +18,7 @@ from .options import (BatteryFile, Debug, Device, Direction, Dtype, ModelName, R
                                   RunNames, TableFile)
 
 # %% auto #0
-__all__ = ['app', 'study', 'triage', 'audit', 'embedded', 'models', 'claims', 'compare', 'report', 'view', 'main']
+__all__ = ['app', 'study', 'triage', 'audit', 'battery', 'models', 'claims', 'compare', 'report', 'view', 'main']
 
 # %% ../nbs/library/05_cli.ipynb #2748e5cd
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown",
@@ -139,24 +137,37 @@ def audit(names: Annotated[list[str], typer.Argument(metavar="NAME...", help=(
                 print_frame(dropped, ["pair_id", "reason", "replaced_by"])
         if out: save(report.table, out)
 
-# %% ../nbs/library/05_cli.ipynb #fa2b405c
-def _parameters(weights: Path) -> int:
-    "How many numbers a safetensors file holds: its header lists the shapes."
-    with weights.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+# %% ../nbs/library/05_cli.ipynb #06e21f20
+@app.command()
+def battery(out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", dir_okay=False, help="The battery file to write (JSON).")],
+            model: ModelName = "bizzaro-nano", source: Annotated[Path | None, typer.Option("--from", metavar="FILE", exists=True, dir_okay=False, help=(
+                "Pairs whose questions are paired anew. Default: the facts that come along."))] = None,
+            degree: Annotated[Literal["preferred", "first of its kind", "first of all"], typer.Option(metavar="NAME", help=(
+                "How well both answers must be known."))] = "preferred",
+            swing: Annotated[float, typer.Option(metavar="LOGITS", help="The least TotalSwing of a pair.")] = 2.0,
+            most: Annotated[int, typer.Option(metavar="N", min=1, help="Most pairs of one relation.")] = 20,
+            seed: Annotated[int, typer.Option(metavar="N", help="Decides every choice that is made by lot.")] = 0, device: Device = None, dtype: Dtype = "float32", revision: Revision = None, debug: Debug = False) -> None:
+    """Build a battery of facts that the model knows: every question asked once, those it answers paired, no fact twice.
 
-def embedded() -> list[tuple]:
-    """The embedded models: name, parameters, layers, heads, key-value heads, width, megabytes on disk."""
-    from bizzaroworld.files import data_path
-    rows = []
-    for folder in sorted(path.parent for path in data_path("models").glob("*/config.json")):
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        files = sorted(folder.glob("*.safetensors"))
-        rows.append((folder.name, f"{sum(map(_parameters, files)) / 1e6:.1f}M", config["num_hidden_layers"],
-                     config["num_attention_heads"], config["num_key_value_heads"], config["hidden_size"],
-                     f"{sum(f.stat().st_size for f in folder.iterdir()) / 1e6:.1f}"))
-    return rows
+    Pairs are chosen on the unpatched runs only, balanced over relations and answers. Stopped and started again, it goes on.
+
+    Examples:
+
+        bizzaroworld battery --model google/gemma-2b --out gemma-2b.json
+        bizzaroworld battery --model google/gemma-2b --from mine.csv --degree "first of all" --out known.json
+    """
+    with reported(debug):
+        from bizzaroworld.battery.builder import build_battery, questions_from, questions_of
+        from bizzaroworld.battery.facts import load_facts
+        from bizzaroworld.battery.formats import load_battery
+        from bizzaroworld.model.load import load_model
+        questions = questions_from(load_battery(source)) if source else questions_of(load_facts())
+        loaded, notes = load_model(model, device=device, dtype=dtype, revision=revision), out.with_name(f".{out.name}.notes")
+        with progress("battery") as go: built = build_battery(loaded, questions, degree=degree, min_swing=swing, most=most, seed=seed, notes=notes, progress=go)
+        built.save(out)
+        notes.unlink(missing_ok=True)
+        print_frame(built.summary(), ["degree", "pairs"])
+        typer.echo(f"{len(built.pairs)} pairs of {built.table.relation.nunique()} relations. Wrote {out}")
 
 # %% ../nbs/library/05_cli.ipynb #d8bdcfc4
 @app.command()
@@ -171,6 +182,7 @@ def models(debug: Debug = False) -> None:
         bizzaroworld study --model bizzaro-nano-local
     """
     with reported(debug):
+        from bizzaroworld.model.catalog import embedded
         print_table(["name", "parameters", "layers", "heads", "kv heads", "width", "MB"], embedded())
         typer.echo("\nAny other causal language model is named by its folder (./my-model) or its name on the\n"
                    "Hugging Face Hub (google/gemma-2b). Gated models need their license accepted and `hf auth login`.")

@@ -13,8 +13,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from bizzaroworld import __version__, cli, console
+from bizzaroworld.model import catalog
 
-COMMANDS = ["study", "triage", "audit", "models", "claims", "compare", "report", "view"]
+COMMANDS = ["study", "triage", "audit", "battery", "models", "claims", "compare", "report", "view"]
 
 
 def run(*args: str):
@@ -189,7 +190,7 @@ def test_a_spare_that_the_battery_holds_is_not_offered_again(repo, tmp_path):
     assert not {p.id for p in pairs} & {p.id for p in left}
 
 
-def test_models_reads_configs_and_weight_headers(stand_in, monkeypatch, tmp_path):
+def test_models_reads_configs_and_weight_headers(monkeypatch, tmp_path):
     folder = tmp_path / "models" / "tiny"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(dict(
@@ -197,14 +198,14 @@ def test_models_reads_configs_and_weight_headers(stand_in, monkeypatch, tmp_path
     header = json.dumps({"__metadata__": {"format": "pt"}, "w": {"dtype": "F16", "shape": [1000, 500]},
                          "b": {"dtype": "F16", "shape": [100_000]}}).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    stand_in("files", data_path=lambda *parts: tmp_path.joinpath(*parts))
-    assert [row[:6] for row in cli.embedded()] == [("tiny", "0.6M", 8, 4, 1, 128)]
+    monkeypatch.setattr("bizzaroworld.model.catalog.data_path", lambda *parts: tmp_path.joinpath(*parts))
+    assert [row[:6] for row in catalog.embedded()] == [("tiny", "0.6M", 8, 4, 1, 128)]
     done = run("models")
     assert done.exit_code == 0 and "tiny" in done.stdout and "google/gemma-2b" in done.stdout
 
 
 def test_the_embedded_models_are_listed():
-    assert {row[0] for row in cli.embedded()} == {"bizzaro-nano", "bizzaro-nano-local", "bizzaro-micro"}
+    assert {row[0] for row in catalog.embedded()} == {"bizzaro-nano", "bizzaro-nano-local", "bizzaro-micro"}
 
 
 def test_a_wide_table_keeps_its_words(capsys):
@@ -270,3 +271,22 @@ def test_a_reader_who_stops_reading_is_no_failure():
     code = "from bizzaroworld.cli import main; main()"
     done = subprocess.run(f"{sys.executable} -c '{code}' claims bizzaro-nano --why | head -n 1", shell=True, capture_output=True, text=True)
     assert done.stdout.startswith("Claims of") and done.stderr == ""
+
+
+@pytest.mark.slow
+def test_battery_writes_a_battery_that_triage_reads(tmp_path):
+    from bizzaroworld.battery.formats import load_battery
+    prompt = "The national parliament of {} meets in the city of"
+    few = [dict(id=i, category="c", relation="capital", clean_prompt=prompt.format(a), corrupt_prompt=prompt.format(b), clean_target=x, corrupt_target=y,
+                clean_entity=a, corrupt_entity=b) for i, a, b, x, y in [("1", "Germany", "Russia", " Berlin", " Moscow"), ("2", "Poland", "China", " Warsaw", " Beijing")]]
+    (tmp_path / "mine.json").write_text(json.dumps(few))
+    out = tmp_path / "made.json"
+    done = run("battery", "--from", str(tmp_path / "mine.json"), "--out", str(out))
+    assert done.exit_code == 0 and "pairs of 1 relations" in done.output, done.output
+    pairs = load_battery(out)
+    assert pairs and {p.relation for p in pairs} == {"capital"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["made.json", "mine.json"], "the notes are gone"
+    nothing = run("battery", "--from", str(tmp_path / "mine.json"), "--swing", "999", "--out", str(tmp_path / "none.json"))
+    assert nothing.exit_code == 2 and "--swing" in nothing.output and not (tmp_path / "none.json").exists()
+    ranked = run("triage", "--battery", str(out), "--out", str(tmp_path / "t.csv"))
+    assert ranked.exit_code == 0 and (pd.read_csv(tmp_path / "t.csv").total_swing >= 2).all()
