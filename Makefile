@@ -20,7 +20,7 @@ export TORCH_INDEX
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-study: $(VENV)/.installed  ## install, then run the whole study on the embedded model (MODEL=, OUT=)
+study: $(VENV)/.installed $(if $(filter gemma-3-270m,$(MODEL)),$(VENV)/.installed-gemma)  ## install, then run the whole study on the embedded model (MODEL=, OUT=)
 	$(BIN)/bizzaroworld study --model $(MODEL) --out $(OUT)
 
 test: $(VENV)/.installed-dev  ## install with the development requirements, then run everything CI runs
@@ -59,6 +59,10 @@ $(BIN)/python:
 $(VENV)/.installed: settings.ini setup.py constraints.txt | $(BIN)/python
 	$(INSTALL) -e .
 	@touch $@
+
+$(VENV)/.installed-gemma: settings.ini setup.py constraints.txt | $(BIN)/python
+	$(INSTALL) -e '.[gemma]'
+	@touch $(VENV)/.installed $@
 
 $(VENV)/.installed-dev: settings.ini setup.py constraints.txt | $(BIN)/python
 	$(INSTALL) -e '.[dev]'

@@ -22,7 +22,8 @@ from .battery.triage import Triage, triage
 from .figures.run_figures import save_figures
 from .files import write_json, write_table
 from .model.hooked import Model
-from .model.load import embedded_models, load_model
+from .model.load import load_model
+from .model.names import embedded_models
 from .results.summary import findings, summarize
 from .study.controls import CONTROLS, Control, Sweeper, controls_of, default_controls
 from .study.experiments import EXPERIMENTS, run_experiments
@@ -43,7 +44,7 @@ def describe(model: Model) -> dict:
             "weights_sha256": model.weights_sha256, "dtype": str(model.dtype).removeprefix("torch."),
             "architecture": type(model.hf).__name__, "n_layers": shape.n_layers, "n_heads": shape.n_heads,
             "n_kv_heads": shape.n_kv_heads, "d_model": shape.d_model, "d_head": shape.d_head,
-            "d_vocab": shape.d_vocab, "limits": list(model.limits)}
+            "d_vocab": shape.d_vocab, "limits": list(model.limits)} | ({"weights_note": model.weights_note} if model.weights_note else {})
 
 
 def run_info(model: Model, pairs: Sequence[PromptPair], spares: Sequence[PromptPair], direction: str) -> dict:
