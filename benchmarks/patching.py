@@ -69,7 +69,7 @@ def random_pair(length: int = 12, entity: int = 5) -> TokenPair:
     g = torch.Generator().manual_seed(0)
     clean = torch.randint(3, 30_000, (length,), generator=g).tolist()
     corrupt = clean[:entity] + [clean[entity] + 1] + clean[entity + 1:]
-    words = PromptPair("random", "random", "random", "a b", "a c", " d", " e", "b", "c")
+    words = PromptPair("a b", "a c", " d", " e", "b", "c", "random", "random")
     return TokenPair(words, tuple(clean), tuple(corrupt), 7, 11, (entity, entity + 1))
 
 

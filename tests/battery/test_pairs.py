@@ -9,8 +9,8 @@ from bizzaroworld.battery.formats import BatteryError, battery_sha256, load_batt
 from bizzaroworld.battery.pairs import PromptPair, counterpart, differences, entity_spans, review
 from bizzaroworld.files import data_path
 
-PERU = PromptPair("capitals-01", "capitals", "capital", "The capital of Peru is", "The capital of Cuba is",
-                  " Lima", " Havana", "Peru", "Cuba")
+PERU = PromptPair("The capital of Peru is", "The capital of Cuba is", " Lima", " Havana", "Peru", "Cuba",
+                  id="capitals-01", category="capitals", relation="capital")
 STUDY = {"category": "animals", "clean_prompt": "A heron is a kind of", "corrupt_prompt": "A perch is a kind of",
          "clean_target": " bird", "corrupt_target": " fish", "entity_token": "heron"}
 

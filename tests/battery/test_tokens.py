@@ -15,8 +15,8 @@ from bizzaroworld.battery.pairs import PromptPair
 from bizzaroworld.battery.tokens import REASONS, AlignmentError, TokenPair, align, continuation, encode, token_span, token_table
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-PERU = PromptPair("peru", "capitals", "capital", "The capital of Peru is", "The capital of Chile is",
-                  " Lima", " Santiago", "Peru", "Chile")
+PERU = PromptPair("The capital of Peru is", "The capital of Chile is", " Lima", " Santiago", "Peru", "Chile",
+                  id="peru", category="capitals", relation="capital")
 
 
 def wrap(tok, **options):
