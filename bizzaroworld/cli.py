@@ -93,8 +93,8 @@ def triage(model: ModelName = "bizzaro-nano", battery: BatteryFile = None,
            device: Device = None, dtype: Dtype = "float32", revision: Revision = None, debug: Debug = False) -> None:
     """Rank the pairs by how strongly the model tells their two answers apart.
 
-    TotalSwing is the clean run's logit difference minus the corrupted run's. A pair that the model cannot take,
-    or does not know, is counted below the table.
+    TotalSwing is the clean run's logit difference minus the corrupted run's. Below the table: how many pairs could not be
+    used, and of how many the model prefers the right answers, ranks them first among their kind, and first of all.
 
     Examples:
 
@@ -107,7 +107,7 @@ def triage(model: ModelName = "bizzaro-nano", battery: BatteryFile = None,
         from bizzaroworld.model.load import load_model
         result = run_triage(load_model(model, device=device, dtype=dtype, revision=revision), pairs, spares)
         print_frame(result.table.head(top), ["rank", "total_swing", "ld_clean", "ld_corrupt", "pair_id"])
-        typer.echo(f"{len(result.table)} pairs ranked, {len(result.excluded)} excluded.")
+        typer.echo(f"{len(result.table)} pairs ranked, {len(result.excluded)} excluded. {result.line}")
         if out: save(result.table, out)
 
 # %% ../nbs/library/05_cli.ipynb #da5a77c4

@@ -15,7 +15,7 @@ MODULES = sorted(p for p in (REPO / "bizzaroworld").rglob("*.py") if p.name not 
 # One way, no back and forth: a room imports only from the wings above its own in this list, and from the rooms before it in its own.
 WINGS = {wing: rooms.split() for wing, rooms in {
     "ground": "files",
-    "battery": "pairs layouts formats tokens audit triage facts builder",
+    "battery": "pairs layouts formats tokens audit knowing triage facts builder",
     "model": "names hooked gguf load catalog",
     "patch": "interventions metrics passes engine means sweep",
     "study": "runs experiments controls",
@@ -28,7 +28,7 @@ WINGS = {wing: rooms.split() for wing, rooms in {
     "top": "pipeline console options cli"}.items()}
 FLOW = [room if wing in ("ground", "top") else f"{wing}.{room}" for wing, rooms in WINGS.items() for room in rooms]
 # What `--help` and a reader of the battery wait for; and all that reads a run, which needs no model.
-TORCHLESS = {"files", "console", "options", "cli", "battery.pairs", "battery.layouts", "battery.formats", "battery.facts", "model.names", "model.catalog", "study.runs", "paper.pages", "views.explorer",
+TORCHLESS = {"files", "console", "options", "cli", "battery.pairs", "battery.layouts", "battery.formats", "battery.knowing", "battery.facts", "model.names", "model.catalog", "study.runs", "paper.pages", "views.explorer",
              *(name for name in FLOW if name.partition(".")[0] in ("results", "replication", "figures"))}
 HEAVY = {"torch", "transformers", "transformer_lens"}
 PLACES = "|".join(map(re.escape, sorted({str(REPO.parent), str(Path.home())} - {"/"})))
