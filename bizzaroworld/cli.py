@@ -142,7 +142,7 @@ def audit(names: Annotated[list[str], typer.Argument(metavar="NAME...", help=(
 def battery(out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", dir_okay=False, help="The battery file to write (JSON).")],
             model: ModelName = "bizzaro-nano", source: Annotated[Path | None, typer.Option("--from", metavar="FILE", exists=True, dir_okay=False, help=(
                 "Pairs whose questions are paired anew. Default: the facts that come along."))] = None,
-            degree: Annotated[Literal["preferred", "first of its kind", "first of all"], typer.Option(metavar="NAME", help=(
+            degree: Annotated[Literal["preferred", "first_of_kind", "first_of_all"], typer.Option(metavar="NAME", help=(
                 "How well both answers must be known."))] = "preferred",
             swing: Annotated[float, typer.Option(metavar="LOGITS", help="The least TotalSwing of a pair.")] = 2.0,
             most: Annotated[int, typer.Option(metavar="N", min=1, help="Most pairs of one relation.")] = 20,
@@ -154,7 +154,7 @@ def battery(out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", dir
     Examples:
 
         bizzaroworld battery --model google/gemma-2b --out gemma-2b.json
-        bizzaroworld battery --model google/gemma-2b --from mine.csv --degree "first of all" --out known.json
+        bizzaroworld battery --model google/gemma-2b --from mine.csv --degree first_of_all --out known.json
     """
     with reported(debug):
         from bizzaroworld.battery.builder import build_battery, questions_from, questions_of

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from bizzaroworld.battery.builder import (DEGREES, Asked, Question, ask, best_templates, build_battery, candidates, choose, halves,
-                                          questions_from, questions_of, tokenized)
+from bizzaroworld.battery.builder import (Asked, Question, ask, best_templates, build_battery, candidates, choose, halves, questions_from,
+                                          questions_of, tokenized)
 from bizzaroworld.battery.facts import load_facts
 from bizzaroworld.battery.formats import load_battery
 from bizzaroworld.battery.tokens import align
@@ -56,7 +56,7 @@ def test_a_pair_is_preferred_first_of_its_kind_and_first_of_all():
     built = build_battery(model, EVERY, templates=1)
     degree = dict(zip(built.table.pair_id, built.table.degree))
     pairs = {frozenset((p.clean_entity, p.corrupt_entity)): degree[p.id] for p in built.pairs}
-    assert pairs == {frozenset(("Peru", "Cuba")): "first of all", frozenset(("Chile", "Spain")): "first of its kind"}, "`the` has 3"
+    assert pairs == {frozenset(("Peru", "Cuba")): "first_of_all", frozenset(("Chile", "Spain")): "first_of_kind"}, "`the` has 3"
     assert built.summary().pairs.tolist() == [2, 2, 1]
 
 
@@ -73,7 +73,7 @@ def test_the_threshold_and_the_degree_leave_pairs_out():
     model = Oracle({"Peru": 5.0, "Cuba": 4.0, "Chile": 0.75, "Spain": 0.75})
     assert len(build_battery(model, EVERY, min_swing=2.0).pairs) == 1
     assert len(build_battery(model, EVERY, min_swing=1.0).pairs) == 2
-    assert len(build_battery(model, EVERY, min_swing=1.0, degree="first of all").pairs) == 1
+    assert len(build_battery(model, EVERY, min_swing=1.0, degree="first_of_all").pairs) == 1
     with pytest.raises(ValueError, match="'known'.*preferred"): build_battery(model, EVERY, degree="known")
 
 
@@ -175,10 +175,6 @@ def test_halves_share_nothing_and_keep_relations_in_proportion():
     assert {p.id for p in one} | {p.id for p in two} == {p.id for p in pairs} and len(one) + len(two) == len(pairs)
     for r in "abc": assert abs(sum(p.relation == r for p in one) - sum(p.relation == r for p in two)) <= 1
     assert abs(len(one) - len(two)) <= 1 and halves(pairs) == (one, two) and halves(pairs, seed=1) != (one, two)
-
-
-def test_degrees_are_nested():
-    assert DEGREES == ("preferred", "first of its kind", "first of all")
 
 
 def test_a_second_start_goes_on_where_the_first_stopped(tmp_path):
