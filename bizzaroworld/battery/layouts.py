@@ -111,13 +111,13 @@ def layout_of(row: object) -> str | None:
     if not isinstance(row, dict) or "clean_prompt" in row: return None
     return next((name for name, (marks, _) in LAYOUTS.items() if marks & set(row)), None)
 
-# %% ../../nbs/library/battery/08_layouts.ipynb #5b80a5b9
+# %% ../../nbs/library/battery/08_layouts.ipynb #399fc14a
 def _matched(group: Sequence[Half]) -> list[tuple[Half, Half]]:
     """Pairs of halves with different answers, as many as there can be."""
     answers = [nfc(h.target.strip()).casefold() for h in group]
     count, first = Counter(answers), {a: i for i, a in reversed(list(enumerate(answers)))}
     order = sorted(range(len(group)), key=lambda i: (-count[answers[i]], first[answers[i]], i))
-    couples = zip(order[:len(order) // 2], order[len(order) // 2:])
+    couples = zip(order, order[(len(order) + 1) // 2:])
     return [(group[min(c)], group[max(c)]) for c in couples if answers[c[0]] != answers[c[1]]]
 
 def _couples(halves: Iterable[Half]) -> list[tuple[Half, Half]]:

@@ -15,16 +15,20 @@ from difflib import SequenceMatcher
 import pandas as pd
 
 # %% auto #0
-__all__ = ['Span', 'KATAKANA', 'UNSPACED', 'UNBOUND', 'ACCENT', 'words', 'differences', 'stretch', 'occurrences', 'nfc',
-           'other_form', 'entity_spans', 'counterpart', 'PromptPair', 'pair_id', 'spaced', 'review']
+__all__ = ['Span', 'KATAKANA', 'UNSPACED', 'UNBOUND', 'ACCENT', 'unspaced', 'words', 'differences', 'stretch', 'occurrences',
+           'nfc', 'other_form', 'entity_spans', 'counterpart', 'PromptPair', 'pair_id', 'spaced', 'review']
 
-# %% ../../nbs/library/battery/01_pairs.ipynb #7c22ecc9
+# %% ../../nbs/library/battery/01_pairs.ipynb #55262bae
 Span = tuple[int, int]  # [start, stop) in characters
 KATAKANA = "\u30a0-\u30ff\u31f0-\u31ff\uff66-\uff9f"
 UNSPACED = KATAKANA + "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u309f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 UNBOUND = UNSPACED + "\u1100-\u11ff\uac00-\ud7a3"  # Korean has spaces, but its particles follow a word without one
 ACCENT = "[\u0300-\u036f]"
 _WORD = re.compile(rf"[{KATAKANA}]+|[{UNSPACED}]|(?:[^\W{UNSPACED}]|{ACCENT})+|[^\w\s]")
+
+def unspaced(text: str) -> bool:
+    """Is all of `text` in scripts that put no spaces between words?"""
+    return bool(re.fullmatch(f"[{UNSPACED}]*", text))
 
 def words(text: str) -> list[Span]:
     """The character spans of the words and punctuation marks of `text`."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from .pairs import PromptPair, Span, entity_spans, spaced
+from .pairs import PromptPair, Span, entity_spans, spaced, unspaced
 
 # %% auto #0
 __all__ = ['REASONS', 'NOTES', 'Problems', 'Encoding', 'get_tokenizer', 'encode', 'AlignmentError', 'token_span', 'continuation',
@@ -69,7 +69,7 @@ class AlignmentError(ValueError):
 
 # %% ../../nbs/library/battery/03_tokens.ipynb #f97c0a95
 def token_span(encoding: Encoding, chars: Span) -> tuple[Span, bool]:
-    """Tokens `[start, stop)` that hold the characters `chars`, and whether they hold nothing else (but space before).
+    """Tokens `[start, stop)` that hold the characters `chars`, and whether they hold nothing else (but space before, or unspaced script).
 
     Raises
     ------
@@ -79,7 +79,7 @@ def token_span(encoding: Encoding, chars: Span) -> tuple[Span, bool]:
     inside = [i for i, (a, b) in enumerate(encoding.offsets) if a < stop and start < b]
     if not inside: raise ValueError(f"no token stands for {encoding.text[start:stop]!r} in {encoding.text!r}")
     first, last = encoding.offsets[inside[0]][0], encoding.offsets[inside[-1]][1]
-    whole = not encoding.text[first:max(first, start)].strip() and last <= stop
+    whole = unspaced(encoding.text[first:max(first, start)].strip()) and unspaced(encoding.text[stop:max(stop, last)])
     return (inside[0], inside[-1] + 1), whole
 
 # %% ../../nbs/library/battery/03_tokens.ipynb #0acc5554
