@@ -12,7 +12,8 @@ from transformers import BertConfig, BertForMaskedLM
 
 from bizzaroworld.model import hooked, load as models
 from bizzaroworld.model.hooked import Model, ModelError, Readout
-from bizzaroworld.model.load import called, embedded_models, is_embedded, load_model, validate
+from bizzaroworld.model.load import is_embedded, load_model, validate
+from bizzaroworld.model.names import called, embedded_models
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -48,6 +49,8 @@ def test_a_model_is_called_by_its_folder_and_known_by_its_weights(tmp_path, monk
     mine, again, other = map(str, folders)
     assert called([mine, other, "google/gemma-2b"]) == ["mine", "other", "google/gemma-2b"] and called([mine + "/"]) == ["mine"]
     assert called([mine, again]) == [mine, again], "two folders of one name are told apart"
+    (folders[2] / "small-q4.gguf").touch()
+    assert called([f"{other}/small-q4.gguf", "org/repo:small-q4.gguf"]) == ["small-q4", "org/repo:small-q4.gguf"]
     monkeypatch.chdir(mine)
     assert called(["."]) == ["mine"] and called(["../../b/other"]) == ["other"] and called(["bizzaro-nano"]) == ["bizzaro-nano"]
     (tmp_path / "bizzaro-nano").symlink_to(embedded_models()["bizzaro-nano"])
