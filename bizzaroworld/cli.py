@@ -129,9 +129,11 @@ def audit(names: Annotated[list[str], typer.Argument(metavar="NAME...", help=(
         pairs, spares = _pairs(battery)
         from bizzaroworld.battery.audit import audit as run_audit
         from bizzaroworld.model.load import load_tokenizer
-        report = run_audit({name: load_tokenizer(name) for name in names}, pairs, spares)
+        from bizzaroworld.model.names import called
+        tokenizers = dict(zip(called(names), map(load_tokenizer, names)))
+        report = run_audit(tokenizers, pairs, spares)
         print_frame(report.summary(), ["tokenizer", "pairs", "usable", "dropped", "replaced", "reasons"])
-        for name in names:
+        for name in tokenizers:
             if len(dropped := report.dropped(name)):
                 typer.echo(f"\nDropped by {name}:")
                 print_frame(dropped, ["pair_id", "reason", "replaced_by"])

@@ -171,12 +171,13 @@ def test_audit_prints_the_counts_and_the_reasons(stand_in, tmp_path):
     dropped = pd.DataFrame({"pair_id": ["newton"], "reason": ["length_differs"], "replaced_by": ["spare-7"]})
     report = SimpleNamespace(summary=lambda: summary, dropped=lambda name: dropped, table=dropped)
     seen = []
+    (tmp_path / "one").mkdir()
     stand_in("model.load", load_tokenizer=lambda name: f"tokenizer of {name}")
     stand_in("battery.audit", audit=lambda *args: (seen.append(args), report)[1])
-    done = run("audit", "one", "--out", str(tmp_path / "audit.csv"))
+    done = run("audit", str(tmp_path / "one"), "--out", str(tmp_path / "audit.csv"))
     assert done.exit_code == 0, done.output
     (tokenizers, pairs, spares), = seen
-    assert tokenizers == {"one": "tokenizer of one"} and len(pairs) == 60 and len(spares) == 60
+    assert tokenizers == {"one": f"tokenizer of {tmp_path / 'one'}"} and "Dropped by one:" in done.stdout and len(pairs) == 60 and len(spares) == 60
     assert "length_differs 1" in done.stdout and "newton" in done.stdout and "spare-7" in done.stdout
     assert pd.read_csv(tmp_path / "audit.csv").equals(dropped)
 

@@ -23,10 +23,10 @@ from transformers.utils import logging as hf_logging
 from .gguf import GgufFile, gguf_config, gguf_model, gguf_tokenizer, read_gguf
 from .hooked import (HEAD_SITES, SITES, Model, ModelError, Shape, attach_bridge, free_bytes, hook_points,
                                        readout_of)
-from .names import PACKAGED, embedded_models, locate
+from .names import PACKAGED, called, embedded_models, locate
 
 # %% auto #0
-__all__ = ['load_tokenizer', 'weight_bytes', 'validate', 'load_model']
+__all__ = ['load_tokenizer', 'weight_bytes', 'validate', 'load_model', 'is_embedded']
 
 # %% ../../nbs/library/model/05_load.ipynb #6e6b8522
 def _explain(name: str, error: BaseException) -> ModelError:
@@ -121,7 +121,8 @@ def _sha256_file(file: Path) -> str:
 
 
 def _sha256_files(folder: Path) -> str:
-    digests = [_sha256_file(file) for file in sorted(folder.glob("*.safetensors"))]
+    digests = [_sha256_file(file) for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))]
+    if not digests: return ""
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
@@ -235,8 +236,8 @@ def load_model(model: str | torch.nn.Module, *, tokenizer=None, device: torch.de
     Raises `ModelError` for an unknown name, a missing license, token or network, a damaged file, too little memory, an
     architecture without hooks, or a model whose logits change when hooks are attached."""
     if isinstance(model, str):
-        name = model
-        hf_model, tokenizer, sha, note = _fetched(name, tokenizer, _as_device(device), _as_dtype(dtype), revision, trust_remote_code)
+        (name,) = called([model])
+        hf_model, tokenizer, sha, note = _fetched(model, tokenizer, _as_device(device), _as_dtype(dtype), revision, trust_remote_code)
     else: name, hf_model, sha, note = type(model).__name__, model, _sha256_tensors(model), ""
     readout = readout_of(hf_model)
     ids = torch.arange(3, 11, device=readout.head.weight.device)[None] % hf_model.config.get_text_config().vocab_size
@@ -246,3 +247,9 @@ def load_model(model: str | torch.nn.Module, *, tokenizer=None, device: torch.de
     loaded = Model(bridge, tokenizer, name, shape, readout, hook_points(bridge, shape.n_layers),
                    getattr(hf_model.config, "_commit_hash", None) or revision, sha, note)
     return validate(loaded, bare, ids)
+
+# %% ../../nbs/library/model/05_load.ipynb #326e3a33
+def is_embedded(model: Model) -> bool:
+    "Whether a model is the embedded one of its name, by its weights."
+    folder = embedded_models().get(model.name)
+    return folder is not None and model.weights_sha256 == _sha256_files(folder)

@@ -26,9 +26,9 @@ __all__ = ['POSITIONS', 'names', 'common_pairs', 'pair_states', 'drift', 'depth_
 
 # %% ../../nbs/library/results/08_compare.ipynb #fef04c1d
 def names(runs: Sequence[Run]) -> list[str]:
-    "A name for each run: its model's, or its folder's where models share a name. `AnalysisError` if these are shared too."
+    "A name for each run: its model's, else its folder's, else with the folder around it. `AnalysisError` if these are shared too."
     models, folders = ([run.model_name for run in runs], [run.folder.name for run in runs])
-    for found in (models, folders):
+    for found in (models, folders, ["/".join(run.folder.resolve().parts[-2:]) for run in runs]):
         if len(set(found)) == len(found): return found
     raise AnalysisError(f"These runs cannot be told apart by model or folder: {', '.join(map(str, (r.folder for r in runs)))}. "
                         "Name each run once; give folders of the same name another.")

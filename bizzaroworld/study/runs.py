@@ -44,9 +44,15 @@ def claim(folder: Path, info: dict) -> None:
         return write_json(path, info)
     there = read_info(folder)
     for key in IDENTITY:
-        if there.get(key) != info[key]:
+        if _told_by(there.get(key)) != _told_by(info[key]):
             raise RunError(f"{folder} holds another run, whose {key} differs: {_differs(there.get(key), info[key])}. "
                            "Choose another folder with --out, or delete this one.")
+
+
+def _told_by(value):
+    "What tells a model from another: if its weights are known not its name, for a folder may move."
+    if not isinstance(value, dict) or not value.get("weights_sha256"): return value
+    return {k: v for k, v in value.items() if k not in ("name", "embedded")}
 
 
 def _differs(old, new) -> str:
