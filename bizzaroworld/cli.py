@@ -40,8 +40,8 @@ def _root(version: Annotated[bool, typer.Option("--version", callback=_version, 
 # %% ../nbs/library/05_cli.ipynb #d6686033
 def _report(run: str, out: Path | None = None) -> Path:
     "Write the report of a run, with progress."
-    from bizzaroworld.paper.report import write_report
-    with progress("report") as advance: return write_report(run, out, progress=advance)
+    from bizzaroworld.paper.report import report as write
+    with progress("report") as advance: return write(run, out, progress=advance)
 
 # %% ../nbs/library/05_cli.ipynb #da6d5fa4
 @app.command()

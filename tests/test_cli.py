@@ -85,7 +85,7 @@ def test_study_passes_every_option_on_and_prints_the_closing_lines(stand_in, tmp
 def test_study_defaults(stand_in):
     calls, reports = [], []
     stand_in("pipeline", **fake_study(calls))
-    stand_in("paper.report", write_report=lambda run, out, progress: reports.append((run, out)))
+    stand_in("paper.report", report=lambda run, out, progress: reports.append((run, out)))
     assert run("study").exit_code == 0
     assert run("study", "-m", "google/gemma-2b").exit_code == 0
     (name, options), (_, other) = calls
@@ -96,9 +96,9 @@ def test_study_defaults(stand_in):
 
 
 def test_a_report_that_fails_is_told_after_the_results(stand_in):
-    def write_report(*args, **options): raise OSError("no kernel")
+    def fails(*args, **options): raise OSError("no kernel")
     stand_in("pipeline", **fake_study([]))
-    stand_in("paper.report", write_report=write_report)
+    stand_in("paper.report", report=fails)
     done = run("study")
     assert done.exit_code == 1 and "60 pairs swept" in done.stdout and "no kernel" in done.stderr
 

@@ -10,6 +10,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pandas as pd
 
@@ -17,12 +18,12 @@ from ..battery.knowing import CORRELATION_PAIRS, VERDICT_PAIRS, VERDICT_SWING, K
 from .claims import Claim, region_text, study_claims
 from ..results.effects import AnalysisError, run_direction
 from ..results.estimates import Estimate, number
-from ..study.runs import DamagedError, Run, RunError
+from ..study.runs import DamagedError, Run, RunError, open_run
 
 # %% auto #0
 __all__ = ['REPLICATES', 'DOES_NOT', 'CANNOT', 'VERDICTS', 'EMBEDDED', 'HOLDS', 'BY_CONSTRUCTION', 'ASKS_OTHER', 'FAILS',
            'UNDECIDED', 'LACKING', 'KINDS', 'FOOTNOTES', 'Verdict', 'judge', 'obstacle', 'label', 'check_claims',
-           'kind', 'scope', 'tally', 'claims_table', 'shown', 'claims_lines']
+           'kind', 'scope', 'tally', 'claims_table', 'claims', 'shown', 'claims_lines']
 
 # %% ../../nbs/library/replication/04_verdicts.ipynb #abd0b1b3
 REPLICATES, DOES_NOT, CANNOT = "replicates", "does not replicate", "cannot be tested here"
@@ -160,6 +161,15 @@ def claims_table(verdicts: Iterable[Verdict]) -> pd.DataFrame:
              "by_construction": v.by_construction, "asks_other": v.claim.asks_other, "caveat": v.claim.caveat,
              "criterion": v.claim.criterion, "source": v.claim.source, "model": v.model, "against": v.against, "over": v.over} for v in verdicts]
     return pd.DataFrame(rows).astype(dict.fromkeys(("value", "low", "high"), float))
+
+
+def claims(run: Run | str | Path, *others: Run | str | Path) -> pd.DataFrame:
+    """Every claim of the study, checked on a run, as a table (`claims_table`).
+
+    `others`: runs of further models, for the claims about two. Each is a run, its folder, or the name of a shipped one. Raises
+    `RunError` for a folder that is no finished run, `DamagedError` for a damaged file."""
+    first, *rest = map(open_run, (run, *others))
+    return claims_table(check_claims(first, rest))
 
 # %% ../../nbs/library/replication/04_verdicts.ipynb #49a41526
 def shown(value: Estimate, claim: Claim) -> str:

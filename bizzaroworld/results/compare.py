@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ from .effects import AnalysisError, run_direction
 from .estimates import Estimate, estimate_means
 from .heads import concentration, head_table
 from .quantities import QUANTITIES, difference, pair_rows, quantity
-from ..study.runs import Run
+from ..study.runs import Run, open_run
 
 # %% auto #0
 __all__ = ['POSITIONS', 'names', 'common_pairs', 'pair_states', 'drift', 'depth_curves', 'model_table', 'crossing_table',
@@ -177,11 +178,12 @@ def _one_direction(runs: Sequence[Run]) -> None:
                             + "). Run the study with the same --direction.")
 
 # %% ../../nbs/library/results/08_compare.ipynb #54e9c476
-def compare(runs: Sequence[Run]) -> Comparison:
-    """Compare runs, as rows of the same tables.
+def compare(runs: Sequence[Run | str | Path]) -> Comparison:
+    """Compare runs, as rows of the same tables. Each is a run, its folder, or the name of a shipped one.
 
     Raises `AnalysisError` if they patched in different directions or cannot be told apart by name, `RunError` if one lacks an
     experiment."""
+    runs = [open_run(run) for run in ([runs] if isinstance(runs, (str, Path, Run)) else runs)]
     _one_direction(runs)
     pairs = pair_states(runs)
     common = pairs.pair_id[pairs.common].tolist()

@@ -200,10 +200,11 @@ def _locate(name: str | Path) -> Path:
     return data_path("runs", name) if not Path(name).exists() and str(name) in shipped_runs() else Path(name)
 
 
-def open_run(folder: str | Path) -> Run:
-    """Open a finished run: its folder, or the name of a shipped run.
+def open_run(folder: str | Path | Run) -> Run:
+    """Open a finished run: its folder, or the name of a shipped run; a run that is open already is returned.
 
     Raises `RunError` if the folder is not a run, or the study in it was not finished."""
+    if isinstance(folder, Run): return folder
     folder = _locate(folder)
     info = read_info(folder)
     if not (folder / "effects.parquet").is_file():

@@ -250,7 +250,7 @@ def test_a_cell_without_end_is_stopped(moved):
 def test_a_report_is_written_with_what_failed_at_its_top(moved, monkeypatch, tmp_path):
     monkeypatch.setattr(report, "read_chapters", lambda names: TINY)
     monkeypatch.setattr(report, "explorer_page", lambda run: '<script>alert("x")</script>')
-    path = report.write_report(moved.folder, tmp_path / "r.html")
+    path = report.report(moved.folder, tmp_path / "r.html")
     text = path.read_text("utf-8")
     assert re.search(r'class="caution">(?:\s*<p>Only 6 pairs.*</p>)?\s*<p>2 Title of 02_b: This chapter could not be made: cell 2 \(kept\): NameError', text)
     assert "reached" not in re.sub(r"<details>.*?</details>", "", text, flags=re.S) and "There is nothing to compare with." in text
@@ -263,7 +263,7 @@ def test_a_doubtful_run_says_so_before_anything_else(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "read_chapters", lambda names: [])
     def tops(**planted):
         run = complete(planted_run(tmp_path / str(len(list(tmp_path.iterdir()))), **planted))
-        return report.write_report(run.folder, explorer=False).read_text("utf-8")
+        return report.report(run.folder, explorer=False).read_text("utf-8")
     few = tops(entity=steps([4] * 12), known=[True] * 5 + [False] * 7)
     caution = re.search(r'<div class="caution">\s*<p>(.*?)</p>', few).group(1)
     assert caution.startswith("The model knows only 5 of 12 pairs") and few.index(caution) < few.index("<section")
@@ -271,17 +271,17 @@ def test_a_doubtful_run_says_so_before_anything_else(monkeypatch, tmp_path):
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(RunError): report.write_report(tmp_path)
+    with pytest.raises(RunError): report.report(tmp_path)
 
 
 def test_where_the_report_goes_is_known_before_it_is_made(moved, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(report, "read_chapters", lambda names: [])
-    assert report.write_report("bizzaro-nano", explorer=False) == Path("bizzaro-nano-report.html") and Path("bizzaro-nano-report.html").exists()
+    assert report.report("bizzaro-nano", explorer=False) == Path("bizzaro-nano-report.html") and Path("bizzaro-nano-report.html").exists()
     monkeypatch.setattr(report, "execute", lambda *args, **options: pytest.fail("executed for nothing"))
-    with pytest.raises(RunError, match="is a folder. Name a file, such as .*report.html"): report.write_report(moved.folder, tmp_path)
+    with pytest.raises(RunError, match="is a folder. Name a file, such as .*report.html"): report.report(moved.folder, tmp_path)
     monkeypatch.setattr(report.os, "access", lambda path, mode: False)
-    with pytest.raises(RunError, match="Nothing can be written to .*--out"): report.write_report(moved.folder, tmp_path / "r.html")
+    with pytest.raises(RunError, match="Nothing can be written to .*--out"): report.report(moved.folder, tmp_path / "r.html")
 
 
 def test_chapters_come_without_outputs_and_in_order():
@@ -302,7 +302,7 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_the_paper_can_be_made_of_any_run(name, tmp_path):
     run = complete(planted_run(tmp_path / "run", **RUNS[name]))
-    text = report.write_report(run.folder).read_text("utf-8")
+    text = report.report(run.folder).read_text("utf-8")
     assert "could not be made" not in text, re.findall(r"could not be made[^<]*", text)
     assert outside(text) == [] and dead_anchors(text) == [] and not twice(text)
     assert repeated(text) == [] and text.count("An effect is the patched minus the unpatched logit difference (ld)") == 1
@@ -316,5 +316,5 @@ def test_the_paper_can_be_made_of_any_run(name, tmp_path):
 def test_a_report_of_another_model_says_nothing_of_ours(tmp_path):
     run = complete(planted_run(tmp_path / "run", steps([4] * 6), embedded=False))
     names = [c.name for c in report.read_chapters() if c.number <= 6]
-    text = report.write_report(run.folder, chapters=names, explorer=False).read_text("utf-8")
+    text = report.report(run.folder, chapters=names, explorer=False).read_text("utf-8")
     assert "planted" in text and "bizzaro-nano" not in text and "embedded" not in text
