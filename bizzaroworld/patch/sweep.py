@@ -24,7 +24,7 @@ from .metrics import METRICS, WHOLE_VOCABULARY, effect, recovery
 from .passes import as_interventions, as_token_pairs, batches_of, passes_of, rows_of
 
 # %% auto #0
-__all__ = ['DIRECTIONS', 'Sweep', 'sweep']
+__all__ = ['DIRECTIONS', 'SweepViews', 'Sweep', 'sweep']
 
 # %% ../../nbs/library/patch/06_sweep.ipynb #653bd120
 def _measure(model: Model, hidden: Float[Tensor, "row d_model"], targets: Int[Tensor, "row 2"],
@@ -39,21 +39,9 @@ def _measure(model: Model, hidden: Float[Tensor, "row d_model"], targets: Int[Te
         return torch.stack([METRICS[m](logits, clean, corrupt, clean_run) for m in metrics], -1)
     return torch.cat([read(*part) for part in zip(*(x.split(128) for x in (hidden, targets, clean_hidden)))])
 
-# %% ../../nbs/library/patch/06_sweep.ipynb #d68dbe85
-@dataclass(frozen=True, eq=False, repr=False)
-class Sweep:
-    """The result of a sweep. `to_frame()` is the table that everything else is derived from; `plot()` is a first look at it.
-
-    `tokens`: the prompt that was patched, token by token, where all pairs agree (else `…`); empty if their lengths differ."""
-    pair_ids: tuple[str, ...]
-    interventions: tuple[Intervention, ...]
-    metrics: tuple[str, ...]
-    direction: str
-    clean: Float[np.ndarray, "pair metric"]
-    corrupt: Float[np.ndarray, "pair metric"]
-    patched: Float[np.ndarray, "pair intervention metric"]
-    tokens: tuple[str, ...] = ()
-
+# %% ../../nbs/library/patch/06_sweep.ipynb #5472f629
+class SweepViews:
+    "How a `Sweep` shows itself: in a line, and as a figure."
     def __repr__(self) -> str:
         def count(n, what): return f"{n} {what}" + "s" * (n != 1)
         return (f"Sweep({count(len(self.pair_ids), 'pair')} x {count(len(self.interventions), 'intervention')}, "
@@ -66,6 +54,21 @@ class Sweep:
         unpatched). Raises `ValueError` for another of either, or for more rows than a page can hold."""
         from bizzaroworld.figures.sweeps import draw_sweep
         return draw_sweep(self.to_frame(), metric or self.metrics[0], value, self.tokens)
+
+# %% ../../nbs/library/patch/06_sweep.ipynb #d68dbe85
+@dataclass(frozen=True, eq=False, repr=False)
+class Sweep(SweepViews):
+    """The result of a sweep. `to_frame()` is the table that everything else is derived from; `plot()` is a first look at it.
+
+    `tokens`: the prompt that was patched, token by token, where all pairs agree (else `…`); empty if their lengths differ."""
+    pair_ids: tuple[str, ...]
+    interventions: tuple[Intervention, ...]
+    metrics: tuple[str, ...]
+    direction: str
+    clean: Float[np.ndarray, "pair metric"]
+    corrupt: Float[np.ndarray, "pair metric"]
+    patched: Float[np.ndarray, "pair intervention metric"]
+    tokens: tuple[str, ...] = ()
 
     def to_frame(self) -> pd.DataFrame:
         """A row per pair x intervention x metric.

@@ -143,7 +143,7 @@ def test_row_labels():
     assert row_label("L1H0 z @final + L1H3 z @final") == "L1H0, L1H3 z @final"
     assert row_label(" + ".join(f"L{l} scores @final = added" for l in range(8))) == "L0 … L7 scores @final = added"
     assert row_label("L1 mlp_out @entity + L2 attn_out @final") == "L1 mlp_out @entity + L2 attn_out @final"
-    assert row_label("L1 mlp_out @entity_span + L2 attn_out @final = zero") == "L1 mlp_out @entity_spa … inal = zero"
+    assert row_label("L1 mlp_out @entity_span + L2 attn_out @final = zero") == "L1 mlp_out @entity_spa … final = zero"
 
 
 def test_a_pair_without_a_scale_is_left_out_and_said_so():
