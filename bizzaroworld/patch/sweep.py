@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..battery.pairs import PromptPair
 from ..battery.tokens import TokenPair
-from ..model.hooked import Model, free_bytes
+from ..model.hooked import PATTERN_SITES, Model, free_bytes
 from .engine import add_given, base_run, in_memory, run_in_memory
 from .interventions import Edit, Intervention
 from .metrics import METRICS, WHOLE_VOCABULARY, effect, recovery
@@ -160,6 +160,10 @@ def _check(token_pairs, interventions, direction, metrics, donors) -> None:
     if unknown: raise ValueError(f"Unknown metric {sorted(unknown)[0]!r}: use one of {', '.join(METRICS)}.")
     if len(donors) != len(token_pairs):
         raise ValueError(f"{len(donors)} donors for {len(token_pairs)} pairs: give one for each, in the same order.")
+    attention = [e for i in interventions for e in i.edits if e.site in PATTERN_SITES and e.source in ("given", "added")]
+    if attention and len(lengths := {len(tp.clean_ids) for tp in token_pairs}) > 1:
+        raise ValueError(f"{attention[0]}: what is given has one place for each key, and these prompts have {', '.join(map(str, sorted(lengths)))} "
+                         "tokens. Sweep prompts of one length at a time.")
 
 
 @torch.no_grad()

@@ -171,3 +171,13 @@ def test_a_sweep_plots_itself_with_its_tokens(nano, battery):
     assert labels[tp.entity] == f"{battery[0].clean_entity}  {tp.entity}" and len(labels) == len(tp.clean_ids)
     curve = sweep(nano, battery, grid(nano, "resid_pre", "entity"), metrics=("prob", "ld")).plot(value="effect")
     assert curve.axes[0].get_ylabel() == "Effect on prob (probability)"
+
+
+@pytest.mark.parametrize("source", ["given", "added"])
+def test_attention_is_given_to_prompts_of_one_length_only(nano, source):
+    edit, tps = Edit("scores", 2, "final", 1, source=source), [align(nano, p) for p in load_battery()]
+    short, other = next((a, b) for a in tps for b in tps if len(a.clean_ids) != len(b.clean_ids))
+    with pytest.raises(ValueError, match="one length at a time"):
+        sweep(nano, [short, other], edit, values={edit: torch.zeros(len(short.clean_ids))})
+    alone = sweep(nano, short, edit, values={edit: torch.zeros(len(short.clean_ids))})
+    assert np.isfinite(alone.patched).all()
