@@ -176,10 +176,11 @@ def development_imports(name: str, text: str) -> list[str]:
 
 
 def declared() -> set[str]:
-    """The packages that settings.ini requires at run time."""
+    """The packages that settings.ini requires at run time, or an extra does."""
     ini = ConfigParser(delimiters=["="], interpolation=None)
     ini.read(REPO / "settings.ini")
-    return {canonical(re.split(r"[<>=]", line)[0]) for line in ini["DEFAULT"]["requirements"].split()}
+    lines = [line for key in ("requirements", "gguf_requirements", "peft_requirements") for line in ini["DEFAULT"][key].split()]
+    return {canonical(re.split(r"[<>=]", line)[0]) for line in lines}
 
 
 def canonical(name: str) -> str:

@@ -9,14 +9,18 @@ import math
 import mmap
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+from transformers.utils import logging as hf_logging
 
 from .hooked import ModelError
 
@@ -47,8 +51,9 @@ class _Cursor:
         if kind == 8: return self.text()
         if kind != 9: return self.take(NUMBERS[kind])[0]
         kind, n = self.take("IQ")
-        if kind == 8: return sum(not self.text(keep=False) for _ in range(n))
-        return list(self.take(f"{n}{NUMBERS[kind]}"))
+        if kind != 8: return list(self.take(f"{n}{NUMBERS[kind]}"))
+        for _ in range(n): self.text(keep=False)
+        return n
 
 # %% ../../nbs/library/model/04_gguf.ipynb #97aca421
 @dataclass(frozen=True, eq=False)
@@ -125,6 +130,40 @@ def _explained(file: GgufFile) -> Iterator[None]:
         raise ModelError(f"transformers cannot read the architecture {file.architecture!r} from a GGUF file: {error}. "
                          "Use the model's own checkpoint, as a folder or from the Hub.") from error
 
+# %% ../../nbs/library/model/04_gguf.ipynb #e53557ab
+def _swift():
+    "A class of `gguf` readers that pass over arrays of texts, and long ones of numbers."
+    from gguf import GGUFReader
+    class Swift(GGUFReader):
+        def _get_field_parts(self, orig_offs, raw_type):
+            self.data = np.asarray(self.data)  # a plain array: slices of a mapped one are slow
+            if raw_type == 9:
+                kind, n = struct.unpack_from("<IQ", self.data, orig_offs)
+                if kind == 8 or n > 1000:
+                    (cursor := _Cursor(self.data)).at = orig_offs
+                    cursor.value(9)
+                    return cursor.at - orig_offs, [], [], []
+            return super()._get_field_parts(orig_offs, raw_type)
+    return Swift
+
+
+def _reads_vocabularies() -> bool:
+    "Whether transformers has a reader of its own for vocabularies; versions before 5.21 do not."
+    try: from transformers.integrations.gguf import get_gguf_tokenizer
+    except ImportError: return False
+    return True
+
+
+@contextmanager
+def _swiftly() -> Iterator[None]:
+    "While the context lasts, transformers reads GGUF files by `_swift`, and shows progress only where it shows it elsewhere."
+    import gguf
+    before, bar = gguf.GGUFReader, modeling_gguf_pytorch_utils.tqdm
+    gguf.GGUFReader = _swift()
+    modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=not hf_logging.is_progress_bar_enabled())
+    try: yield
+    finally: gguf.GGUFReader, modeling_gguf_pytorch_utils.tqdm = before, bar
+
 # %% ../../nbs/library/model/04_gguf.ipynb #67bda1f4
 LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, whose scores are scaled by the width of a head of d_model
 
@@ -134,7 +173,7 @@ def _corrected(config, file: GgufFile):
     def put(**values):
         for name, value in values.items():
             if value is not None and hasattr(config, name): setattr(config, name, value)
-    put(head_dim=file.get("attention.key_length"))
+    put(vocab_size=file.tensors["token_embd.weight"][0][1], head_dim=file.get("attention.key_length"))
     if file.architecture == "gpt2":
         put(n_positions=file.get("context_length"), n_inner=file.get("feed_forward_length"))
     if file.architecture in LARGEST_GEMMA:
@@ -224,7 +263,8 @@ def check_tokenizer(tokenizer, file: GgufFile) -> None:
 # %% ../../nbs/library/model/04_gguf.ipynb #9ee6ea75
 def gguf_tokenizer(file: GgufFile):
     "The tokenizer in a GGUF file, checked. Raises `ModelError`."
-    with _explained(file): tokenizer = AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
+    with _explained(file), _swiftly() if _reads_vocabularies() else nullcontext():
+        tokenizer = AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
     if file.facts.get("tokenizer.ggml.add_bos_token") is False: tokenizer.bos_token = None
     check_tokenizer(tokenizer, file)
     return tokenizer
@@ -232,13 +272,13 @@ def gguf_tokenizer(file: GgufFile):
 
 def gguf_config(file: GgufFile):
     "The configuration in a GGUF file. Raises `ModelError` for an architecture that transformers cannot read from one."
-    with _explained(file): config = AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
+    with _explained(file), _swiftly(): config = AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
     return _stretched(_corrected(config, file), file)
 
 # %% ../../nbs/library/model/04_gguf.ipynb #d04055a7
 def gguf_model(file: GgufFile, config, dtype: torch.dtype):
     "The Hugging Face model in a GGUF file, its weights dequantized to `dtype`. Raises `ModelError` if it is not all there."
-    with _explained(file):
+    with _explained(file), _swiftly():
         hf_model, info = AutoModelForCausalLM.from_pretrained(
             file.path.parent, gguf_file=file.path.name, config=config, dtype=dtype, attn_implementation="eager", output_loading_info=True)
     _check_whole(hf_model, info, file)
