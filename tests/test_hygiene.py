@@ -16,7 +16,7 @@ MODULES = sorted(p for p in (REPO / "bizzaroworld").rglob("*.py") if p.name not 
 WINGS = {wing: rooms.split() for wing, rooms in {
     "ground": "files",
     "battery": "pairs formats tokens audit triage facts",
-    "model": "names hooked gguf load",
+    "model": "names bridge hooked identity adapters gguf load",
     "patch": "interventions metrics passes engine means sweep",
     "study": "runs experiments controls",
     "results": "estimates effects layers heads correlations summary quantities compare",

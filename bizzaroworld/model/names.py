@@ -114,6 +114,6 @@ def locate(name: str, revision: str | None = None) -> str:
     if name in PACKAGED: return str(assemble(PACKAGED[name]))
     if re.fullmatch(r"[\w.-]+/[\w.-]+:.+\.gguf", name): return str(_gguf_on_hub(name, revision))
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.lower().endswith(".gguf"):
-        raise ModelError(f"There is no file or folder {name!r}. Give one that exists, a Hub id such as 'google/gemma-2b', a file on the "
+        raise ModelError(f"There is no folder or file {name!r}. Give one that exists, a Hub id such as 'google/gemma-2b', a file on the "
                          f"Hub ('org/repo:file.gguf'), or a model by name: {', '.join([*known, *PACKAGED])}.")
     return name
