@@ -51,6 +51,7 @@ setup(
     packages=[*find_namespace_packages(include=["bizzaroworld*"]), "bizzaroworld.data", "bizzaroworld.data.paper"],
     package_dir={"bizzaroworld.data": "data", "bizzaroworld.data.paper": "nbs"},
     package_data={
+        "bizzaroworld": ["__init__.pyi", "py.typed"],
         "bizzaroworld.data": ["*.json", "facts/*", "models/*", "models/*/*", "benchmarks/*", "published/*", "drift/*", "explorer/*",
                               "runs/*/*", "runs/seeds/*/*"],
         "bizzaroworld.data.paper": ["study/*.ipynb", "references.bib"],

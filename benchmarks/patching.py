@@ -1,8 +1,9 @@
 """The sweep against patching one intervention at a time, side by side: `make bench`.
 
-Every task is run by four contestants in turn: the sweep; `transformer_lens.patching.generic_activation_patch`, as its
-documentation shows it; the plain loop of the original study, one `run_with_hooks` for each patch; and nnsight with
-batched invokes (with_nnsight.py), a process in its own environment, left out where that environment is not there.
+Every task is run by five contestants in turn: the sweep; `transformer_lens.patching.generic_activation_patch`, as its
+documentation shows it; the plain loop of the original study, one `run_with_hooks` for each patch; the loop that an
+expert writes, 32 patched prompts a forward and the logits of the final position only; and nnsight with batched invokes
+(with_nnsight.py), a process in its own environment, left out where that environment is not there.
 Their numbers must agree within 1e-4 before any time is printed. Each round times all of them, so that a slow moment of
 the machine hits all; the ratio is taken within rounds, and its median, smallest and largest value are reported. Beside
 the times stands the floor: what the sweep cannot avoid (floor.py).
@@ -68,7 +69,7 @@ def random_pair(length: int = 12, entity: int = 5) -> TokenPair:
     g = torch.Generator().manual_seed(0)
     clean = torch.randint(3, 30_000, (length,), generator=g).tolist()
     corrupt = clean[:entity] + [clean[entity] + 1] + clean[entity + 1:]
-    words = PromptPair("random", "random", "random", "a b", "a c", " d", " e", "b", "c")
+    words = PromptPair("a b", "a c", " d", " e", "b", "c", "random", "random")
     return TokenPair(words, tuple(clean), tuple(corrupt), 7, 11, (entity, entity + 1))
 
 
@@ -133,6 +134,27 @@ def by_plain_loop(model, pair, interventions) -> list[float]:
     return out
 
 
+def by_batched_loop(model, pair, interventions, size: int = 32) -> list[float]:
+    """What an expert writes: `size` patched copies of the prompt in one forward, and the final position's logits of the targets."""
+    cache, out = donor_cache(model, pair, interventions), []
+    targets = model.readout.head.weight[[pair.clean_target_id, pair.corrupt_target_id]].float()
+    for start in range(0, len(interventions), size):
+        edits, hooks = [i.edits[0] for i in interventions[start:start + size]], {}
+        for row, edit in enumerate(edits): hooks.setdefault((edit.site, edit.layer), []).append((row, where(pair, edit)[1:]))
+        def put(site, layer, rows):
+            other = cache[f"blocks.{layer}.{SITES[site]}"][0]
+            def hook(act):
+                for row, at in rows: act[(row, *at)] = other[at]
+                return act
+            return site, layer, hook
+        with model.hooked(put(*key, rows) for key, rows in hooks.items()):
+            hidden = model.hf.base_model(torch.tensor([pair.clean_ids] * len(edits), device=model.device), use_cache=False).last_hidden_state
+        logits = (hidden[:, -1].float() @ targets.T) * model.readout.scale
+        if model.readout.softcap: logits = torch.tanh(logits / model.readout.softcap) * model.readout.softcap
+        out += (logits[:, 0] - logits[:, 1]).tolist()
+    return out
+
+
 def nnsight_version() -> str | None:
     """The version in nnsight's environment; None if the environment is not there, or not whole."""
     python = NNSIGHT / "bin" / "python"
@@ -168,7 +190,7 @@ def nnsight(folder: Path):
 @contextmanager
 def contestants(subject: str):
     """Who takes part, by name; nnsight gets the same weights in a folder."""
-    found = {"sweep": by_sweep, "transformer_lens": by_transformer_lens, "plain_loop": by_plain_loop}
+    found = {"sweep": by_sweep, "transformer_lens": by_transformer_lens, "plain_loop": by_plain_loop, "batched_loop": by_batched_loop}
     with ExitStack() as stack:
         if nnsight_version():
             folder = embedded_models().get(subject)
@@ -247,13 +269,13 @@ def hardware() -> dict:
 def show(results: dict) -> Table:
     """The table that is printed."""
     table = Table(title="Times faster than one run per intervention (median, smallest to largest of the rounds)")
-    for head in ("model", "task", "patches", "sweep (s)", "TransformerLens", "bar", "plain loop", "nnsight", "difference", "of the floor"):
+    for head in ("model", "task", "patches", "sweep (s)", "TransformerLens", "bar", "plain loop", "expert's loop", "nnsight", "difference", "of the floor"):
         table.add_column(head)
     for subject, done in results.items():
         for task, r in done["tasks"].items():
             ratio = {n: f"{v['median']:.0f}x ({v['min']:.0f} to {v['max']:.0f})" for n, v in r["times_faster_than"].items()}
             table.add_row(subject, task, str(r["interventions"]), f"{r['seconds']['sweep']['median']:.3f}",
-                          ratio["transformer_lens"], str(r["bar"] or ""), ratio["plain_loop"], ratio.get("nnsight", "not run"),
+                          ratio["transformer_lens"], str(r["bar"] or ""), ratio["plain_loop"], ratio["batched_loop"], ratio.get("nnsight", "not run"),
                           f"{r['largest_difference']:.0e}", f"{r['floor']['fraction_of_floor']:.0%}")
     return table
 

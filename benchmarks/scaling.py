@@ -46,7 +46,7 @@ def random_pairs(n: int, length: int) -> list[TokenPair]:
     for i in range(n):
         clean = torch.randint(3, 4000, (length,), generator=g).tolist()
         corrupt = clean[:length // 2] + [clean[length // 2] + 1] + clean[length // 2 + 1:]
-        words = PromptPair(f"random-{i}", "random", "random", "a b", "a c", " d", " e", "b", "c")
+        words = PromptPair("a b", "a c", " d", " e", "b", "c", f"random-{i}", "random")
         pairs.append(TokenPair(words, tuple(clean), tuple(corrupt), 7, 11, (length // 2, length // 2 + 1)))
     return pairs
 

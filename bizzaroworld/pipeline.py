@@ -23,8 +23,8 @@ from .battery.triage import Triage, triage
 from .figures.run_figures import save_figures
 from .files import write_json, write_table
 from .model.hooked import Model
-from .model.load import load_model
-from .model.names import embedded_models
+from .model.load import is_embedded, load_model
+from .model.names import called
 from .results.summary import findings, summarize
 from .study.controls import CONTROLS, Control, Sweeper, controls_of, default_controls
 from .study.experiments import EXPERIMENTS, run_experiments
@@ -41,7 +41,7 @@ PACKAGES = ("torch", "transformers", "transformer-lens", "numpy", "pandas")
 def describe(model: Model) -> dict:
     "The model of a run: its name, weights and shape."
     shape = model.shape
-    return {"name": model.name, "embedded": model.name in embedded_models(), "revision": model.revision,
+    return {"name": model.name, "embedded": is_embedded(model), "revision": model.revision,
             "weights_sha256": model.weights_sha256, "dtype": str(model.dtype).removeprefix("torch."),
             "architecture": type(model.hf).__name__, "n_layers": shape.n_layers, "n_heads": shape.n_heads,
             "n_kv_heads": shape.n_kv_heads, "d_model": shape.d_model, "d_head": shape.d_head,
@@ -155,6 +155,6 @@ def paper_run() -> Run:
     "The run named by `BIZZARO_RUN`; else that of the model named by `BIZZARO_MODEL`, in `runs/`; else the shipped one of bizzaro-nano."
     if name := os.environ.get("BIZZARO_RUN"): return open_run(name)
     if model := os.environ.get("BIZZARO_MODEL"):
-        folder = Path("runs") / Path(model).name
+        folder = Path("runs") / Path(called([model])[0]).name
         return open_run(folder if (folder / "summary.json").exists() else run_study(model, out=folder))
     return open_run("bizzaro-nano")

@@ -11,12 +11,15 @@ SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 
 
 def planted_run(folder: Path, entity, *, swings=None, final=None, sublayers=None, heads_entity=None, heads_final=None,
-                direction="noising", leave_out=(), embedded=True, known=None, controls=None) -> Run:
+                direction="noising", leave_out=(), embedded=True, known=None, kind=None, preferred=None,
+                controls=None) -> Run:
     """A finished run whose moves toward the donor run are given as fractions of each pair's TotalSwing.
 
     entity, final : `pair layer`, resid_pre at the entity and at the final token (default: 1 - entity).
     sublayers : {site: `pair layer`} at both positions; what is not given is 0.1 of the entity's curve.
     heads_entity, heads_final : `pair layer head` (default: two heads, no effect).
+    preferred, kind, known : of each pair, whether both answers are preferred (default: all with a swing above 0), first among their
+        kind (default: those that are known), first of all (default: all that are preferred).
     controls : {name: `pair layer`}, resid_pre at the entity and at the final token; a pair whose row is NaN has no such control.
     """
     entity = np.asarray(entity, float)
@@ -28,6 +31,10 @@ def planted_run(folder: Path, entity, *, swings=None, final=None, sublayers=None
     sub = {site: 0.1 * entity for site in SITES[1:]} | (sublayers or {})
     resid = {"entity": entity, "final": final}
     ids = [f"pair-{i:02d}" for i in range(n)]
+    preferred = (swings > 0) & (True if preferred is None else np.asarray(preferred, bool))
+    known = preferred & (True if known is None else np.asarray(known, bool))
+    kind = known | preferred & (known if kind is None else np.asarray(kind, bool))
+    ld_clean, ld_corrupt = (np.where(preferred, a, b) * swings for a, b in ((0.6, 1.2), (-0.4, 0.2)))
 
     def rows(experiment, position, site, fractions):
         fractions = np.asarray(fractions, float)
@@ -35,7 +42,7 @@ def planted_run(folder: Path, entity, *, swings=None, final=None, sublayers=None
         where = [(i, l, h) for i in range(n) for l in range(n_layers) for h in (range(heads) if heads else [None])]
         out = pd.DataFrame(where, columns=["pair", "layer", "head"]).astype({"layer": "Int64", "head": "Int64"})
         swing = swings[out.pair]
-        clean, corrupt = 0.6 * swing, -0.4 * swing
+        clean, corrupt = ld_clean[out.pair], ld_corrupt[out.pair]
         base, sign = (clean, -1) if direction == "noising" else (corrupt, 1)
         effect = sign * np.array([fractions[w if heads else w[:2]] for w in where]) * swing
         return pd.DataFrame({
@@ -52,9 +59,9 @@ def planted_run(folder: Path, entity, *, swings=None, final=None, sublayers=None
     effects = pd.concat([p for p in parts if p.experiment[0] not in leave_out], ignore_index=True)
     order = np.argsort(-swings, kind="stable")
     triage = pd.DataFrame({
-        "rank": range(1, n + 1), "battery_idx": order, "total_swing": swings[order], "ld_clean": 0.6 * swings[order],
-        "ld_corrupt": -0.4 * swings[order], "category": [f"cat-{i % 4}" for i in order], "pair_id": [ids[i] for i in order],
-        "known": True if known is None else np.asarray(known)[order], "warnings": ""})
+        "rank": range(1, n + 1), "battery_idx": order, "total_swing": swings[order], "ld_clean": ld_clean[order],
+        "ld_corrupt": ld_corrupt[order], "category": [f"cat-{i % 4}" for i in order], "pair_id": [ids[i] for i in order],
+        "known": known[order], "preferred": preferred[order], "first_of_kind": kind[order], "first_of_all": known[order], "warnings": ""})
     write_json(folder / "run.json", {
         "model": {"name": "planted", "embedded": embedded, "n_layers": n_layers, "n_heads": z["final"].shape[2], "revision": None},
         "battery_sha256": "0", "options": {"direction": direction}, "n_pairs": n})

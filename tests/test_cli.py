@@ -13,8 +13,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from bizzaroworld import __version__, cli, console
+from bizzaroworld.model import catalog
 
-COMMANDS = ["study", "triage", "audit", "models", "claims", "compare", "report", "view"]
+COMMANDS = ["study", "triage", "audit", "battery", "models", "claims", "compare", "report", "view"]
 
 
 def run(*args: str):
@@ -75,7 +76,7 @@ def test_study_passes_every_option_on_and_prints_the_closing_lines(stand_in, tmp
     (name, options), = calls
     assert callable(options.pop("progress"))
     assert (name, options) == ("google/gemma-2b", dict(
-        battery=battery, out=tmp_path / "run", device="cpu", dtype="bfloat16", revision="main", direction="denoising",
+        battery=battery, out=tmp_path / "run", device="cpu", dtype="bfloat16", revision="main", direction="denoising", chat=False,
         controls=(), max_rows=7))
     assert done.stdout.splitlines() == ["60 pairs swept", f"Files: {tmp_path / 'run'}"]
     assert done.stderr == "", "no progress bar where there is no terminal"
@@ -84,7 +85,7 @@ def test_study_passes_every_option_on_and_prints_the_closing_lines(stand_in, tmp
 def test_study_defaults(stand_in):
     calls, reports = [], []
     stand_in("pipeline", **fake_study(calls))
-    stand_in("paper.report", write_report=lambda run, out, progress: reports.append((run, out)))
+    stand_in("paper.report", report=lambda run, out, progress: reports.append((run, out)))
     assert run("study").exit_code == 0
     assert run("study", "-m", "google/gemma-2b").exit_code == 0
     (name, options), (_, other) = calls
@@ -95,9 +96,9 @@ def test_study_defaults(stand_in):
 
 
 def test_a_report_that_fails_is_told_after_the_results(stand_in):
-    def write_report(*args, **options): raise OSError("no kernel")
+    def fails(*args, **options): raise OSError("no kernel")
     stand_in("pipeline", **fake_study([]))
-    stand_in("paper.report", write_report=write_report)
+    stand_in("paper.report", report=fails)
     done = run("study")
     assert done.exit_code == 1 and "60 pairs swept" in done.stdout and "no kernel" in done.stderr
 
@@ -170,12 +171,13 @@ def test_audit_prints_the_counts_and_the_reasons(stand_in, tmp_path):
     dropped = pd.DataFrame({"pair_id": ["newton"], "reason": ["length_differs"], "replaced_by": ["spare-7"]})
     report = SimpleNamespace(summary=lambda: summary, dropped=lambda name: dropped, table=dropped)
     seen = []
+    (tmp_path / "one").mkdir()
     stand_in("model.load", load_tokenizer=lambda name: f"tokenizer of {name}")
     stand_in("battery.audit", audit=lambda *args: (seen.append(args), report)[1])
-    done = run("audit", "one", "--out", str(tmp_path / "audit.csv"))
+    done = run("audit", str(tmp_path / "one"), "--out", str(tmp_path / "audit.csv"))
     assert done.exit_code == 0, done.output
     (tokenizers, pairs, spares), = seen
-    assert tokenizers == {"one": "tokenizer of one"} and len(pairs) == 60 and len(spares) == 60
+    assert tokenizers == {"one": f"tokenizer of {tmp_path / 'one'}"} and "Dropped by one:" in done.stdout and len(pairs) == 60 and len(spares) == 60
     assert "length_differs 1" in done.stdout and "newton" in done.stdout and "spare-7" in done.stdout
     assert pd.read_csv(tmp_path / "audit.csv").equals(dropped)
 
@@ -189,7 +191,7 @@ def test_a_spare_that_the_battery_holds_is_not_offered_again(repo, tmp_path):
     assert not {p.id for p in pairs} & {p.id for p in left}
 
 
-def test_models_reads_configs_and_weight_headers(stand_in, monkeypatch, tmp_path):
+def test_models_reads_configs_and_weight_headers(monkeypatch, tmp_path):
     folder = tmp_path / "models" / "tiny"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(dict(
@@ -197,14 +199,14 @@ def test_models_reads_configs_and_weight_headers(stand_in, monkeypatch, tmp_path
     header = json.dumps({"__metadata__": {"format": "pt"}, "w": {"dtype": "F16", "shape": [1000, 500]},
                          "b": {"dtype": "F16", "shape": [100_000]}}).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    stand_in("files", data_path=lambda *parts: tmp_path.joinpath(*parts))
-    assert [row[:6] for row in cli.embedded()] == [("tiny", "0.6M", 8, 4, 1, 128)]
+    monkeypatch.setattr("bizzaroworld.model.catalog.data_path", lambda *parts: tmp_path.joinpath(*parts))
+    assert [row[:6] for row in catalog.embedded()] == [("tiny", "0.6M", 8, 4, 1, 128)]
     done = run("models")
     assert done.exit_code == 0 and "tiny" in done.stdout and "google/gemma-2b" in done.stdout
 
 
 def test_the_embedded_models_are_listed():
-    assert {row[0] for row in cli.embedded()} == {"bizzaro-nano", "bizzaro-nano-local", "bizzaro-micro"}
+    assert {row[0] for row in catalog.embedded()} == {"bizzaro-nano", "bizzaro-nano-local", "bizzaro-micro"}
 
 
 def test_a_wide_table_keeps_its_words(capsys):
@@ -270,3 +272,22 @@ def test_a_reader_who_stops_reading_is_no_failure():
     code = "from bizzaroworld.cli import main; main()"
     done = subprocess.run(f"{sys.executable} -c '{code}' claims bizzaro-nano --why | head -n 1", shell=True, capture_output=True, text=True)
     assert done.stdout.startswith("Claims of") and done.stderr == ""
+
+
+@pytest.mark.slow
+def test_battery_writes_a_battery_that_triage_reads(tmp_path):
+    from bizzaroworld.battery.formats import load_battery
+    prompt = "The national parliament of {} meets in the city of"
+    few = [dict(id=i, category="c", relation="capital", clean_prompt=prompt.format(a), corrupt_prompt=prompt.format(b), clean_target=x, corrupt_target=y,
+                clean_entity=a, corrupt_entity=b) for i, a, b, x, y in [("1", "Germany", "Russia", " Berlin", " Moscow"), ("2", "Poland", "China", " Warsaw", " Beijing")]]
+    (tmp_path / "mine.json").write_text(json.dumps(few))
+    out = tmp_path / "made.json"
+    done = run("battery", "--from", str(tmp_path / "mine.json"), "--out", str(out))
+    assert done.exit_code == 0 and "pairs of 1 relations" in done.output, done.output
+    pairs = load_battery(out)
+    assert pairs and {p.relation for p in pairs} == {"capital"}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["made.json", "mine.json"], "the notes are gone"
+    nothing = run("battery", "--from", str(tmp_path / "mine.json"), "--swing", "999", "--out", str(tmp_path / "none.json"))
+    assert nothing.exit_code == 2 and "--swing" in nothing.output and not (tmp_path / "none.json").exists()
+    ranked = run("triage", "--battery", str(out), "--out", str(tmp_path / "t.csv"))
+    assert ranked.exit_code == 0 and (pd.read_csv(tmp_path / "t.csv").total_swing >= 2).all()

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,32 @@ def noise(notebook: dict) -> list[str]:
             if o.get("name") == "stderr"]
 
 
+def said(notebook: dict) -> list[str]:
+    """The sentences of 40 or more characters in prose, captions and printed markdown, without code, tables and marks of emphasis."""
+    texts = []
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown": texts.append(source)
+        texts += re.findall(r"^#\s*\|\s*(?:fig|tbl)-cap:\s*(.*)$", source, re.M) if cell["cell_type"] == "code" else []
+        texts += ["".join(out["data"]["text/markdown"]) for out in cell.get("outputs", []) if "text/markdown" in out.get("data", {})]
+    text = re.sub(r"^```.*?^```|^\|.*?$", "\n", "\n\n".join(texts), flags=re.M | re.S)
+    parts = [re.sub(r"\s+", " ", part) for part in re.split(r"\n\s*\n|^\s*(?:[-*#>]+|\d+\.) ", text, flags=re.M)]
+    return [s for part in parts for raw in re.split(r"(?<=[.!?])[*_]*\s+", part) if len(s := raw.strip(" *_\"'")) >= 40]
+
+
+def repeated(notebook: dict) -> list[str]:
+    """Sentences that a page says more than once."""
+    return [sentence for sentence, n in Counter(said(notebook)).items() if n > 1]
+
+
+def large(notebook: dict, paper: bool = False) -> list[str]:
+    """Outputs above 40 kB; images above 170 kB, but for the paper's."""
+    sizes = [(i, kind, len(json.dumps(data))) for i, cell in enumerate(notebook["cells"]) for out in cell.get("outputs", [])
+             for kind, data in (out.get("data") or {"stream": out.get("text", "")}).items()]
+    return [f"cell {i}: {kind}, {size} bytes" for i, kind, size in sizes
+            if size > 40_000 and not (kind.startswith("image/") and (paper or size < 170_000))]
+
+
 def sidebar(contents: list) -> list[str]:
     """The pages named in a Quarto sidebar, sections included."""
     return [page for entry in contents for page in
@@ -157,6 +184,20 @@ def test_a_chapter_keeps_the_papers_rules(page):
     assert empty_tables(notebook) == []
     assert fetching(notebook) == []
     assert noise(notebook) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_no_sentence_of_a_page_repeats_another_and_outputs_are_small(page):
+    notebook = json.loads((NBS / page).read_text(encoding="utf-8"))
+    assert repeated(notebook) == []
+    assert large(notebook, paper=page in PAPER) == []
+
+
+def test_a_page_with_figures_says_once_how_to_read_them():
+    pages = {page: json.loads((NBS / page).read_text(encoding="utf-8")) for page in [*PAPER, Path("index.ipynb")]}
+    told = {page: " ".join(said(notebook)).count("An effect is the patched minus the unpatched logit difference") for page, notebook in pages.items()}
+    patched = [page for page, notebook in pages.items() if re.search(r"\bplate\(|comparison_plates\(", "\n".join(sources(notebook, "code")))]
+    assert len(patched) == 9 and told == {page: int(page in patched) for page in pages}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
@@ -219,6 +260,17 @@ def test_the_checks_see_what_they_look_for(tmp_path):
     notebook["cells"][1]["outputs"] += [dict(output_type="display_data", data={"text/html": ""}), dict(output_type="stream", name="stderr", text="w")]
     assert typed_numbers(notebook) == ["16.3", "86.7%"] and noise(notebook) == ["cell 1: w"]
     assert fetching(notebook) == ["cell 1: text/html", "mathematics: $x^2$"]
+    again = "The same sentence, long enough to be noticed."
+    notebook = {"cells": [dict(cell_type="markdown", source=f"One. *{again}* Two.\n\n```\n{again}\n```\n| {again} |"),
+                          dict(cell_type="code", source=f"# {again}", outputs=[dict(output_type="stream", name="stdout", text=again)])]}
+    assert repeated(notebook) == []
+    for cell in (dict(cell_type="markdown", source="- The same sentence,\nlong enough to be noticed."), dict(cell_type="code", source=f"#| fig-cap: {again}"),
+                 dict(cell_type="code", source="", outputs=[dict(output_type="display_data", data={"text/markdown": [f"Three. {again}"]})])):
+        assert repeated({"cells": [*notebook["cells"], cell]}) == [again]
+    notebook["cells"] = [dict(cell_type="code", source="", outputs=[dict(data={"text/html": "x" * 40_000}), dict(data={"image/png": "x" * 50_000})])]
+    assert large(notebook) == ["cell 0: text/html, 40002 bytes"]
+    notebook["cells"][0]["outputs"] = [dict(data={"image/png": "x" * 180_000}), dict(name="stdout", text="x" * 50_000)]
+    assert len(large(notebook)) == 2 and large(notebook, paper=True) == ["cell 0: stream, 50002 bytes"]
     assert sidebar(["a", {"section": "s", "href": "b", "contents": ["c"]}]) == ["a", "b", "c"]
 
 

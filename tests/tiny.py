@@ -60,5 +60,5 @@ def random_pair(seed: int, length: int = 9, entity: tuple[int, int] = (3, 5)) ->
     clean = torch.randint(3, VOCAB, (length,), generator=g).tolist()
     corrupt = list(clean)
     for i in range(*entity): corrupt[i] = 3 + (clean[i] + 7 + seed) % (VOCAB - 3)
-    text = PromptPair(f"pair-{seed}", "random", "random", "a b", "a c", " d", " e", "b", "c")
+    text = PromptPair("a b", "a c", " d", " e", "b", "c", f"pair-{seed}", "random")
     return TokenPair(text, tuple(clean), tuple(corrupt), 7, 11, entity)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +32,8 @@ class Entry:
         return "" if self.error is None else "none" if self.used is None else self.used.id
 
 # %% ../../nbs/library/battery/04_audit.ipynb #9bdd05cc
-def _try_align(tok: Any, pair: PromptPair) -> TokenPair | AlignmentError:
-    try: return align(tok, pair)
+def _try_align(tok: Any, pair: PromptPair, bos: bool | None, multi_token: bool, mend: bool) -> TokenPair | AlignmentError:
+    try: return align(tok, pair, bos=bos, multi_token=multi_token, mend=mend)
     except AlignmentError as e: return e
 
 def _substitutes(dropped: Sequence[PromptPair], spares: Sequence[TokenPair]) -> dict[str, TokenPair]:
@@ -89,23 +89,29 @@ def _drift(table: pd.DataFrame) -> pd.DataFrame:
     usable = (wide == "usable").sum(axis=1)
     return wide[(usable > 0) & (usable < wide.shape[1])].reset_index("battery_idx", drop=True).rename_axis(columns=None)
 
+def _counted(codes: Iterable[str]) -> str:
+    return ", ".join(f"{code} {n}" for code, n in Counter(codes).most_common())
+
 def _summary(audit: Audit) -> pd.DataFrame:
-    """One row per tokenizer: what it can use, why not the rest, how many spares stepped in."""
+    """One row per tokenizer: what it can use, why not the rest, how many spares stepped in, what `align` noted on the pairs used."""
     def row(name, entries):
         errors = [e for e in entries if e.error]
-        why = ", ".join(f"{reason} {n}" for reason, n in Counter(e.error.reason for e in errors).most_common())
+        why = _counted(e.error.reason for e in errors)
+        notes = _counted(note for e in entries if e.used for note in e.used.notes)
         replaced, usable = sum(e.used is not None for e in errors), len(entries) - len(errors)
-        return name, len(entries), usable, len(errors), replaced, usable + replaced, audit.spares_usable[name], why
-    columns = "tokenizer pairs usable dropped replaced selected spares_usable reasons".split()
+        return name, len(entries), usable, len(errors), replaced, usable + replaced, audit.spares_usable[name], why, notes
+    columns = "tokenizer pairs usable dropped replaced selected spares_usable reasons notes".split()
     return pd.DataFrame([row(*item) for item in audit.entries.items()], columns=columns)
 
 # %% ../../nbs/library/battery/04_audit.ipynb #b565923d
-def audit(tokenizers: Mapping[str, Any], pairs: Sequence[PromptPair], spares: Sequence[PromptPair] = ()) -> Audit:
+def audit(tokenizers: Mapping[str, Any], pairs: Sequence[PromptPair], spares: Sequence[PromptPair] = (), *,
+          bos: bool | None = None, multi_token: bool = False, mend: bool = True) -> Audit:
     """Align a battery under several tokenizers and find a spare for each pair that is refused.
 
     Parameters
     ----------
     tokenizers : name to fast tokenizer, or to a model that has one.
+    bos, multi_token, mend : as in `align`.
 
     Raises
     ------
@@ -115,8 +121,8 @@ def audit(tokenizers: Mapping[str, Any], pairs: Sequence[PromptPair], spares: Se
         raise ValueError(f"pairs and spares share ids ({', '.join(twice[:5])}); give each pair an id of its own")
     entries, spares_usable = {}, {}
     for name, tok in ((name, get_tokenizer(t)) for name, t in tokenizers.items()):
-        own = [_try_align(tok, p) for p in pairs]
-        extra = [s for s in (_try_align(tok, p) for p in spares) if isinstance(s, TokenPair)]
+        own = [_try_align(tok, p, bos, multi_token, mend) for p in pairs]
+        extra = [s for s in (_try_align(tok, p, bos, multi_token, mend) for p in spares) if isinstance(s, TokenPair)]
         found = _substitutes([p for p, o in zip(pairs, own) if isinstance(o, AlignmentError)], extra)
         entries[name] = tuple(Entry(i, p, o, found.get(p.id)) if isinstance(o, AlignmentError) else Entry(i, p, None, o)
                               for i, (p, o) in enumerate(zip(pairs, own)))

@@ -27,6 +27,7 @@ class Fact:
 class Relation:
     "One relation: its wordings and its facts. `generic` says whether the shared templates apply."
     name: str
+    category: str  # in the battery; the name of the relation where none is given
     label: str
     generic: bool
     templates: tuple[str, ...]
@@ -128,7 +129,7 @@ def _relation(name: str, spec: dict, facts: list[Fact]) -> Relation:
         _check_template(f"{where}, templates[{number}]", template, given=given == {True}, label=spec["label"])
     if spec["generic"] and (not spec["label"] or given == {True}):
         raise FactsError(f"{where}: 'generic' needs a label and facts without 'given'; set it to false")
-    return Relation(name, spec["label"], bool(spec["generic"]), tuple(spec["templates"]), mine)
+    return Relation(name, spec.get("category", name), spec["label"], bool(spec["generic"]), tuple(spec["templates"]), mine)
 
 # %% ../../nbs/library/battery/06_facts.ipynb #7b57e225
 def templates_of(tables: FactTables, relation: Relation) -> tuple[str, ...]:

@@ -5,138 +5,172 @@
 # %% ../../nbs/library/battery/02_formats.ipynb #63827e57
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
+import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
 from difflib import get_close_matches
 from pathlib import Path
 
-from .pairs import PromptPair, counterpart, occurrences
+from .layouts import BatteryError, Problem, layout_of, pair_up
+from .pairs import PromptPair, nfc, occurrences, other_form, words
 from ..files import data_path
 
 # %% auto #0
-__all__ = ['FIELDS', 'STUDY_FIELDS', 'BatteryError', 'pairs_from_rows', 'read_pairs', 'load_battery', 'load_spares',
-           'battery_sha256']
-
-# %% ../../nbs/library/battery/02_formats.ipynb #5e1c43ee
-class BatteryError(ValueError):
-    """A battery file that cannot be read; `problems` lists what is wrong with it."""
-    def __init__(self, source: str, problems: Sequence[str], shown: int = 10):
-        self.source, self.problems = source, tuple(problems)
-        n, more = len(self.problems), len(self.problems) - shown
-        lines = [f"{source}: {n} problem{'s' if n > 1 else ''}"] + [f"  {p}" for p in self.problems[:shown]]
-        super().__init__("\n".join(lines + ([f"  ... and {more} more"] if more > 0 else [])))
+__all__ = ['FIELDS', 'NEEDED', 'OPTIONAL', 'Complaint', 'READERS', 'pairs_from_rows', 'read_rows', 'read_pairs', 'load_battery',
+           'load_spares', 'battery_sha256']
 
 # %% ../../nbs/library/battery/02_formats.ipynb #4d16bb18
 FIELDS = tuple(f.name for f in fields(PromptPair))
-STUDY_FIELDS = ("category", "clean_prompt", "corrupt_prompt", "clean_target", "corrupt_target", "entity_token")
-
-def _is_study_row(row: dict) -> bool:
-    return not set(row) & (set(FIELDS) - set(STUDY_FIELDS))
+NEEDED, OPTIONAL = FIELDS[:4], (*FIELDS[4:], "entity_token")
+Complaint = tuple[str, str]  # its kind, the same for all rows of which the same is wrong; its text
 
 def _kind(value: object) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 
-def _field_problems(row: dict) -> list[str]:
-    wanted, out = STUDY_FIELDS if _is_study_row(row) else FIELDS, []
-    missing = [k for k in wanted if k not in row]
-    for k in (k for k in row if k not in wanted):
-        near = get_close_matches(k, missing, 1)
-        remedy = f"rename it to {near[0]!r}" if near else f"remove it (known: {', '.join(wanted)})"
+def _field_problems(row: dict) -> list[Complaint]:
+    known = [k for k in NEEDED + OPTIONAL if k != "entity_token" or "clean_entity" not in row]
+    missing, out = [k for k in NEEDED if k not in row], []
+    if len(missing) == len(NEEDED) and not any(get_close_matches(str(k), missing, 1) for k in row):
+        return [("no fields", f"has none of the fields of a pair; it needs {', '.join(NEEDED)}")]
+    for k in (k for k in row if k not in known):
+        near = get_close_matches(k, missing or [f for f in known if f not in row], 1)
+        remedy = f"rename it to {near[0]!r}" if near else f"remove it (known: {', '.join(known)})"
         out.append(f"field {k!r} is not known; {remedy}")
     out += [f"field {k!r} is missing; add it" for k in missing]
-    for k, v in ((k, row[k]) for k in wanted if k in row):
+    for k, v in ((k, row[k]) for k in known if k in row):
         if not isinstance(v, str): out.append(f"field {k!r} is {_kind(v)}, not text; put text in quotes")
-        elif not v.strip(): out.append(f"field {k!r} is empty; fill it in")
-    return out
+        elif not v.strip(): out.append(f"field {k!r} is empty; fill it in" + (" or remove it" if k in OPTIONAL else ""))
+    return [(text, text) for text in out]
 
 # %% ../../nbs/library/battery/02_formats.ipynb #244427a7
-def _target_problems(row: dict) -> list[str]:
+def _same_problems(row: dict) -> list[Complaint]:
     out = []
-    for k in ("clean_target", "corrupt_target"):
-        t, good = row[k], " " + row[k].strip()
-        how = "with more whitespace than one leading space" if t.startswith(" ") else "without the leading space"
-        if t != good: out.append(f"field {k!r} is {t!r}, {how}; write {good!r}")
-    if row["clean_target"].strip() == row["corrupt_target"].strip():
-        out.append(f"'clean_target' and 'corrupt_target' are both {row['clean_target']!r}; choose another entity")
-    return out
-
-def _prompt_problems(row: dict) -> list[str]:
-    out = [f"field {k!r} ends in whitespace; remove it (the target brings its own space)"
-           for k in ("clean_prompt", "corrupt_prompt") if row[k] != row[k].rstrip()]
-    if row["clean_prompt"].strip() == row["corrupt_prompt"].strip():
-        out.append("'clean_prompt' and 'corrupt_prompt' are the same; name another entity in the second")
+    for a, b, other in (("clean_target", "corrupt_target", "choose another entity"), ("clean_prompt", "corrupt_prompt", "name another entity in the second")):
+        x, y = row[a].strip(), row[b].strip()
+        if x == y: out.append((f"same {a}", f"{a!r} and {b!r} are both {x!r}; {other}"))
+        elif nfc(x) == nfc(y): out.append((f"form of {a}", f"{a!r} and {b!r} are {other_form(x, y)} and {other}"))
     return out
 
 # %% ../../nbs/library/battery/02_formats.ipynb #42ef642e
-def _entity_problems(row: dict) -> list[str]:
-    keys = [("entity_token", "clean_prompt")] if _is_study_row(row) else [
-        ("clean_entity", "clean_prompt"), ("corrupt_entity", "corrupt_prompt")]
+def _entity_problems(row: dict) -> list[Complaint]:
     out = []
-    for k, p in keys:
-        if row[k] != row[k].strip(): out.append(f"field {k!r} is {row[k]!r}; remove the whitespace around it")
+    for k, p in (("entity_token", "clean_prompt"), ("clean_entity", "clean_prompt"), ("corrupt_entity", "corrupt_prompt")):
+        if k not in row: continue
+        if row[k] != row[k].strip(): out.append((f"space {k}", f"field {k!r} is {row[k]!r}; remove the whitespace around it"))
+        elif form := other_form(row[k], row[p]): out.append((f"form of {k}", f"field {k!r} is {row[k]!r}, which is in {p!r} as {form}"))
         elif not occurrences(row[k], row[p]):
             how = "only inside a longer word" if row[k] in row[p] else "not"
-            out.append(f"field {k!r} is {row[k]!r}, which is {how} in {p!r} ({row[p]!r}); copy whole words from there")
+            out.append((f"{how} {k}", f"field {k!r} is {row[k]!r}, which is {how} in {p!r} ({row[p]!r}); copy whole words from there"))
     return out
 
-def _row_problems(row: object) -> list[str]:
-    if not isinstance(row, dict): return [f"is {_kind(row)}, not an object with fields; write {{\"id\": ..., ...}}"]
-    return _field_problems(row) or _target_problems(row) + _prompt_problems(row) + _entity_problems(row)
+def _row_problems(row: object) -> list[Complaint]:
+    if not isinstance(row, dict): return [("no object", f"is {_kind(row)}, not an object with fields; write {{\"clean_prompt\": ..., ...}}")]
+    return _field_problems(row) or _same_problems(row) + _entity_problems(row)
 
 # %% ../../nbs/library/battery/02_formats.ipynb #2db0b8b1
 def _to_pair(row: dict, nth: int) -> PromptPair:
     """A valid row as a pair; `nth` counts the rows of its category from 1."""
-    if not _is_study_row(row): return PromptPair(**row)
     kept = {k: v for k, v in row.items() if k != "entity_token"}
-    other = counterpart(row["entity_token"], row["clean_prompt"], row["corrupt_prompt"])
-    return PromptPair(id=f"{row['category']}-{nth:02d}", relation=row["category"], **kept,
-                      clean_entity=row["entity_token"], corrupt_entity=other)
+    if "entity_token" not in row: return PromptPair(**kept)
+    named = {"id": f"{row['category']}-{nth:02d}"} if "category" in row else {}
+    return PromptPair(**{**named, **kept}, clean_entity=row["entity_token"])
 
-def _check_row(n: int, row: object, nth: Counter, first: dict[str, int]) -> tuple[PromptPair | None, list[str]]:
+def _check_row(n: int, row: object, nth: Counter, first: dict[str, int]) -> tuple[PromptPair | None, list[Complaint]]:
     if isinstance(row, dict): nth[str(row.get("category"))] += 1
     if found := _row_problems(row): return None, found
-    try: pair = _to_pair(row, nth[row["category"]])
-    except ValueError as e: return None, [f"field 'entity_token': {e}; give clean_entity and corrupt_entity instead"]
+    try: pair = _to_pair(row, nth[str(row.get("category"))])
+    except ValueError as e: return None, [("no entity", f"{'field ' + repr('entity_token') + ': ' if 'entity_token' in row else ''}{e}; "
+                                           "give clean_entity and corrupt_entity")]
     if first.setdefault(pair.id, n) == n: return pair, []
-    return None, [f"field 'id' is {pair.id!r}, as in row {first[pair.id]}; give it another"]
+    remedy = "give it another" if "id" in row else "the two ask the same, remove one"
+    return None, [("id", f"field 'id' is {pair.id!r}, as in row {first[pair.id]}; {remedy}")]
 
 # %% ../../nbs/library/battery/02_formats.ipynb #8f629003
 def pairs_from_rows(rows: object, source: str = "battery") -> list[PromptPair]:
-    """Check decoded JSON `rows` and make pairs of them. Raises a `BatteryError` that names every problem."""
+    """Check decoded `rows` and make pairs of them; rows with one prompt each are paired up (`layouts.pair_up`).
+
+    Raises
+    ------
+    BatteryError : names everything that is wrong.
+    """
     if not isinstance(rows, list): raise BatteryError(source, [f"holds {_kind(rows)}; write a list [{{...}}, ...]"])
     if not rows: raise BatteryError(source, ["holds an empty list; add at least one pair"])
+    if layout_of(rows[0]): return pair_up(rows, source)
+    rows = [dict(zip(NEEDED, row)) if isinstance(row, list) and len(row) == len(NEEDED) else row for row in rows]
     nth, first = Counter(), {}
     checked = [_check_row(n, row, nth, first) for n, row in enumerate(rows, 1)]
-    problems = [f"row {n}: {p}" for n, (_, found) in enumerate(checked, 1) for p in found]
+    problems: list[Problem] = [(n, *complaint) for n, (_, found) in enumerate(checked, 1) for complaint in found]
     if problems: raise BatteryError(source, problems)
     return [pair for pair, _ in checked]
 
-# %% ../../nbs/library/battery/02_formats.ipynb #09cc844e
+# %% ../../nbs/library/battery/02_formats.ipynb #c1c224b2
 def _no_repeats(items: list[tuple[str, object]]) -> dict:
     if twice := [k for k, n in Counter(k for k, _ in items).items() if n > 1]:
         raise ValueError(f"one object holds the field {twice[0]!r} twice; remove one")
     return dict(items)
 
-def read_pairs(path: str | Path) -> list[PromptPair]:
-    """Read a battery file: a JSON list of objects with this package's fields or the original study's.
-
-    Raises
-    ------
-    BatteryError : the file is not JSON, or a row in it is malformed.
-    """
-    path = Path(path)
-    try: rows = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_no_repeats)
+def _json_rows(text: str, line: int = 1) -> object:
+    try: return json.loads(text, object_pairs_hook=_no_repeats)
     except json.JSONDecodeError as e:
-        raise BatteryError(path.name, [f"line {e.lineno}, column {e.colno}: not JSON ({e.msg}); "
-                                       "look for a missing comma, quote or bracket just before it"]) from e
+        hint = "; if each line is an object, name the file .jsonl" if e.msg == "Extra data" else ""
+        raise ValueError(f"line {line + e.lineno - 1}, column {e.colno}: not JSON ({e.msg}); look for a missing comma, quote or bracket "
+                         f"just before it{hint}") from e
+
+def _jsonl_rows(text: str) -> object:
+    return [_json_rows(line, n) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+# %% ../../nbs/library/battery/02_formats.ipynb #68cece38
+def _header(cells: list[str]) -> list[str] | None:
+    """The fields that a table's first line names; None when it is a row already."""
+    names = [c.strip() for c in cells]
+    if len(names) == len(NEEDED) and not set(names) & {*NEEDED, *OPTIONAL} and min(len(words(n)) for n in names[:2]) > 2: return None
+    if twice := [k for k, n in Counter(names).items() if n > 1]: raise ValueError(f"two columns are called {twice[0]!r}; remove one")
+    return names
+
+def _cells(names: list[str], cells: list[str], where: str) -> dict:
+    if len(cells) > len(names): raise ValueError(f"{where}: {len(cells)} cells under {len(names)} columns; quote a cell that holds the separator")
+    return {k: v for i, (k, v) in enumerate(zip(names, cells)) if (v or k not in OPTIONAL) and (k or i)}
+
+def _table_rows(text: str) -> object:
+    head = text.split("\n", 1)[0]
+    separator = max("\t,;", key=head.count)
+    spaces = bool(re.match(rf'[\w"]+{separator} ', head)) and separator != "\t"
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=spaces, strict=True)
+    try: lines = [(reader.line_num, cells) for cells in reader if any(cells)]
+    except csv.Error as e: raise ValueError(f"line {reader.line_num}: not CSV ({e}); look for a quote that is not closed") from e
+    names = _header(lines[0][1]) if lines else []
+    return [cells for _, cells in lines] if names is None else [_cells(names, cells, f"line {n}") for n, cells in lines[1:]]
+
+# %% ../../nbs/library/battery/02_formats.ipynb #09cc844e
+READERS: dict[str, Callable[[str], object]] = {
+    ".json": _json_rows, ".jsonl": _jsonl_rows, ".ndjson": _jsonl_rows, ".csv": _table_rows, ".tsv": _table_rows}
+
+def read_rows(path: str | Path) -> object:
+    """The rows of a file, as they are. Raises `BatteryError` for a file that is not what its name says."""
+    path = Path(path)
+    reader = READERS.get(path.suffix.lower() or ".json")
+    if reader is None: raise BatteryError(path.name, [f"{path.suffix} is not read; save it as one of {', '.join(READERS)}"])
+    try: return reader(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as e:
         raise BatteryError(path.name, [f"byte {e.start} is not UTF-8; save the file as UTF-8"]) from e
     except ValueError as e: raise BatteryError(path.name, [str(e)]) from e
-    return pairs_from_rows(rows, path.name)
+
+def read_pairs(path: str | Path) -> list[PromptPair]:
+    """Read a battery file: rows with this package's fields, the original study's, or those of one of the `layouts`.
+
+    Raises
+    ------
+    BatteryError : the file cannot be decoded, or a row in it is malformed.
+    """
+    path = Path(path)
+    below = " (rows are counted below the header)" if path.suffix.lower() in (".csv", ".tsv") else ""
+    return pairs_from_rows(read_rows(path), path.name + below)
 
 # %% ../../nbs/library/battery/02_formats.ipynb #f53f5222
 def load_battery(path: str | Path | None = None) -> list[PromptPair]:

@@ -5,7 +5,9 @@
 # %% ../../nbs/library/battery/01_pairs.ipynb #3d38a5e0
 from __future__ import annotations
 
+import hashlib
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -13,38 +15,26 @@ from difflib import SequenceMatcher
 import pandas as pd
 
 # %% auto #0
-__all__ = ['Span', 'PromptPair', 'words', 'differences', 'occurrences', 'entity_spans', 'counterpart', 'review']
+__all__ = ['Span', 'KATAKANA', 'UNSPACED', 'UNBOUND', 'ACCENT', 'unspaced', 'words', 'differences', 'stretch', 'occurrences',
+           'nfc', 'other_form', 'entity_spans', 'counterpart', 'PromptPair', 'pair_id', 'spaced', 'review']
 
-# %% ../../nbs/library/battery/01_pairs.ipynb #a15650c2
-@dataclass(frozen=True)
-class PromptPair:
-    """Two prompts that differ in one entity, and the answer to each.
-
-    Parameters
-    ----------
-    id : unique name, such as ``geography_capitals-01``.
-    category, relation : the topic, and the question asked within it.
-    clean_prompt, corrupt_prompt : text without trailing whitespace.
-    clean_target, corrupt_target : the answers, each with one leading space.
-    clean_entity, corrupt_entity : the words that each prompt asks about.
-    """
-    id: str
-    category: str
-    relation: str
-    clean_prompt: str
-    corrupt_prompt: str
-    clean_target: str
-    corrupt_target: str
-    clean_entity: str
-    corrupt_entity: str
-
-# %% ../../nbs/library/battery/01_pairs.ipynb #0942fd5d
+# %% ../../nbs/library/battery/01_pairs.ipynb #55262bae
 Span = tuple[int, int]  # [start, stop) in characters
+KATAKANA = "\u30a0-\u30ff\u31f0-\u31ff\uff66-\uff9f"
+UNSPACED = KATAKANA + "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u309f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+UNBOUND = UNSPACED + "\u1100-\u11ff\uac00-\ud7a3"  # Korean has spaces, but its particles follow a word without one
+ACCENT = "[\u0300-\u036f]"
+_WORD = re.compile(rf"[{KATAKANA}]+|[{UNSPACED}]|(?:[^\W{UNSPACED}]|{ACCENT})+|[^\w\s]")
+
+def unspaced(text: str) -> bool:
+    """Is all of `text` in scripts that put no spaces between words?"""
+    return bool(re.fullmatch(f"[{UNSPACED}]*", text))
 
 def words(text: str) -> list[Span]:
     """The character spans of the words and punctuation marks of `text`."""
-    return [m.span() for m in re.finditer(r"\w+|[^\w\s]", text)]
+    return [m.span() for m in _WORD.finditer(text)]
 
+# %% ../../nbs/library/battery/01_pairs.ipynb #0942fd5d
 def _blocks(clean: str, corrupt: str) -> list[tuple[int, int, int, int]]:
     """Word ranges `i1, i2` (clean) and `j1, j2` (corrupted) that differ; neighbors are one block."""
     a, b = ([text[i:j] for i, j in words(text)] for text in (clean, corrupt))
@@ -66,10 +56,35 @@ def differences(clean: str, corrupt: str) -> list[tuple[str, str]]:
     a, b = words(clean), words(corrupt)
     return [(_text(clean, a, i1, i2), _text(corrupt, b, j1, j2)) for i1, i2, j1, j2 in _blocks(clean, corrupt)]
 
-# %% ../../nbs/library/battery/01_pairs.ipynb #b0dc90a7
-def occurrences(entity: str, prompt: str) -> list[Span]:
-    return [m.span() for m in re.finditer(rf"(?<!\w){re.escape(entity)}(?!\w)", prompt)]
+# %% ../../nbs/library/battery/01_pairs.ipynb #08755426
+def stretch(clean: str, corrupt: str) -> tuple[str, str]:
+    """The fewest neighboring words of each prompt that hold all that differs. Raises `ValueError` when nothing does."""
+    a, b, blocks = words(clean), words(corrupt), _blocks(clean, corrupt)
+    if not (a and b): raise ValueError("a prompt is empty; fill it in")
+    if not blocks: raise ValueError("the prompts are the same; name another entity in the second")
+    (i1, _, j1, _), (_, i2, _, j2) = blocks[0], blocks[-1]
+    if i1 == i2 or j1 == j2:  # one prompt has words more: the word beside them stands for the place
+        after = i2 < len(a) and j2 < len(b)
+        i1, j1, i2, j2 = (i1, j1, i2 + 1, j2 + 1) if after else (i1 - 1, j1 - 1, i2, j2)
+    return _text(clean, a, i1, i2), _text(corrupt, b, j1, j2)
 
+# %% ../../nbs/library/battery/01_pairs.ipynb #e195e274
+def occurrences(entity: str, prompt: str) -> list[Span]:
+    """The character spans of `entity` in `prompt`, as whole words."""
+    letter, free = rf"[^\W{UNBOUND}]|{ACCENT}", rf"[{UNBOUND}]"
+    before = "" if re.match(free, entity) else rf"(?<!{letter})"
+    after = rf"(?!{ACCENT})" if re.match(free, entity[-1:]) else rf"(?!{letter})"
+    return [m.span() for m in re.finditer(before + re.escape(entity) + after, prompt)]
+
+def nfc(text: str) -> str: return unicodedata.normalize("NFC", text)
+
+def other_form(text: str, prompt: str) -> str:
+    """What to say when `text` is not in `prompt` for its Unicode form alone; empty otherwise."""
+    if text in prompt or nfc(text) not in nfc(prompt): return ""
+    forms = [next((f for f in ("NFC", "NFD") if unicodedata.is_normalized(f, t)), "mixed") for t in (text, prompt)]
+    return "the same word in two Unicode forms ({} and {}); write both in NFC".format(*forms)
+
+# %% ../../nbs/library/battery/01_pairs.ipynb #b0dc90a7
 def _differing_chars(clean: str, corrupt: str) -> tuple[list[Span], list[Span]]:
     a, b, blocks = words(clean), words(corrupt), _blocks(clean, corrupt)
     return ([(a[i1][0], a[i2 - 1][1]) for i1, i2, _, _ in blocks if i2 > i1],
@@ -77,7 +92,9 @@ def _differing_chars(clean: str, corrupt: str) -> tuple[list[Span], list[Span]]:
 
 def _place(entity: str, prompt: str, differing: list[Span]) -> Span:
     found = occurrences(entity, prompt)
-    if not found: raise ValueError(f"the entity {entity!r} is not in the prompt {prompt!r} as whole words")
+    if not found:
+        why = other_form(entity, prompt)
+        raise ValueError(f"the entity {entity!r} is not in the prompt {prompt!r} as whole words" + (f": {why}" if why else ""))
     here = [s for s in found if any(s[0] < stop and start < s[1] for start, stop in differing)]
     return (here or found)[0]
 
@@ -100,6 +117,61 @@ def counterpart(entity: str, clean: str, corrupt: str) -> str:
     if not found: raise ValueError(f"nothing in {corrupt!r} stands in the place of {entity!r}")
     return found
 
+# %% ../../nbs/library/battery/01_pairs.ipynb #a15650c2
+@dataclass(frozen=True)
+class PromptPair:
+    """Two prompts that differ in one entity, and the answer to each. What is left empty is filled in.
+
+    Parameters
+    ----------
+    clean_prompt, corrupt_prompt : texts that the answers continue.
+    clean_target, corrupt_target : the answers, with the space that they bring: in English one, in Japanese none.
+    clean_entity, corrupt_entity : the words that each prompt asks about; empty: what differs between the prompts.
+    id : unique name, such as ``geography_capitals-01``; empty: made of the entities and a hash.
+    category, relation : the topic, and the question asked within it; an empty relation is the category.
+
+    Raises
+    ------
+    ValueError : an entity is left empty and cannot be found, because nothing differs.
+    """
+    clean_prompt: str
+    corrupt_prompt: str
+    clean_target: str
+    corrupt_target: str
+    clean_entity: str = ""
+    corrupt_entity: str = ""
+    id: str = ""
+    category: str = "pairs"
+    relation: str = ""
+
+    def __post_init__(self):
+        for field, value in _defaults(self).items(): object.__setattr__(self, field, value)
+
+# %% ../../nbs/library/battery/01_pairs.ipynb #d646e6c2
+def pair_id(entities: Sequence[str], texts: Sequence[str]) -> str:
+    """A readable name: the words of the entities, and eight digits of the hash of the texts."""
+    slug = "-".join(w for e in entities for w in re.findall(r"[^\W_]+", nfc(e).casefold()))
+    digest = hashlib.sha256("\0".join(texts).encode("utf-8", "backslashreplace")).hexdigest()
+    return f"{slug[:48].strip('-') or 'pair'}-{digest[:8]}"
+
+def _defaults(p: PromptPair) -> dict[str, str]:
+    clean, corrupt = p.clean_entity, p.corrupt_entity
+    if not (clean or corrupt): clean, corrupt = stretch(p.clean_prompt, p.corrupt_prompt)
+    corrupt = corrupt or counterpart(clean, p.clean_prompt, p.corrupt_prompt)
+    clean = clean or counterpart(corrupt, p.corrupt_prompt, p.clean_prompt)
+    texts = (p.clean_prompt, p.corrupt_prompt, p.clean_target, p.corrupt_target)
+    return {"clean_entity": clean, "corrupt_entity": corrupt, "id": p.id or pair_id((clean, corrupt), texts),
+            "relation": p.relation or p.category}
+
+# %% ../../nbs/library/battery/01_pairs.ipynb #886b2063
+_TIGHT = re.compile(rf"[\n{UNSPACED}\u3000-\u303f\uff00-\uff65]")
+
+def spaced(prompt: str, target: str) -> bool | None:
+    """Is there a space between a prompt and its answer? True between words, False where none is written, None if unsure."""
+    a, b = prompt.rstrip(" \t")[-1:], target.strip()[:1]
+    if not a or _TIGHT.match(a) or _TIGHT.match(b): return False
+    return True if a.isalpha() and b.isalpha() else None
+
 # %% ../../nbs/library/battery/01_pairs.ipynb #bf24357a
 def _span_warnings(pair: PromptPair) -> list[tuple[str, str]]:
     diff = differences(pair.clean_prompt, pair.corrupt_prompt)
@@ -109,6 +181,7 @@ def _span_warnings(pair: PromptPair) -> list[tuple[str, str]]:
         apart = apart or any(s[1] <= start or stop <= s[0] for s in spans)
         beyond = beyond or any(s[0] < start or stop < s[1] for s in spans)
     out = [("same_entity", f"both prompts name {pair.clean_entity!r}")] * (pair.clean_entity == pair.corrupt_entity)
+    out += [("unicode_forms", f"{a!r} / {b!r}: {other_form(a, b)}") for a, b in diff if nfc(a) == nfc(b)]
     if apart: return out + [("several_spans", f"the prompts differ elsewhere than in the {told}")]
     return out + [("entity_too_short", f"the prompts differ in more words than the {told}")] if beyond else out
 
@@ -124,6 +197,16 @@ def _edge_warnings(pair: PromptPair) -> list[tuple[str, str]]:
     return [(f"differs_at_{edge}", f"the {edge} of the prompts is {a[i]!r} / {b[i]!r}")
             for edge, i in (("start", 0), ("end", -1)) if a[i] != b[i]]
 
+# %% ../../nbs/library/battery/01_pairs.ipynb #d820ce0c
+def _space_warnings(pair: PromptPair) -> list[tuple[str, str]]:
+    out = [("prompt_space", f"the {side} prompt ends in a space; the answer brings its own")
+           for side, prompt in (("clean", pair.clean_prompt), ("corrupted", pair.corrupt_prompt)) if prompt.endswith((" ", "\t"))]
+    for side, prompt, target in (("clean", pair.clean_prompt, pair.clean_target), ("corrupted", pair.corrupt_prompt, pair.corrupt_target)):
+        bare, wanted = target.strip(), spaced(prompt, target)
+        good = {True: (" " + bare,), False: (bare,), None: (bare, " " + bare)}[wanted]
+        if target not in good: out.append(("target_space", f"the {side} target is {target!r}; after that prompt one writes {good[0]!r}"))
+    return out
+
 # %% ../../nbs/library/battery/01_pairs.ipynb #49b4c4d2
 def _repeat_warnings(pairs: Sequence[PromptPair]) -> list[tuple[int, str, str]]:
     seen, out = {}, []
@@ -136,11 +219,12 @@ def _repeat_warnings(pairs: Sequence[PromptPair]) -> list[tuple[int, str, str]]:
 def review(pairs: Sequence[PromptPair]) -> pd.DataFrame:
     """What is doubtful about pairs that load: one row per warning.
 
-    Returns columns `battery_idx` (from 0), `pair_id`, `rule`, `warning`. The rules are `several_spans`,
-    `entity_too_short`, `same_entity`, `answer_in_prompt`, `differs_at_start`, `differs_at_end`, `repeated_fact`.
+    Returns columns `battery_idx` (from 0), `pair_id`, `rule`, `warning`. The rules are `several_spans`, `entity_too_short`,
+    `same_entity`, `unicode_forms`, `answer_in_prompt`, `differs_at_start`, `differs_at_end`, `prompt_space`, `target_space`,
+    `repeated_fact`.
     """
     rows = [(i, rule, text) for i, p in enumerate(pairs)
-            for rule, text in _span_warnings(p) + _answer_warnings(p) + _edge_warnings(p)]
+            for rule, text in _span_warnings(p) + _answer_warnings(p) + _edge_warnings(p) + _space_warnings(p)]
     rows = sorted(rows + _repeat_warnings(pairs), key=lambda r: r[0])
     return pd.DataFrame([(i, pairs[i].id, rule, text) for i, rule, text in rows],
                         columns=["battery_idx", "pair_id", "rule", "warning"])

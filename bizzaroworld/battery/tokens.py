@@ -6,15 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 
-from .pairs import PromptPair, Span, entity_spans
+from .pairs import PromptPair, Span, entity_spans, spaced, unspaced
 
 # %% auto #0
-__all__ = ['REASONS', 'Problems', 'Encoding', 'get_tokenizer', 'encode', 'AlignmentError', 'token_span', 'continuation',
+__all__ = ['REASONS', 'NOTES', 'Problems', 'Encoding', 'get_tokenizer', 'encode', 'AlignmentError', 'token_span', 'continuation',
            'TokenPair', 'align', 'token_table']
 
 # %% ../../nbs/library/battery/03_tokens.ipynb #2c92890b
@@ -32,23 +32,27 @@ def get_tokenizer(model_or_tokenizer: Any) -> Any:
     raise AlignmentError([("no_offsets", f"{type(tok).__name__} does not say which characters a token stands for; "
                            "load the fast version: AutoTokenizer.from_pretrained(name, use_fast=True)")])
 
-def encode(model_or_tokenizer: Any, text: str) -> Encoding:
-    """Token ids of `text`, after one BOS where the tokenizer has one, with their characters."""
+def encode(model_or_tokenizer: Any, text: str, bos: bool | None = None) -> Encoding:
+    """Token ids of `text` with their characters, after one BOS: where the tokenizer has one (`bos=None`), always, or never."""
     tok = get_tokenizer(model_or_tokenizer)
+    if bos and tok.bos_token_id is None:
+        raise AlignmentError([("no_bos", f"{type(tok).__name__} has no BOS token; set its bos_token or leave bos=None")])
     out = tok(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = tuple(out["input_ids"]), tuple((a, b) for a, b in out["offset_mapping"])
-    if tok.bos_token_id is None or ids[:1] == (tok.bos_token_id,): return Encoding(text, ids, offsets)
+    if bos is False or tok.bos_token_id is None or ids[:1] == (tok.bos_token_id,): return Encoding(text, ids, offsets)
     return Encoding(text, (tok.bos_token_id, *ids), ((0, 0), *offsets))
 
 # %% ../../nbs/library/battery/03_tokens.ipynb #4c32cc2d
 REASONS = {
     "no_offsets": "the tokenizer cannot say which characters a token stands for",
+    "no_bos": "a BOS is asked for and the tokenizer has none",
     "unknown_token": "a prompt or a target holds a word that the tokenizer does not know",
     "length_differs": "the prompts have different numbers of tokens, so positions do not correspond",
     "clean_target_not_one_token": "the clean target is several tokens, so no single logit speaks for it",
     "corrupt_target_not_one_token": "the same of the corrupted target",
     "target_depends_on_prompt": "a target changes the prompt's own tokens, or is another token after the other prompt",
     "same_target": "both targets are the same token, so their logit difference is always zero",
+    "target_is_prefix": "one target is how the other begins, so no token tells them apart",
     "entity_not_found": "the entity is not in its prompt as whole words",
     "entity_cuts_token": "the entity begins or ends inside a token",
     "entity_length_differs": "the entities have different numbers of tokens and something else makes up for it",
@@ -65,7 +69,7 @@ class AlignmentError(ValueError):
 
 # %% ../../nbs/library/battery/03_tokens.ipynb #f97c0a95
 def token_span(encoding: Encoding, chars: Span) -> tuple[Span, bool]:
-    """Tokens `[start, stop)` that hold the characters `chars`, and whether they hold nothing else (but space before).
+    """Tokens `[start, stop)` that hold the characters `chars`, and whether they hold nothing else (but space before, or unspaced script).
 
     Raises
     ------
@@ -75,14 +79,24 @@ def token_span(encoding: Encoding, chars: Span) -> tuple[Span, bool]:
     inside = [i for i, (a, b) in enumerate(encoding.offsets) if a < stop and start < b]
     if not inside: raise ValueError(f"no token stands for {encoding.text[start:stop]!r} in {encoding.text!r}")
     first, last = encoding.offsets[inside[0]][0], encoding.offsets[inside[-1]][1]
-    whole = not encoding.text[first:max(first, start)].strip() and last <= stop
+    whole = unspaced(encoding.text[first:max(first, start)].strip()) and unspaced(encoding.text[stop:max(stop, last)])
     return (inside[0], inside[-1] + 1), whole
 
 # %% ../../nbs/library/battery/03_tokens.ipynb #0acc5554
-def continuation(model_or_tokenizer: Any, prompt: Encoding, target: str) -> tuple[int, ...] | None:
+def continuation(model_or_tokenizer: Any, prompt: Encoding, target: str, bos: bool | None = None) -> tuple[int, ...] | None:
     """The ids that `target` adds after `prompt`, or None if adding it changes the prompt's own ids."""
-    ids, n = encode(model_or_tokenizer, prompt.text + target).ids, len(prompt.ids)
+    ids, n = encode(model_or_tokenizer, prompt.text + target, bos).ids, len(prompt.ids)
     return ids[n:] if ids[:n] == prompt.ids else None
+
+# %% ../../nbs/library/battery/03_tokens.ipynb #7f272de6
+NOTES = {
+    "prompt_space_removed": "a prompt ended in a space; it is taken away, since the answer brings its own",
+    "target_space_added": "an answer came without the space that is written before it; it has it now",
+    "target_space_removed": "an answer had space around it that is not written there; it is taken away",
+    "target_space_doubtful": "with a space before it or without, an answer is another token; it is kept as it was typed",
+    "target_shared_prefix": "the answers begin with the same tokens, which are appended to both prompts",
+    "target_first_token": "an answer goes on after the token that is compared",
+}
 
 # %% ../../nbs/library/battery/03_tokens.ipynb #cd67103b
 @dataclass(frozen=True)
@@ -94,6 +108,7 @@ class TokenPair:
     clean_target_id: int           # the token that the answer is after the prompt
     corrupt_target_id: int
     entity_span: tuple[int, int]   # positions [start, stop), the same in both prompts
+    notes: tuple[str, ...] = ()    # keys of NOTES: what was mended or chosen
 
     @property
     def id(self) -> str: return self.pair.id
@@ -107,7 +122,7 @@ class TokenPair:
     @property
     def warnings(self) -> tuple[str, ...]:
         outside = [i for i in self.differing if not self.entity_span[0] <= i < self.entity_span[1]]
-        return ("differs_outside_entity",) * bool(outside) + ("differs_at_final",) * (self.final in self.differing)
+        return self.notes + ("differs_outside_entity",) * bool(outside) + ("differs_at_final",) * (self.final in self.differing)
 
 # %% ../../nbs/library/battery/03_tokens.ipynb #271bcc4b
 Problems = list[tuple[str, str]]
@@ -118,7 +133,8 @@ def _pieces(tok: Any, ids: Iterable[int]) -> str:
 def _unknown_problems(tok: Any, pair: PromptPair) -> Problems:
     texts = {k: getattr(pair, k) for k in ("clean_prompt", "corrupt_prompt", "clean_target", "corrupt_target")}
     if (unk := tok.unk_token_id) is None: return []
-    bad = [f"{k} {t!r}" for k, t in texts.items() if unk in tok(t, add_special_tokens=False)["input_ids"]]
+    def own(text): return tok(text, add_special_tokens=False)["input_ids"][unk == tok.bos_token_id and text.startswith(tok.unk_token):]
+    bad = [f"{k} {t!r}" for k, t in texts.items() if unk in own(t)]
     return [("unknown_token", f"the tokenizer does not know a word of {' and of '.join(bad)}; change it")] if bad else []
 
 def _length_problems(tok: Any, pair: PromptPair, clean: Encoding, corrupt: Encoding) -> Problems:
@@ -130,16 +146,25 @@ def _length_problems(tok: Any, pair: PromptPair, clean: Encoding, corrupt: Encod
              f"only in the corrupted one: {b or 'none'}); choose entities with as many tokens as each other")]
 
 # %% ../../nbs/library/battery/03_tokens.ipynb #d3c06e1c
-def _target_problems(tok: Any, side: str, target: str, own: Encoding, other: Encoding) -> tuple[int | None, Problems]:
-    """The id of a target after its own prompt, and what is wrong with it."""
-    here, there = (continuation(tok, prompt, target) for prompt in (own, other))
-    if here is not None and len(here) != 1:
+def _target_problems(tok: Any, side: str, target: str, own: Encoding, other: Encoding, bos: bool | None,
+                     multi_token: bool) -> tuple[tuple[int, ...] | None, Problems]:
+    """The ids of a target after its own prompt, and what is wrong with it."""
+    here, there = (continuation(tok, prompt, target, bos) for prompt in (own, other))
+    if here is not None and len(here) != 1 and not (multi_token and here):
         return None, [(f"{side}_target_not_one_token", f"{target!r} is {len(here)} tokens after the prompt "
-                       f"({_pieces(tok, here)}); choose an answer that is one")]
+                       f"({_pieces(tok, here)}); choose an answer that is one or compare first tokens (multi_token)")]
     if here is None or here != there:
         return None, [("target_depends_on_prompt", f"{target!r} does not follow both prompts as the same token, "
                        "leaving theirs as they are; end both prompts in the same whole word")]
-    return here[0], []
+    return here, []
+
+def _shared(pair: PromptPair, a: tuple[int, ...] | None, b: tuple[int, ...] | None) -> tuple[int, Problems]:
+    """How many tokens both targets begin with, and what is wrong if nothing follows."""
+    if a is None or b is None: return 0, []
+    k = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    if k < min(len(a), len(b)): return k, []
+    if a == b: return k, [("same_target", f"{pair.clean_target!r} and {pair.corrupt_target!r} are the same token{'s' * (k > 1)}")]
+    return k, [("target_is_prefix", f"{pair.clean_target!r} and {pair.corrupt_target!r} are the same tokens until one ends; choose another answer")]
 
 # %% ../../nbs/library/battery/03_tokens.ipynb #a13c835a
 def _entity_problems(pair: PromptPair, clean: Encoding, corrupt: Encoding) -> tuple[Span | None, Problems]:
@@ -156,29 +181,91 @@ def _entity_problems(pair: PromptPair, clean: Encoding, corrupt: Encoding) -> tu
     return None, [("entity_moved", f"{names[0]!r} begins at position {a[0]} and {names[1]!r} at {b[0]}; "
                    "put the entities at the same place")]
 
+# %% ../../nbs/library/battery/03_tokens.ipynb #1e32c77f
+def _moved(tok: Any, pair: PromptPair, prompts: Sequence[Encoding], k: int, bos: bool | None) -> PromptPair:
+    """The pair with the text of the targets' first `k` tokens at the end of its prompts; unchanged where no text says that."""
+    texts = []
+    for prompt, target in zip(prompts, (pair.clean_target, pair.corrupt_target)):
+        full = encode(tok, prompt.text + target, bos)
+        stop = full.offsets[len(prompt.ids) + k - 1][1]
+        texts.append((full.text[:stop], full.text[stop:]))
+        if encode(tok, full.text[:stop], bos).ids != full.ids[:len(prompt.ids) + k] or not texts[-1][1].strip(): return pair
+    (clean, a), (corrupt, b) = texts
+    return replace(pair, clean_prompt=clean, corrupt_prompt=corrupt, clean_target=a, corrupt_target=b)
+
+def _token_pair(tok: Any, pair: PromptPair, prompts: Sequence[Encoding], a: tuple[int, ...], b: tuple[int, ...], k: int, span: Span,
+                bos: bool | None) -> TokenPair:
+    """The aligned pair, compared at token `k` of its targets."""
+    notes = ("target_shared_prefix",) * (k > 0) + ("target_first_token",) * (max(len(a), len(b)) > k + 1)
+    clean, corrupt = (p.ids + a[:k] for p in prompts)
+    return TokenPair(_moved(tok, pair, prompts, k, bos) if k else pair, clean, corrupt, a[k], b[k], span, notes)
+
+# %% ../../nbs/library/battery/03_tokens.ipynb #92fcc636
+def _written(prompt: str, target: str) -> tuple[str, str, bool]:
+    """Prompt and target with the space that one writes between them, and whether another can be meant."""
+    bare, trimmed = target.strip(), prompt.rstrip(" \t")
+    led, gap = target[:1].isspace(), spaced(prompt, target)
+    new = bare if gap is False else " " + bare
+    if gap is None and not led and trimmed == prompt and target == bare: return prompt, new, True  # 17 and 52: either may be right
+    sloppy = target.rstrip() != target or len(target) - len(target.lstrip()) > 1
+    doubt = not led if trimmed != prompt else new != target and not (gap or sloppy)
+    return trimmed, new, doubt
+
+def _respaced(pair: PromptPair) -> tuple[PromptPair, tuple[str, ...], bool]:
+    """The pair as one writes it, what that changes (keys of `NOTES`), and whether another can be meant."""
+    sides = [_written(pair.clean_prompt, pair.clean_target), _written(pair.corrupt_prompt, pair.corrupt_target)]
+    (clean, a, _), (corrupt, b, _) = sides
+    old, new = (pair.clean_target, pair.corrupt_target), (a, b)
+    gained = any(len(y) > len(x) for x, y in zip(old, new))
+    lost = any(len(y) < len(x) or (len(x) == len(y) and x != y) for x, y in zip(old, new))
+    changes = (("prompt_space_removed",) * ((clean, corrupt) != (pair.clean_prompt, pair.corrupt_prompt))
+               + ("target_space_added",) * gained + ("target_space_removed",) * lost)
+    mended = replace(pair, clean_prompt=clean, corrupt_prompt=corrupt, clean_target=a, corrupt_target=b) if changes else pair
+    return mended, changes, any(doubt for _, _, doubt in sides)
+
 # %% ../../nbs/library/battery/03_tokens.ipynb #27671ffc
-def align(model_or_tokenizer: Any, pair: PromptPair) -> TokenPair:
+def _aligned(tok: Any, pair: PromptPair, bos: bool | None, multi_token: bool) -> TokenPair:
+    """The pair aligned as it is."""
+    if unknown := _unknown_problems(tok, pair): raise AlignmentError(unknown, pair.id)
+    clean, corrupt = encode(tok, pair.clean_prompt, bos), encode(tok, pair.corrupt_prompt, bos)
+    a, wrong_a = _target_problems(tok, "clean", pair.clean_target, clean, corrupt, bos, multi_token)
+    b, wrong_b = _target_problems(tok, "corrupt", pair.corrupt_target, corrupt, clean, bos, multi_token)
+    k, wrong_k = _shared(pair, a, b)
+    span, wrong_span = _entity_problems(pair, clean, corrupt)
+    problems = _length_problems(tok, pair, clean, corrupt) + wrong_a + wrong_b + wrong_span + wrong_k
+    if problems: raise AlignmentError(problems, pair.id)
+    return _token_pair(tok, pair, (clean, corrupt), a, b, k, span, bos)
+
+def _tried(tok: Any, pair: PromptPair, bos: bool | None, multi_token: bool) -> TokenPair | AlignmentError:
+    try: return _aligned(tok, pair, bos, multi_token)
+    except AlignmentError as e: return e
+
+# %% ../../nbs/library/battery/03_tokens.ipynb #3752d955
+def align(model_or_tokenizer: Any, pair: PromptPair, *, bos: bool | None = None, multi_token: bool = False, mend: bool = True) -> TokenPair:
     """Turn a pair into token ids that line up.
 
     Parameters
     ----------
     model_or_tokenizer : a fast Hugging Face tokenizer, or anything with one as its `.tokenizer`.
+    bos : begin with a BOS; None: where the tokenizer has one.
+    multi_token : compare targets of several tokens at the first token in which they differ, instead of refusing them.
+    mend : put the space between prompt and target where one writes it, if the tokenizer agrees; False: take both as typed.
 
     Raises
     ------
     AlignmentError : the tokenizer cannot align the pair; `.reason` is a key of `REASONS`.
     """
     tok = get_tokenizer(model_or_tokenizer)
-    if unknown := _unknown_problems(tok, pair): raise AlignmentError(unknown, pair.id)
-    clean, corrupt = encode(tok, pair.clean_prompt), encode(tok, pair.corrupt_prompt)
-    a, wrong_a = _target_problems(tok, "clean", pair.clean_target, clean, corrupt)
-    b, wrong_b = _target_problems(tok, "corrupt", pair.corrupt_target, corrupt, clean)
-    span, wrong_span = _entity_problems(pair, clean, corrupt)
-    problems = _length_problems(tok, pair, clean, corrupt) + wrong_a + wrong_b + wrong_span
-    if a is not None and a == b:
-        problems.append(("same_target", f"{pair.clean_target!r} and {pair.corrupt_target!r} are the same token"))
-    if problems: raise AlignmentError(problems, pair.id)
-    return TokenPair(pair, clean.ids, corrupt.ids, a, b, span)
+    other, changes, doubt = _respaced(pair)
+    if not (mend and changes): return _aligned(tok, pair, bos, multi_token)
+    typed, mended = _tried(tok, pair, bos, multi_token), _tried(tok, other, bos, multi_token)
+    if isinstance(mended, AlignmentError):
+        if isinstance(typed, TokenPair): return typed
+        raise typed if doubt and "prompt_space_removed" not in changes else mended
+    if isinstance(typed, TokenPair):
+        if replace(typed, pair=mended.pair) == mended: return typed
+        if doubt: return replace(typed, notes=("target_space_doubtful", *typed.notes))
+    return replace(mended, notes=(*changes, *mended.notes))
 
 # %% ../../nbs/library/battery/03_tokens.ipynb #5285031a
 def token_table(model_or_tokenizer: Any, tp: TokenPair) -> pd.DataFrame:

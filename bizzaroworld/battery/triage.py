@@ -17,12 +17,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from .audit import Entry, audit
+from .knowing import DEGREES, VERDICT_SWING, counts, known_words, pairs_that
 from .pairs import PromptPair
 from .tokens import TokenPair
 from ..files import write_table
 
 # %% auto #0
-__all__ = ['STUDY_COLUMNS', 'OWN_COLUMNS', 'read_targets', 'TriageError', 'baselines', 'Triage', 'triage']
+__all__ = ['STUDY_COLUMNS', 'OWN_COLUMNS', 'read_targets', 'kinds', 'kind_ranks', 'TriageError', 'baselines', 'Triage', 'triage']
 
 # %% ../../nbs/library/battery/05_triage.ipynb #2e26cf99
 def read_targets(logits: Float[Tensor, "row d_vocab"], targets: Int[Tensor, "row 2"]) -> dict[str, Tensor]:
@@ -42,6 +43,18 @@ def read_targets(logits: Float[Tensor, "row d_vocab"], targets: Int[Tensor, "row
     above = (rearrange(logits, "row v -> row 1 v") > rearrange(chosen, "row t -> row t 1")).sum(-1)
     return {"ld": chosen[:, 0] - chosen[:, 1], "logit": chosen, "p": p, "rank": above + 1}
 
+# %% ../../nbs/library/battery/05_triage.ipynb #ac70f8f8
+def kinds(token_pairs: Sequence[TokenPair]) -> dict[str, list[int]]:
+    """For each relation the ids of all answers that its pairs have; pairs without a relation share one."""
+    out: dict[str, set[int]] = {}
+    for tp in token_pairs: out.setdefault(tp.pair.relation, set()).update((tp.clean_target_id, tp.corrupt_target_id))
+    return {relation: sorted(ids) for relation, ids in out.items()}
+
+def kind_ranks(logits: Float[Tensor, "d_vocab"], targets: Int[Tensor, "2"], kind: Sequence[int]) -> Int[Tensor, "2"]:
+    """The ranks (from 1) of both targets among the answers of their kind, in one row of logits."""
+    chosen, among = logits.float()[targets], logits.float()[list(kind)]
+    return (rearrange(among, "k -> 1 k") > rearrange(chosen, "t -> t 1")).sum(-1) + 1
+
 # %% ../../nbs/library/battery/05_triage.ipynb #abbc6123
 class TriageError(ValueError):
     """A battery that this model's tokenizer cannot use at all."""
@@ -59,7 +72,8 @@ def _check_finite(logits: Tensor, ids: Sequence[str]) -> None:
 
 @torch.no_grad()
 def baselines(model: Any, token_pairs: Sequence[TokenPair], batch_size: int = 32) -> list[tuple[dict, dict]]:
-    """The clean and the corrupted run of each pair, as `read_targets` describes them, in plain numbers."""
+    """The clean and the corrupted run of each pair, as `read_targets` describes them, in plain numbers; with `kind_rank`, among the `of_kind` answers of `kinds`."""
+    kind = kinds(token_pairs)
     runs = [(tp, side) for tp in token_pairs for side in ("clean_ids", "corrupt_ids")]
     out: list[dict] = [{}] * len(runs)
     for rows in _batches([len(tp.clean_ids) for tp, _ in runs], batch_size):
@@ -68,8 +82,9 @@ def baselines(model: Any, token_pairs: Sequence[TokenPair], batch_size: int = 32
         targets = torch.tensor([(tp.clean_target_id, tp.corrupt_target_id) for tp in tps], device=model.device)
         logits = model.logits(ids)
         _check_finite(logits, [tp.id for tp in tps])
-        read = {k: v.tolist() for k, v in read_targets(logits, targets).items()}
-        for j, i in enumerate(rows): out[i] = {k: v[j] for k, v in read.items()}
+        among = torch.stack([kind_ranks(row, two, kind[tp.pair.relation]) for row, two, tp in zip(logits, targets, tps)])
+        read = {k: v.tolist() for k, v in (read_targets(logits, targets) | {"kind_rank": among}).items()}
+        for j, i in enumerate(rows): out[i] = {k: v[j] for k, v in read.items()} | {"of_kind": len(kind[tps[j].pair.relation])}
     return list(zip(out[::2], out[1::2]))
 
 # %% ../../nbs/library/battery/05_triage.ipynb #fc98e0c1
@@ -77,16 +92,18 @@ STUDY_COLUMNS = ("rank", "battery_idx", "total_swing", "ld_clean", "ld_corrupt",
                  "p_corrupt_target_on_corrupt", "category", "clean_prompt", "corrupt_prompt", "clean_target",
                  "corrupt_target", "clean_target_id", "corrupt_target_id")
 OWN_COLUMNS = ("pair_id", "relation", "clean_entity", "corrupt_entity", "clean_target_rank", "corrupt_target_rank",
-               "sign_ok", "top1", "knows_clean", "knows_corrupt", "known", "replaces", "warnings")
+               "sign_ok", "top1", "knows_clean", "knows_corrupt", "known", "of_kind", *DEGREES, "replaces", "warnings")
 
 def _measured(clean: Mapping[str, Any], corrupt: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of one pair from its two runs."""
     first = (clean["rank"][0] == 1, corrupt["rank"][1] == 1)
     sign = (clean["ld"] > 0, corrupt["ld"] < 0)
+    kind = (clean["kind_rank"][0] == 1, corrupt["kind_rank"][1] == 1)
     return {"ld_clean": clean["ld"], "ld_corrupt": corrupt["ld"], "total_swing": clean["ld"] - corrupt["ld"],
             "p_clean_target_on_clean": clean["p"][0], "p_corrupt_target_on_corrupt": corrupt["p"][1],
             "clean_target_rank": clean["rank"][0], "corrupt_target_rank": corrupt["rank"][1],
             "sign_ok": all(sign), "top1": all(first), "known": all(sign + first),
+            "preferred": all(sign), "first_of_kind": all(sign + kind), "first_of_all": all(sign + first), "of_kind": clean["of_kind"],
             "knows_clean": sign[0] and first[0], "knows_corrupt": sign[1] and first[1]}
 
 def _named(entry: Entry) -> dict[str, Any]:
@@ -105,14 +122,12 @@ def _ranked(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return table[[*STUDY_COLUMNS, *OWN_COLUMNS]]
 
 # %% ../../nbs/library/battery/05_triage.ipynb #3c36caf4
-def _golden_rows(table: pd.DataFrame, mode: str, known_only: bool = False) -> pd.DataFrame:
-    if known_only: table = table[table.known]
+def _golden_rows(table: pd.DataFrame, mode: str, known: str | None = None, min_swing: float = 0.0) -> pd.DataFrame:
+    if known: table = table[table.pair_id.isin(pairs_that(table, known, min_swing))]
     if mode == "A": return table.head(15)
     if mode == "B": return table.drop_duplicates("category")
     if mode == "C": return table
     raise ValueError(f"mode is {mode!r}; choose 'A' (top 15 by TotalSwing), 'B' (best of each category) or 'C' (all)")
-
-
 
 # %% ../../nbs/library/battery/05_triage.ipynb #74dc9b83
 @dataclass(frozen=True, eq=False)
@@ -122,14 +137,18 @@ class Triage:
     token_pairs: tuple[TokenPair, ...]     # the pairs, in rank order
     excluded: pd.DataFrame                 # refused pairs: pair_id, battery_idx, reason, message, replaced_by
 
-    def golden(self, mode: str, known_only: bool = False) -> list[TokenPair]:
-        "Pairs of mode `A`, `B` or `C` in rank order; with `known_only` chosen among those that the model knows."
-        return [self.token_pairs[r - 1] for r in _golden_rows(self.table, mode, known_only)["rank"]]
-    @property
-    def unknown(self) -> pd.DataFrame:
-        "The rows of pairs of which the model does not know both sides."
-        return self.table[~self.table.known]
+    def golden(self, mode: str, known: str | None = None, min_swing: float = 0.0) -> list[TokenPair]:
+        "Pairs of mode `A`, `B` or `C` in rank order; with `known` (and `min_swing`, logits) chosen among those of one of `DEGREES`."
+        return [self.token_pairs[r - 1] for r in _golden_rows(self.table, mode, known, min_swing)["rank"]]
+    def outside(self, known: str = "first_of_all") -> pd.DataFrame:
+        "The rows of the pairs that are not in one of `DEGREES`."
+        return self.table[~self.table[known]]
     def summary(self) -> pd.DataFrame: return _summary(self.table)
+    @property
+    def line(self) -> str:
+        "How many pairs are in each set, as a sentence."
+        return (f"The model {known_words(counts(self.table), len(self.table))}; {len(pairs_that(self.table))} have both answers preferred and a "
+                f"TotalSwing of {VERDICT_SWING:g} logits or more.")
     def save(self, folder: str | Path) -> Path:
         "Write `triage.csv`, `excluded.csv` and `golden_A.csv`, `golden_B.csv`, `golden_C.csv`; returns the folder."
         folder = Path(folder)
@@ -141,13 +160,11 @@ class Triage:
 
 # %% ../../nbs/library/battery/05_triage.ipynb #19931d5b
 def _summary(table: pd.DataFrame) -> pd.DataFrame:
-    """One row per mode: how many pairs, how many of them known, and their mean TotalSwing (in logits)."""
+    """One row per mode: how many pairs, how many of them in each of `DEGREES`, `verdicts` (what verdicts stand on), mean TotalSwing (logits)."""
     def row(mode):
         t = _golden_rows(table, mode)
-        counts = (int(t[k].sum()) for k in ("sign_ok", "top1", "known"))
-        return mode, len(t), *counts, int((~t.known).sum()), t.total_swing.mean()
-    columns = ["mode", "pairs", "sign_ok", "top1", "known", "unknown", "mean_total_swing"]
-    return pd.DataFrame([row(m) for m in "ABC"], columns=columns)
+        return mode, len(t), *counts(t).values(), len(pairs_that(t)), t.total_swing.mean()
+    return pd.DataFrame([row(m) for m in "ABC"], columns=["mode", "pairs", *DEGREES, "verdicts", "mean_total_swing"])
 
 # %% ../../nbs/library/battery/05_triage.ipynb #cd9d746f
 def triage(model: Any, pairs: Sequence[PromptPair], spares: Sequence[PromptPair] = (), batch_size: int = 32) -> Triage:

@@ -10,11 +10,10 @@ from dataclasses import fields
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from . import comparisons, pairs
-from .captions import about, compared, curve_words
-from .run_figures import Plate, write_plates
+from .captions import about, conventions_beside, curve_words
+from .run_figures import Drawn, Plate, write_plates
 from ..files import write_table
 from ..results.compare import Comparison, SeedSpread, compare
 from ..results.estimates import Estimate, number
@@ -31,56 +30,65 @@ def _told(table: pd.DataFrame, low: str = "low", high: str = "high", value: str 
     return [format(Estimate(*(known(row[k]) for k in (value, low, high))), ".2f") for _, row in table.iterrows()]
 
 
-def _depths(found: Comparison) -> tuple[Figure, str]:
+def _depths(found: Comparison) -> Drawn:
     parts = [f"{run} at the {position} token {curve_words(rows[rows['measured']].assign(layer=rows['depth'].round(2)), 'depth')}"
              for (run, position), rows in found.curves.groupby(["run", "position"], sort=False)]
-    return comparisons.draw_depths(found.curves), f"Lines by depth in two panels, one for each run. {'; '.join(parts)}."
+    caption = ("Patching resid_pre at the entity token (experiment 3, left) and at the final token (1, right), over the depth of each model. Markers stand where a "
+               "layer was patched; lines are interpolated, and the value at depth 1 is known by construction.")
+    return comparisons.draw_depths(found.curves), caption, f"Lines by depth in two panels, one for each run. {'; '.join(parts)}."
 
 
-def _crossings(found: Comparison) -> tuple[Figure, str]:
+def _crossings(found: Comparison) -> Drawn:
     table = found.crossings.assign(row=lambda t: t["run"], kind=lambda t: t["position"], value=lambda t: t["depth"], low=lambda t: t["depth_low"], high=lambda t: t["depth_high"])
     parts = [f"{run}, {position} token: {x}" for run, position, x in zip(table["run"], table["position"], _told(table))]
-    return comparisons.draw_rows(table, "Depth (fraction of blocks)", (0, 1)), f"Points with intervals, a row for each run. {'; '.join(parts)}."
+    caption = ("Depth at which the mean curve falls through half of TotalSwing at the entity token (experiment 3) and rises through it at the final token (1). "
+               "A depth that is not defined is left out; an interval narrower than its marker is not seen.")
+    return comparisons.draw_rows(table, "Depth (fraction of blocks)", (0, 1)), caption, f"Points with intervals, a row for each run. {'; '.join(parts)}."
 
 # %% ../../nbs/library/figures/07_comparison_figures.ipynb #6b97f167
-def _concentration(found: Comparison) -> tuple[Figure, str]:
+def _concentration(found: Comparison) -> Drawn:
     parts = [f"{r['run']}, {r.position} token: " + ("no effect" if pd.isna(r.heads) else f"{r.heads} of {r.of} heads") for _, r in found.heads.iterrows()]
-    return comparisons.draw_concentration(found.heads), f"Horizontal bars in two panels, one for each run. {'; '.join(parts)}."
+    caption = ("Share of all heads that hold half of the summed mean effects of single heads (z, in size), at the entity token (experiment 4, left) and the final token (4F, "
+               "right); 0: one of very many, 0.5: all alike. Beside the bars: heads, of all; where there are more, noise in their means makes them look more diffuse.")
+    return comparisons.draw_concentration(found.heads), caption, f"Horizontal bars in two panels, one for each run. {'; '.join(parts)}."
 
 
-def _differences(found: Comparison) -> tuple[Figure, str]:
+def _differences(found: Comparison) -> Drawn:
     table = found.differences.assign(row=[QUANTITIES[q].label for q in found.differences["quantity"]], kind="difference")
     a, b = table["a"].iloc[0], table["b"].iloc[0]
-    return comparisons.draw_rows(table, f"{b} minus {a}"), ("Points with intervals, a row for each quantity. "
+    caption = (f"What {b} has more than {a}, in quantities that models of different shape share, paired over the {len(found.common)} pairs that both know. "
+               "0: no difference, 1: the whole depth, all heads or the whole sum.")
+    return comparisons.draw_rows(table, f"{b} minus {a}"), caption, ("Points with intervals, a row for each quantity. "
                                                        f"{'; '.join(f'{row}: {x}' for row, x in zip(table['row'], _told(table)))}.")
 
 
-def _drift(found: Comparison) -> tuple[Figure, str]:
+def _drift(found: Comparison) -> Drawn:
     d = found.drift
     summary = pd.DataFrame({"tokenizer": d["run"], "pairs": d["battery"], "usable": d["battery"] - d["dropped"], "replaced": d["replaced"]})
     parts = [f"{r['run']}: {r.battery - r.dropped} of {r.battery} aligned, {r.replaced} replaced" for _, r in d.iterrows()]
-    return pairs.draw_drift(summary.assign(selected=summary["usable"] + summary["replaced"])), f"A bar for each run. {'; '.join(parts)}."
+    caption = ("What each model's tokenizer leaves of the battery: pairs that it aligns, pairs replaced by a spare, pairs lost without one (0: none). "
+               "No patching is involved, and no logit difference is read.")
+    return pairs.draw_drift(summary.assign(selected=summary["usable"] + summary["replaced"])), caption, f"A bar for each run. {'; '.join(parts)}."
 
 # %% ../../nbs/library/figures/07_comparison_figures.ipynb #58199c9c
 def comparison_plates(found: Comparison, runs: Sequence[Run]) -> list[Plate]:
     """Figures of a `Comparison` of these runs: depths, crossings, concentration; for two runs their differences; drift where there is any."""
-    abouts, made = [about(run) for run in runs], {"depths": _depths(found), "crossings": _crossings(found), "concentration": _concentration(found)}
-    more = {}
-    if len(runs) == 2 and len(found.common) > 1:
-        made["differences"] = _differences(found)
-        more["differences"] = {"a": found.models["run"].iloc[0], "b": found.models["run"].iloc[1], "n": len(found.common)}
+    made = {"depths": _depths(found), "crossings": _crossings(found), "concentration": _concentration(found)}
+    if len(runs) == 2 and len(found.common) > 1: made["differences"] = _differences(found)
     if found.drift["dropped"].any(): made["drift"] = _drift(found)
-    return [Plate(name, figure, compared(name, abouts, **more.get(name, {})), alt) for name, (figure, alt) in made.items()]
+    shared = conventions_beside([about(run) for run in runs])
+    return [Plate(name, *drawn, shared) for name, drawn in made.items()]
 
 
 def seed_plate(found: SeedSpread, runs: Sequence[Run], shown: Sequence[str] = ("leaves", "arrives", "half_entity", "half_final")) -> Plate:
     "The spread over trainings of one recipe beside the spread over pairs, for these `QUANTITIES`."
-    labels = {key: QUANTITIES[key].label for key in shown}
+    labels, abouts = {key: QUANTITIES[key].label for key in shown}, [about(run) for run in runs]
     parts = [f"{labels[r.quantity]}: mean {number(r['mean'])}, from {number(r.lowest)} to {number(r.highest)}, half width over pairs {number(r.over_pairs)}"
              for _, r in found.spread.iterrows() if r.quantity in labels]
-    figure = comparisons.draw_seeds(found.runs, found.spread, labels)
-    return Plate("seeds", figure, compared("seeds", [about(run) for run in runs], k=len(runs)),
-                 f"Points with intervals, a row for each training, in {len(labels)} panels. {'; '.join(parts)}.")
+    caption = (f"The recipe of {runs[0].model_name}, trained {len(runs)} times (n = {', '.join(str(a.n['fraction']) for a in abouts)} pairs): each training with its interval, "
+               "below them their mean with lowest and highest; where that row is wider than the others, more pairs would not have helped.")
+    return Plate("seeds", comparisons.draw_seeds(found.runs, found.spread, labels), caption,
+                 f"Points with intervals, a row for each training, in {len(labels)} panels. {'; '.join(parts)}.", conventions_beside(abouts))
 
 # %% ../../nbs/library/figures/07_comparison_figures.ipynb #0ced304e
 def save_comparison(runs: Sequence[Run], folder: str | Path) -> list[Path]:

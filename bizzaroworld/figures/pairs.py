@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..battery.knowing import DEGREES, NOT_PREFERRED, counts, highest
 from .style import (ACCENT, KNOWN, SITE_COLORS, SMALL, count_axis, layer_axis, legend, levels, name_points,
                                         panels, styled)
 from ..results.estimates import Estimate
@@ -131,11 +132,14 @@ def draw_release_damage(points: pd.DataFrame, r: Estimate, n_layers: int) -> Fig
 # %% ../../nbs/library/figures/04_pairs.ipynb #a7e090a8
 @styled
 def draw_triage(triage: pd.DataFrame, first: int) -> Figure:
-    "The pairs by TotalSwing; those that the model does not know are hatched, a line stands after the `first` (mode A)."
-    figure, (ax,) = panels(1, 3.4)
-    for known, rows in triage.groupby("known", sort=False):
-        look = KNOWN[bool(known)]
-        ax.bar(rows["rank"], rows["total_swing"], width=0.8, **look | {"label": f"{look['label']} ({len(rows)})"})
+    "The pairs by TotalSwing, in the color of their highest degree of knowing, with the size of each set; a line after the `first` (mode A)."
+    figure, (ax,) = panels(1, 3.6)
+    degree, sizes = highest(triage), {DEGREES[name]: n for name, n in counts(triage).items()}
+    sizes |= {NOT_PREFERRED: int((degree == NOT_PREFERRED).sum())}
+    for name in (name for name in reversed(KNOWN) if sizes[name]):
+        rows = triage[degree == name]
+        x, y = (rows["rank"], rows["total_swing"]) if len(rows) else ([-1], [0])  # a set of which every pair is in a smaller one, too
+        ax.bar(x, y, width=0.8, **KNOWN[name], label=f"{name} ({sizes[name]})")
     if len(triage) > first: ax.axvline(first + 0.5, color="0.2", ls="--", lw=1.5, zorder=0, label="end of mode A")
     levels(ax, 0)
     ax.set(xlabel="Rank of the pair", ylabel="TotalSwing (logits)", xlim=(0.3, len(triage) + 0.7))

@@ -14,42 +14,48 @@ from matplotlib import style
 from matplotlib.figure import Figure
 
 from . import layers, pairs
-from .captions import about, caption, curve_words, head_words, layer_words
+from .captions import about, conventions, curve_words, head_words, layer_words
 from .style import CONTROLS, STYLE
 from ..files import replacing, write_json
 from ..results.correlations import correlations, pair_points, pearson, relation, spearman, top_pairs
 from ..results.effects import category_curves, control_curves, curve, effect_matrix
 from ..results.estimates import number
 from ..results.heads import head_frequency, head_table
-from ..results.layers import crossing, release_layer, worst_layer
+from ..results.layers import RELEASE, crossing, release_layer, worst_layer
 from ..study.runs import DamagedError, Run, RunError
 
 # %% auto #0
 __all__ = ['Drawn', 'MAKERS', 'OPTIONAL', 'Plate', 'plate', 'plates', 'write_plates', 'save_figures']
 
 # %% ../../nbs/library/figures/06_run_figures.ipynb #07f23571
-Drawn = tuple[Figure, str, dict[str, object]]  # the figure, the text in its place, what its caption needs to know
+Drawn = tuple[Figure, str, str]  # the figure, its caption, the text in its place
 
 
 def _residual(run: Run) -> Drawn:
     logits = {e: {m: curve(run, e, m) for m in "ABC"} for e in ("3", "1")}
-    return layers.draw_residual(logits["3"], logits["1"]), (
+    caption = ("Mean effect of patching the residual stream (resid_pre) at one token, by layer and mode: at the entity token (experiment 3, solid) and at "
+               "the final token (1, dashed); n = {A}, {B} and {C} pairs.").format(**about(run).n)
+    return layers.draw_residual(logits["3"], logits["1"]), caption, (
         "Two lines by layer in three panels, one for each mode. In mode C the entity token's "
-        f"{curve_words(logits['3']['C'])}; the final token's {curve_words(logits['1']['C'])}."), {}
+        f"{curve_words(logits['3']['C'])}; the final token's {curve_words(logits['1']['C'])}.")
 
 
 def _sites(run: Run) -> Drawn:
     entity, final = (curve(run, e, value="fraction") for e in ("2B", "2A"))
     told = ["; ".join(f"{s} {curve_words(t)}" for s, t in table.groupby("site", sort=False)) for table in (entity, final)]
-    return layers.draw_sites(entity, final), f"Five lines by layer in two panels. At the entity token: {told[0]}. At the final token: {told[1]}.", {}
+    caption = (f"Mean effect of patching each site at the entity token (experiment 2B, left) and at the final token (2A, right), by layer; {about(run).counted}. "
+               "The three resid sites are cumulative; attn_out and mlp_out are what one sublayer adds.")
+    return layers.draw_sites(entity, final), caption, f"Five lines by layer in two panels. At the entity token: {told[0]}. At the final token: {told[1]}."
 
 
 def _crossing(run: Run) -> Drawn:
     entity, final = (curve(run, e, value="fraction") for e in ("3", "1"))
     depths = {"entity": crossing(run), "final": crossing(run, experiment="1")}
-    return layers.draw_crossing(entity, final, depths), (
+    caption = (f"Patching resid_pre at the entity token (experiment 3) and at the final token (1), over the blocks; {about(run).counted}. "
+               "Vertical lines: depth at which each mean curve passes one half, shaded its 95% interval; dotted ends are known by construction.")
+    return layers.draw_crossing(entity, final, depths), caption, (
         f"Two lines by depth. The entity token's {curve_words(entity)}, and passes one half at {depths['entity']}; the final token's "
-        f"{curve_words(final)}, and passes one half at {depths['final']}."), {}
+        f"{curve_words(final)}, and passes one half at {depths['final']}.")
 
 # %% ../../nbs/library/figures/06_run_figures.ipynb #e1102978
 def _controls(run: Run) -> Drawn:
@@ -58,7 +64,9 @@ def _controls(run: Run) -> Drawn:
             for p, t in tables.items()]
     first = tables["entity"].groupby("control", sort=False)["n"].first()
     counts = ", ".join(f"{CONTROLS[c]['label']} {n}" for c, n in first.items() if c != "none")
-    return layers.draw_controls(tables["entity"], tables["final"]), f"Lines by layer in two panels. {'. '.join(told)}.", {"counts": counts}
+    caption = (f"The real patch (black, {about(run).counted}) beside controls ({counts}), at the entity (left) and final token (right). A donor of another "
+               "category takes the fact away and brings no other, about one half; another token at layer 0 changes nothing by construction.")
+    return layers.draw_controls(tables["entity"], tables["final"]), caption, f"Lines by layer in two panels. {'. '.join(told)}."
 
 
 def _categories(run: Run) -> Drawn:
@@ -66,73 +74,96 @@ def _categories(run: Run) -> Drawn:
     table = category_curves(run)
     def ends(mean: pd.Series) -> str: return "not defined" if mean.isna().any() else f"{number(mean.iloc[0])} to {number(mean.iloc[-1])}"
     told = [f"{c} {ends(rows['mean'])}" for c, rows in table.groupby("category", sort=False)]
-    return layers.draw_categories(table), f"One line by layer in each of {len(told)} panels; first and last value: {', '.join(told)}.", {}
+    caption = (f"Mean effect of patching resid_pre at the entity token (experiment 3) by category, each panel with its number of pairs; {about(run).counted} "
+               "in all. A category of one pair, or of too few to tell, has no band.")
+    return layers.draw_categories(table), caption, f"One line by layer in each of {len(told)} panels; first and last value: {', '.join(told)}."
 
-
+# %% ../../nbs/library/figures/06_run_figures.ipynb #c7d59820
 def _pairs(run: Run) -> Drawn:
     ids = list(top_pairs(run, 5).pair_id)
     entity, final = (effect_matrix(run, e).loc[ids] for e in ("3", "1"))
     names = pair_points(run).set_index("pair_id").label[ids]
     def ends(table: pd.DataFrame, i: str) -> str: return " to ".join(number(table.loc[i].iloc[k]) for k in (0, -1))
     told = [f"{names[i]}: entity token {ends(entity, i)}, final token {ends(final, i)}" for i in ids]
-    return layers.draw_pairs(entity, final, names), f"Two lines by layer in each of {len(ids)} panels, first to last layer. {'; '.join(told)}.", {"k": len(ids)}
+    caption = (f"Patching resid_pre at the entity token (experiment 3, solid) and at the final token (1, dashed), in the {len(ids)} of {about(run).n['C']} pairs with "
+               "the largest TotalSwing; n = 1 in each panel, without intervals. Chosen for their size: they are not typical.")
+    return layers.draw_pairs(entity, final, names), caption, f"Two lines by layer in each of {len(ids)} panels, first to last layer. {'; '.join(told)}."
 
 
 def _heads(run: Run) -> Drawn:
     entity, final = (head_table(run, e) for e in ("4", "4F"))
-    return layers.draw_heads(entity, final), (f"Two heatmaps of effects in logits, layer by head. At the entity token the {head_words(entity)}; "
-                                            f"at the final token the {head_words(final)}."), {}
+    caption = (f"Mean effect of patching z of one head: what heads write at the entity token (experiment 4, left) and bring to the final token (4F, right); "
+               f"n = {about(run).n['C']} pairs. Both maps share one scale, in logits, centered on 0.")
+    return layers.draw_heads(entity, final), caption, (
+        f"Two heatmaps of effects in logits, layer by head. At the entity token the {head_words(entity)}; at the final token the {head_words(final)}.")
 
 # %% ../../nbs/library/figures/06_run_figures.ipynb #c1bad467
 def _worst(run: Run) -> Drawn:
     found = {m: worst_layer(run, "1", m) for m in "ABC"}
     told = "; ".join(f"mode {m}: {layer_words(w)}, mean {w.mean}" for m, w in found.items())
-    return pairs.draw_worst(found), f"Bars by layer in three panels. Pairs with their worst layer there: {told}.", {}
+    caption = ("Layer at which patching resid_pre at the final token (experiment 1) moves ld furthest toward the donor run, for each pair of a mode (n = {A}, {B} "
+               "and {C}); diamonds: their mean with its interval. Nearly an identity: the last layers there are the answer itself.").format(**about(run).n)
+    return pairs.draw_worst(found), caption, f"Bars by layer in three panels. Pairs with their worst layer there: {told}."
 
 
 def _release(run: Run) -> Drawn:
     found = {"below 2 logits": release_layer(run), "below 10% of TotalSwing": release_layer(run, value="fraction")}
     told = "; ".join(f"{name}: {layer_words(f)}, mean {f.mean}" for name, f in found.items())
-    return pairs.draw_release(found), f"Bars by layer in two panels. Pairs that release there: {told}.", {}
+    caption = (f"First layer at which patching resid_pre at the entity token (experiment 3) moves ld by less than {RELEASE['effect']:g} logits (left) or "
+               f"{RELEASE['fraction']:.0%} of TotalSwing (right), for each pair; {about(run).counted} on the right. Hatched: pairs without such a layer; "
+               "diamonds: mean of the others with its interval.")
+    return pairs.draw_release(found), caption, f"Bars by layer in two panels. Pairs that release there: {told}."
 
-
+# %% ../../nbs/library/figures/06_run_figures.ipynb #4c3b8328
 def _span(y: pd.Series, spec: str = ".2f") -> str:
     return "" if y.isna().all() else f", from {number(y.min(), spec)} to {number(y.max(), spec)}"
 
 
-def _damage(run: Run, x: str, label: str) -> Drawn:
+def _damage(run: Run, x: str, label: str, caption: str) -> Drawn:
     points = pair_points(run)
     r = {y: relation(points, x, y, pearson) for y in ("damage", "fraction")}
     by_mode = ", ".join(f"{m} {correlations(run, m)[x]['pearson']}" for m in "ABC")
-    return pairs.draw_damage(points, x, label, r), (
+    return pairs.draw_damage(points, x, label, r), caption.format(by_mode=by_mode, n=about(run).n["C"]), (
         f"Two clouds of points, one for each pair, over {label}. Effect in logits: r = {r['damage']}{_span(points.damage)}. "
-        f"Fraction of TotalSwing: r = {r['fraction']}{_span(points.fraction)}."
-    ), {"by_mode": by_mode}
+        f"Fraction of TotalSwing: r = {r['fraction']}{_span(points.fraction)}.")
 
 
-def _confidence(run: Run) -> Drawn: return _damage(run, "ld_clean", "Clean ld (logits)")
-def _swing(run: Run) -> Drawn: return _damage(run, "total_swing", "TotalSwing (logits)")
+def _confidence(run: Run) -> Drawn:
+    return _damage(run, "ld_clean", "Clean ld (logits)", (
+        "Confidence (clean ld) against the effect at the worst layer of experiment 1, in logits (left) and as a fraction (right), n = {n} pairs; "
+        "Pearson r by mode: {by_mode}. Clean ld is a term of TotalSwing, nearly this effect by construction; not so on the right."))
+
+
+def _swing(run: Run) -> Drawn:
+    return _damage(run, "total_swing", "TotalSwing (logits)", (
+        "TotalSwing against the effect at the worst layer of experiment 1, in logits (left) and as a fraction (right), n = {n} pairs; dashed: the donor's answer; "
+        "Pearson r by mode: {by_mode}. Nearly an identity, so r near 1 in size localizes nothing."))
 
 # %% ../../nbs/library/figures/06_run_figures.ipynb #3ea85567
 def _release_damage(run: Run) -> Drawn:
     points = pair_points(run)
     r = relation(points, "release", "entity", spearman)
-    return pairs.draw_release_damage(points, r, run.n_layers), (
-        f"A cloud of {r.n} points: release layers{_span(points.release, '.0f')}; largest effects{_span(points.entity)} logits; Spearman r = {r}."), {}
+    caption = (f"Release layer (below {RELEASE['effect']:g} logits) against the largest effect at the entity token (experiment 3), n = {about(run).n['C']} pairs; points of one "
+               "layer stand side by side. That effect is nearly the TotalSwing by construction, and a larger one takes longer to fall below a fixed threshold.")
+    return pairs.draw_release_damage(points, r, run.n_layers), caption, (
+        f"A cloud of {r.n} points: release layers{_span(points.release, '.0f')}; largest effects{_span(points.entity)} logits; Spearman r = {r}.")
 
 
 def _head_frequency(run: Run) -> Drawn:
     tables = {"entity token (4)": head_frequency(run, "4", "C"), "final token (4F)": head_frequency(run, "4F", "C")}
     told = [f"{name}: " + ", ".join(f"{n} {s:.0%}" for n, s in zip(t["name"].head(3), t["share"].head(3))) for name, t in tables.items()]
-    shown, heads = pairs.FIRST, len(head_table(run, "4F"))
-    return pairs.draw_head_frequency(tables), f"Horizontal bars in two panels, the most frequent heads. {'; '.join(told)}.", {"shown": min(shown, heads), "heads": heads}
+    heads = len(head_table(run, "4F"))
+    caption = (f"Share of {about(run).n['C']} pairs (0: none, 1: every pair) of which a head is the one whose z moves ld furthest toward the donor run; the {min(pairs.FIRST, heads)} "
+               f"most frequent of {heads} heads, at the entity (left) and final token (right). Whiskers: 95% Wilson intervals; dashed: all heads alike.")
+    return pairs.draw_head_frequency(tables), caption, f"Horizontal bars in two panels, the most frequent heads. {'; '.join(told)}."
 
 
 def _triage(run: Run) -> Drawn:
     t = run.triage
-    return pairs.draw_triage(t, len(run.pairs("A"))), (
-        f"Bars by rank, from {t.total_swing.iloc[0]:.1f} down to {t.total_swing.iloc[-1]:.1f} logits; "
-        f"{int((~t.known).sum())} of {len(t)} pairs are not known."), {}
+    caption = (f"TotalSwing (ld of the clean minus ld of the corrupted prompt, in logits) of the {about(run).n['C']} pairs, largest first, before any patch; 0: the model does "
+               "not tell the two prompts apart. Known: on both prompts the right answer is ranked first.")
+    return pairs.draw_triage(t, len(run.pairs("A"))), caption, (
+        f"Bars by rank, from {t.total_swing.iloc[0]:.1f} down to {t.total_swing.iloc[-1]:.1f} logits; {int((~t.known).sum())} of {len(t)} pairs are not known.")
 
 # %% ../../nbs/library/figures/06_run_figures.ipynb #52353ebb
 MAKERS: dict[str, Callable[[Run], Drawn]] = {
@@ -144,18 +175,23 @@ OPTIONAL = ("controls", "categories")  # an older run has no controls, one witho
 
 @dataclass(frozen=True, eq=False)
 class Plate:
-    "A figure with its name, its caption, and the text that stands in for it."
+    "A figure with its name, its caption, the text that stands in for it, and the conventions of the page it is for."
     name: str
     figure: Figure
     caption: str
     alt: str
+    conventions: str = ""
+
+    @property
+    def full_caption(self) -> str:
+        "What stands with the figure where no page says the conventions."
+        return f"{self.caption} {self.conventions}".strip()
 
 
 def plate(run: Run, name: str) -> Plate:
     "One figure of a run, by name. Raises `RunError` if there is no such figure, or the run lacks what it shows."
     if name not in MAKERS: raise RunError(f"There is no figure {name!r}: use one of {', '.join(MAKERS)}.")
-    figure, alt, more = MAKERS[name](run)
-    return Plate(name, figure, caption(name, about(run), **more), alt)
+    return Plate(name, *MAKERS[name](run), conventions(about(run)))
 
 
 def plates(run: Run) -> list[Plate]:
@@ -171,13 +207,13 @@ def plates(run: Run) -> list[Plate]:
 def write_plates(found: list[Plate], folder: str | Path) -> list[Path]:
     """Write figures as PNG files, each in one step; return their paths.
 
-    `captions.json` in the same folder holds the caption and the alternative text of each."""
+    `captions.json` in the same folder holds the full caption and the alternative text of each."""
     folder = Path(folder)
     for made in found:
-        texts = {"Software": None, "Title": made.caption, "Description": made.alt}
+        texts = {"Software": None, "Title": made.full_caption, "Description": made.alt}
         with style.context(["default", STYLE]), replacing(folder / f"{made.name}.png") as tmp:
             made.figure.savefig(tmp, format="png", dpi=150, metadata=texts)
-    write_json(folder / "captions.json", {f"{p.name}.png": {"caption": p.caption, "alt": p.alt} for p in found})
+    write_json(folder / "captions.json", {f"{p.name}.png": {"caption": p.full_caption, "alt": p.alt} for p in found})
     return [folder / f"{made.name}.png" for made in found]
 
 

@@ -18,6 +18,8 @@ from matplotlib.text import Annotation
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
+from ..battery.knowing import DEGREES, NOT_PREFERRED
+
 # %% auto #0
 __all__ = ['SITE_COLORS', 'SITE_MARKS', 'POSITIONS', 'ACCENT', 'CONTROLS', 'RUN_LOOKS', 'KNOWN', 'WIDTH', 'SMALL', 'STYLE',
            'styled', 'AROUND', 'panels', 'layer_axis', 'count_axis', 'levels', 'legend', 'words', 'line', 'name_points']
@@ -40,8 +42,8 @@ CONTROLS = {"none": {"label": "real patch", "color": SITE_COLORS["resid_pre"], "
 RUN_LOOKS = ({"color": "#332288", "ls": "-", "marker": "o"}, {"color": "#CC6677", "ls": "--", "marker": "s", "mfc": "white"},
              {"color": "#117733", "ls": "-.", "marker": "^"}, {"color": "#AA4499", "ls": ":", "marker": "D", "mfc": "white"},
              {"color": "#999933", "ls": (0, (6, 1, 1, 1)), "marker": "v"}, {"color": "#661100", "ls": (0, (3, 1)), "marker": "P"})
-KNOWN = {True: {"label": "known", "color": "0.45"},
-         False: {"label": "not known", "facecolor": "white", "edgecolor": ACCENT, "hatch": "////"}}
+KNOWN = dict(zip(DEGREES.values(), ({"facecolor": gray, "edgecolor": "0.3"} for gray in ("0.88", "0.65", "0.3"))))
+KNOWN |= {NOT_PREFERRED: {"facecolor": "white", "edgecolor": ACCENT, "hatch": "////"}}
 
 # %% ../../nbs/library/figures/01_style.ipynb #e9899efa
 WIDTH = 7.0  # inches

@@ -24,11 +24,11 @@ from .adapters import has_adapter, merged
 from .gguf import GgufFile, gguf_config, gguf_model, gguf_tokenizer, read_gguf
 from .bridge import attach_bridge, bridge_in_memory
 from .hooked import HEAD_SITES, SITES, Model, ModelError, Shape, free_bytes, hook_points, readout_of
-from .identity import sha256_file, sha256_tensors, weights_sha256
-from .names import PACKAGED, embedded_models, locate
+from .identity import sha256_file, sha256_files, sha256_tensors, weight_files, weights_sha256
+from .names import PACKAGED, called, embedded_models, locate
 
 # %% auto #0
-__all__ = ['UNSURE', 'load_tokenizer', 'weight_bytes', 'validate', 'load_model']
+__all__ = ['UNSURE', 'load_tokenizer', 'weight_bytes', 'validate', 'load_model', 'is_embedded']
 
 # %% ../../nbs/library/model/07_load.ipynb #6e6b8522
 def _explain(name: str, error: BaseException) -> ModelError:
@@ -270,8 +270,8 @@ def load_model(model: str | torch.nn.Module, *, tokenizer=None, device: torch.de
     Raises `ModelError` for an unknown name, a missing license, token or network, a damaged file, too little memory, an
     architecture without hooks, or a model whose logits change when hooks are attached."""
     if isinstance(model, str):
-        name = model
-        hf_model, tokenizer, sha, note = _fetched(name, tokenizer, _as_device(device), _as_dtype(dtype), revision, trust_remote_code)
+        (name,) = called([model])
+        hf_model, tokenizer, sha, note = _fetched(model, tokenizer, _as_device(device), _as_dtype(dtype), revision, trust_remote_code)
     else:
         hf_model, tokenizer = bridge_in_memory(model, tokenizer)
         name, sha, note = type(hf_model).__name__, sha256_tensors(hf_model), _quantized(hf_model.config)
@@ -281,3 +281,9 @@ def load_model(model: str | torch.nn.Module, *, tokenizer=None, device: torch.de
     loaded = Model(bridge, tokenizer, name, shape, readout, hook_points(bridge, shape.n_layers),
                    getattr(hf_model.config, "_commit_hash", None) or revision, sha, note)
     return validate(loaded, bare, ids)
+
+# %% ../../nbs/library/model/07_load.ipynb #326e3a33
+def is_embedded(model: Model) -> bool:
+    "Whether a model is the embedded one of its name, by its weights."
+    folder = embedded_models().get(model.name)
+    return folder is not None and model.weights_sha256 == sha256_files(weight_files(str(folder)))

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..files import data_path, replacing
 
 # %% auto #0
 __all__ = ['PACKAGED', 'ModelError', 'embedded_models', 'Packaged', 'parts_of', 'packaged_lines', 'cache_folder', 'assemble',
-           'locate']
+           'locate', 'called']
 
 # %% ../../nbs/library/model/01_names.ipynb #080e615b
 class ModelError(ValueError):
@@ -124,3 +125,12 @@ def locate(name: str, revision: str | None = None) -> str:
         raise ModelError(f"There is no folder or file {name!r}. Give one that exists, a Hub id such as 'google/gemma-2b', a file on the "
                          f"Hub ('org/repo:file.gguf'), or a model by name: {', '.join([*known, *PACKAGED])}.")
     return name
+
+# %% ../../nbs/library/model/01_names.ipynb #da1a8b2a
+def called(names: Sequence[str]) -> list[str]:
+    "What these models are called: folders and GGUF files by their last part, or as given where two share it; all others as given."
+    def short(name: str) -> str:
+        path = Path(os.path.abspath(Path(name).expanduser()))
+        return path.name if path.is_dir() else path.stem if path.is_file() else name
+    found = [short(name) for name in names]
+    return [s if found.count(s) == 1 else name for s, name in zip(found, names)]

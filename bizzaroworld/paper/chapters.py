@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from ..figures.captions import about, conventions, conventions_beside
 from ..results.effects import MIN_SWING
 from ..results.estimates import Estimate, number
 from ..results.summary import NOTHING
@@ -20,7 +21,7 @@ from ..study.runs import Run, RunError, open_run
 
 # %% auto #0
 __all__ = ['DPI', 'plain', 'Text', 'say', 'bullets', 'listed', 'percent', 'count', 'cell', 'interval', 'table', 'Picture', 'note',
-           'named', 'beside', 'LeftOut', 'leave_out', 'needs_swing']
+           'how_to_read', 'named', 'beside', 'LeftOut', 'leave_out', 'needs_swing']
 
 # %% ../../nbs/library/paper/01_chapters.ipynb #9bfce416
 def plain(text: object) -> str:
@@ -29,8 +30,13 @@ def plain(text: object) -> str:
 
 
 class Text(str):
-    "Markdown that a notebook shows as such. `kind` tells a note below a figure from the running text."
+    "Markdown that a notebook shows as such. `kind` tells a note below a figure, and conventions, from the running text."
     kind: str = "text"
+
+    def of(self, kind: str) -> Text:
+        "The same text, as of this kind."
+        self.kind = kind
+        return self
 
     def __repr__(self) -> str: return str(self)
     def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
@@ -103,10 +109,14 @@ class Picture:
 
 
 def note(plate: Any) -> Text:
-    "What stands below a figure: its caption, with model, direction, metric and n."
-    text = Text(plain(plate.caption))
-    text.kind = "note"
-    return text
+    "What stands below a figure: its caption, without what the chapter's conventions say."
+    return Text(plain(plate.caption)).of("note")
+
+
+def how_to_read(run: Run, *others: Run) -> Text:
+    "The conventions of a chapter's figures, of one run or of several side by side; a page of many chapters shows them once."
+    abouts = [about(r) for r in (run, *others)]
+    return Text("**How to read the figures.** " + plain(conventions_beside(abouts) if others else conventions(abouts[0]))).of("conventions")
 
 # %% ../../nbs/library/paper/01_chapters.ipynb #9e022c53
 def named(run: Run) -> str:

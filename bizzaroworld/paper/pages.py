@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 
 from markdown_it import MarkdownIt
@@ -17,7 +18,7 @@ from pygments.lexers import PythonLexer
 
 # %% auto #0
 __all__ = ['SITE', 'KINDS', 'STYLE', 'PageError', 'Chapter', 'source', 'directives', 'Source', 'bibliography', 'told_apart',
-           'numbered', 'Resolver', 'to_html', 'anchor', 'chapter_html', 'contents', 'references', 'page']
+           'numbered', 'Resolver', 'to_html', 'anchor', 'chapter_html', 'contents', 'references', 'said_once', 'page']
 
 # %% ../../nbs/library/paper/02_pages.ipynb #97f51422
 class PageError(ValueError):
@@ -173,8 +174,7 @@ def _shown(output: Mapping, told: Mapping[str, str], resolve: Resolver) -> str:
     if output["output_type"] == "stream": return f"<pre>{html.escape(''.join(output['text']))}</pre>\n"
     data = output.get("data", {})
     if "text/markdown" in data:
-        kind = output.get("metadata", {}).get("text/markdown", {}).get("kind", "text")
-        return f'<div class="{html.escape(kind)}">{to_html(resolve("".join(data["text/markdown"])))}</div>\n'
+        return f'<div class="{html.escape(_kind(output))}">{to_html(resolve("".join(data["text/markdown"])))}</div>\n'
     if any(k.startswith("image/") for k in data): return _picture(output, told)
     if "text/html" in data:
         return f'<div class="wide">{re.sub(r"<style.*?</style>", "", "".join(data["text/html"]), flags=re.S)}</div>\n'
@@ -232,6 +232,27 @@ def _entry(s: Source) -> str:
     text = html.escape(f"{names} ({s.year}). {s.title}." + (f" {s.where}." if s.where else ""))
     return f'<li id="ref-{s.key}">{text} <a href="{html.escape(s.url, quote=True)}">{html.escape(s.url)}</a></li>\n'
 
+# %% ../../nbs/library/paper/02_pages.ipynb #8201c92a
+def _kind(output: Mapping) -> str:
+    "What a text is: a note, conventions, or running text."
+    return output.get("metadata", {}).get("text/markdown", {}).get("kind", "text")
+
+
+def said_once(chapters: Sequence[Chapter], labels: Mapping[str, str]) -> tuple[str, list[Chapter]]:
+    "The first conventions of these chapters, for the top of their page; and the chapters without what was said before."
+    chapters, told, noted, label = deepcopy(list(chapters)), [], {}, ""
+    for cell in (cell for c in chapters if not c.left_out for cell in c.notebook["cells"] if cell["cell_type"] == "code"):
+        label = directives(cell).get("label", label)
+        for output in cell["outputs"]:
+            text = "".join(output.get("data", {}).get("text/markdown", ""))
+            if _kind(output) == "conventions":
+                told.append([s for s in re.split(r"(?<=\.) (?=[A-Z])", text) if s not in sum(told, [])])
+                output["data"] = {"text/markdown": " ".join(told[-1]) if told[1:] else ""}
+            elif _kind(output) == "note" and (first := noted.setdefault(text, label)) != label and first in labels:
+                output["data"] = {"text/markdown": f"Read as [{labels[first]}](#{first})."}
+        cell["outputs"] = [o for o in cell["outputs"] if o.get("data", {}).get("text/markdown") != ""]
+    return " ".join(told[0]) if told else "", chapters
+
 # %% ../../nbs/library/paper/02_pages.ipynb #8e9be8c9
 STYLE = """
 :root { color-scheme: light; --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --link: #0b57a4; }
@@ -244,7 +265,7 @@ nav ul { list-style: none; margin: 0.5rem 0; padding: 0; } nav li { margin: 0.35
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 0.5rem; } h2 { margin: 3.2rem 0 0.6rem; padding-top: 0.6rem; border-top: 1px solid var(--line); }
 h3 { margin: 2rem 0 0.4rem; } blockquote { margin: 0 0 1rem; color: var(--soft); font-size: 1.05em; }
 figure { margin: 1.6rem 0 0.4rem; } figure img { max-width: 100%; height: auto; } figcaption, .note { font-size: 0.88em; } figcaption p, .note p { margin: 0.3rem 0; }
-.note { color: var(--soft); margin-bottom: 1.6rem; } .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.85em; font-variant-numeric: tabular-nums; }
+.note { color: var(--soft); margin-bottom: 1.6rem; } .conventions { color: var(--soft); font-size: 0.9em; } .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.85em; font-variant-numeric: tabular-nums; }
 th, td { border-bottom: 1px solid var(--line); padding: 0.25rem 0.6rem; text-align: left; vertical-align: top; } th { border-bottom-width: 2px; }
 details { margin: 0.5rem 0 1rem; } summary { cursor: pointer; color: var(--soft); font-size: 0.85em; } pre { overflow-x: auto; padding: 0.6rem 0.8rem; background: #f6f8fa; font-size: 0.82em; line-height: 1.45; }
 .caution, .left-out { border-left: 4px solid #b35900; background: #fff6ea; padding: 0.6rem 1rem; } .facts { color: var(--soft); font-size: 0.9em; } iframe { width: 100%; height: 85vh; border: 1px solid var(--line); }
@@ -262,7 +283,10 @@ def page(title: str, head: str, chapters: Sequence[Chapter], sources: Mapping[st
 
     `head`: HTML below the title. `more`: further sections before the references, id to (title, HTML).
     Raises `PageError` for a reference that leads nowhere."""
-    resolve = Resolver(numbered(chapters), sources, frozenset(c.name for c in chapters), frozenset(more))
+    labels = numbered(chapters)
+    top, chapters = said_once(chapters, labels)
+    if top: head += f'<div class="conventions">{to_html(top)}</div>\n'
+    resolve = Resolver(labels, sources, frozenset(c.name for c in chapters), frozenset(more))
     body = "".join(chapter_html(c, resolve) for c in chapters)
     body += "".join(f'<section id="{i}">\n<h2>{html.escape(t)}</h2>\n{part}</section>\n' for i, (t, part) in more.items())
     nav = contents(chapters, {i: t for i, (t, _) in more.items()} | {"references": "References"})

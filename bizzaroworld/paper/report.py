@@ -21,7 +21,7 @@ from ..study.runs import Run, RunError, open_run, output
 from ..views.explorer import explorer_page
 
 # %% auto #0
-__all__ = ['SKIPPED', 'paper_path', 'read_chapters', 'execute', 'identity', 'opening', 'framed', 'write_report']
+__all__ = ['SKIPPED', 'paper_path', 'read_chapters', 'execute', 'identity', 'opening', 'framed', 'report']
 
 # %% ../../nbs/library/paper/03_report.ipynb #30b36794
 def paper_path(*parts: str) -> Path:
@@ -155,7 +155,7 @@ def framed(explorer: str) -> str:
     return f'<iframe title="Explorer of the run" srcdoc="{html.escape(explorer, quote=True)}"></iframe>\n'
 
 
-def write_report(run_folder: str | Path, out: str | Path | None = None, *, chapters: Iterable[str] | None = None,
+def report(run_folder: str | Path, out: str | Path | None = None, *, chapters: Iterable[str] | None = None,
                  explorer: bool = True, progress: Callable[[int, int, str], None] | None = None) -> Path:
     """Execute the paper on a run and write it as one HTML file that needs nothing else; return its path.
 

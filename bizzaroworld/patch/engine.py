@@ -101,12 +101,14 @@ def base_run(model: Model, sequences: Sequence[Sequence[int]], n: int,
 
 # %% ../../nbs/library/patch/04_engine.ipynb #5bc3cd0c
 def add_given(bank: Bank, rows: Sequence[Row], values: Mapping[Edit, Tensor], like: Tensor) -> None:
-    "Put the given values into the bank."
+    "Put the given values into the bank; one vector for an edit of all heads goes to each of them."
+    def vector(g):
+        value = values[g.edit]
+        return value if g.head is None or g.edit.head is not None or value.ndim == 1 else value[g.head]
     for key, slots in _slots(rows, Given).items():
         for edit in {g.edit for g in slots} - set(values):
             raise ValueError(f"{edit}: no value was given for it. Pass values={{edit: tensor}} to the sweep.")
-        vectors = [values[g.edit] if g.head is None or g.edit.head is not None else values[g.edit][g.head] for g in slots]
-        stacked = torch.stack(vectors).to(like)
+        stacked = torch.stack([vector(g) for g in slots]).to(like)
         old, banked = bank.get(key, ({}, stacked[:0]))
         bank[key] = {**old, **{g: len(old) + i for g, i in slots.items()}}, torch.cat([banked, stacked])
 
@@ -137,10 +139,13 @@ def _values(writes: Sequence[Write], banked, like: Tensor) -> Tensor:
 
 
 def _overwrite(site: str, writes: list[tuple[int, Write]], banked):
-    "A hook that puts the values where they belong."
+    "A hook that puts the values where they belong, or on top of what is there."
+    on_top = torch.tensor([isinstance(w.value, Given) and w.value.edit.source == "added" for _, w in writes])
+
     def hook(act):
         where = _index(site, [(i, w.position, w.head) for i, w in writes], act.device)
-        act[where] = _values([w for _, w in writes], banked, act)
+        values = _values([w for _, w in writes], banked, act)
+        act[where] = torch.where(on_top.to(act.device)[:, None], act[where] + values, values) if on_top.any() else values
         return act
     return hook
 

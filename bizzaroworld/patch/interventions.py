@@ -15,7 +15,7 @@ __all__ = ['POSITIONS', 'SOURCES', 'Edit', 'Intervention', 'positions_of', 'grid
 
 # %% ../../nbs/library/patch/01_interventions.ipynb #cf8cd224
 POSITIONS = ("final", "entity", "entity_first", "entity_span", "all")
-SOURCES = ("donor", "zero", "given")
+SOURCES = ("donor", "zero", "given", "added")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,9 @@ class Edit:
     """One activation that is overwritten.
 
     `source` is where the value comes from: `donor` takes it from the other run at the same named position, `zero`
-    is zero, `given` is a tensor that the sweep is handed for this edit (a mean, a steering vector). `head` is an index for the per-head sites (`None`: all heads) and must be `None` elsewhere."""
+    is zero, `given` is a tensor that the sweep is handed for this edit (a mean), and `added` is such a tensor put on top of
+    what is there (a steering vector; minus infinity on an attention score). `head` is an index for the per-head sites
+    (`None`: all heads) and must be `None` elsewhere."""
     site: str
     layer: int
     position: str | int = "final"
@@ -43,10 +45,11 @@ class Edit:
 # %% ../../nbs/library/patch/01_interventions.ipynb #ea69895d
 @dataclass(frozen=True)
 class Intervention:
-    "Edits that are applied together in one run."
+    "Edits that are applied together in one run: one, or any iterable of them."
     edits: tuple[Edit, ...]
 
     def __post_init__(self):
+        object.__setattr__(self, "edits", (self.edits,) if isinstance(self.edits, Edit) else tuple(self.edits))
         if not self.edits: raise ValueError("An intervention needs at least one edit.")
         if len({(e.site, e.layer, e.position, e.head) for e in self.edits}) < len(self.edits):
             raise ValueError(f"{self}: the same activation is edited twice.")

@@ -13,11 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..battery.pairs import PromptPair
 from ..battery.tokens import TokenPair
 from ..model.hooked import PATTERN_SITES, Model
 from .engine import donor_run
 from .interventions import Edit, Intervention
-from .passes import batches_of, rows_of
+from .passes import as_interventions, as_token_pairs, batches_of, rows_of
 
 # %% auto #0
 __all__ = ['mean_values']
@@ -34,13 +35,14 @@ def _fetched(model: Model, pairs: Sequence[TokenPair], edits: Sequence[Edit], si
 
 
 @torch.no_grad()
-def mean_values(model: Model, token_pairs: Sequence[TokenPair], edits: Iterable[Edit], side: str = "clean", *,
-                max_pairs: int = 64) -> dict[Edit, Float[Tensor, "... d"]]:
+def mean_values(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPair | TokenPair],
+                edits: Edit | Intervention | Iterable[Edit | Intervention], side: str = "clean", *, max_pairs: int = 64
+                ) -> dict[Edit, Float[Tensor, "... d"]]:
     """The mean activation at the place of each edit, over pairs (and over tokens, where the place is several).
 
-    `side` is the prompt that is read: `clean` or `corrupt`. The result is what `sweep(values=...)` takes: `d`, or
-    `head d` for an edit of all heads. Raises `ValueError` for attention patterns, whose size varies between prompts."""
-    edits = list(edits)
+    `pairs` and `edits` are what a sweep takes; of interventions, all edits. `side` is the prompt that is read: `clean` or
+    `corrupt`. The result is what `sweep(values=...)` takes: `d`, or `head d` for an edit of all heads. Raises `ValueError` for attention patterns, whose size varies between prompts."""
+    token_pairs, edits = as_token_pairs(model, pairs), [e for one in as_interventions(edits) for e in one.edits]
     for e in edits:
         if e.site in PATTERN_SITES: raise ValueError(f"{e}: attention has another size in every prompt, so it has no mean.")
     sums, counts = defaultdict(lambda: 0.0), defaultdict(int)

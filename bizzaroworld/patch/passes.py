@@ -6,17 +6,31 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ..battery.tokens import TokenPair
+from ..battery.pairs import PromptPair
+from ..battery.tokens import TokenPair, align
 from ..model.hooked import PATTERN_SITES, Shape
 from .interventions import Edit, Intervention, positions_of
 
 # %% auto #0
-__all__ = ['BEFORE_ATTENTION', 'AFTER_MLP', 'Donor', 'Given', 'Write', 'Row', 'rows_of', 'Pass', 'passes_of', 'batches_of']
+__all__ = ['BEFORE_ATTENTION', 'AFTER_MLP', 'as_token_pairs', 'as_interventions', 'Donor', 'Given', 'Write', 'Row', 'rows_of',
+           'Pass', 'passes_of', 'batches_of']
+
+# %% ../../nbs/library/patch/03_passes.ipynb #f46ba7b5
+def as_token_pairs(model_or_tokenizer: Any, pairs: PromptPair | TokenPair | Iterable[PromptPair | TokenPair]) -> list[TokenPair]:
+    "One pair or several as token pairs. Raises `AlignmentError`, which names the pair, where the tokenizer cannot align one."
+    pairs = [pairs] if isinstance(pairs, (PromptPair, TokenPair)) else pairs
+    return [align(model_or_tokenizer, pair) if isinstance(pair, PromptPair) else pair for pair in pairs]
+
+
+def as_interventions(asked: Edit | Intervention | Iterable[Edit | Intervention]) -> list[Intervention]:
+    "One edit or intervention, or several, as interventions: each edit by itself."
+    asked = [asked] if isinstance(asked, (Edit, Intervention)) else asked
+    return [Intervention(one) if isinstance(one, Edit) else one for one in asked]
 
 # %% ../../nbs/library/patch/03_passes.ipynb #1f36e346
 BEFORE_ATTENTION = ("resid_pre", "k", "v")
@@ -80,7 +94,7 @@ def _writes(shape: Shape, pair: int, tp: TokenPair, donor: TokenPair, interventi
         if e.head is not None and not 0 <= e.head < n: raise ValueError(f"{intervention}: {e.site} has {n} heads.")
         for position, there in _places(tp, donor, e):
             for head in [e.head] if e.head is not None or not n else range(n):
-                value = {"donor": Donor(pair, there, head), "given": Given(e, head), "zero": None}[e.source]
+                value = {"donor": Donor(pair, there, head), "given": Given(e, head), "added": Given(e, head), "zero": None}[e.source]
                 yield Write(e.site, e.layer, position, head, value)
 
 

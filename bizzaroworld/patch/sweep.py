@@ -5,7 +5,7 @@
 # %% ../../nbs/library/patch/06_sweep.ipynb #8a0cb2d5
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,15 +15,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from ..battery.pairs import PromptPair
 from ..battery.tokens import TokenPair
 from ..model.hooked import Model, free_bytes
 from .engine import add_given, base_run, in_memory, run_in_memory
 from .interventions import Edit, Intervention
 from .metrics import METRICS, WHOLE_VOCABULARY, effect, recovery
-from .passes import batches_of, passes_of, rows_of
+from .passes import as_interventions, as_token_pairs, batches_of, passes_of, rows_of
 
 # %% auto #0
-__all__ = ['DIRECTIONS', 'Sweep', 'sweep']
+__all__ = ['DIRECTIONS', 'SweepViews', 'Sweep', 'sweep']
 
 # %% ../../nbs/library/patch/06_sweep.ipynb #653bd120
 def _measure(model: Model, hidden: Float[Tensor, "row d_model"], targets: Int[Tensor, "row 2"],
@@ -38,10 +39,28 @@ def _measure(model: Model, hidden: Float[Tensor, "row d_model"], targets: Int[Te
         return torch.stack([METRICS[m](logits, clean, corrupt, clean_run) for m in metrics], -1)
     return torch.cat([read(*part) for part in zip(*(x.split(128) for x in (hidden, targets, clean_hidden)))])
 
+# %% ../../nbs/library/patch/06_sweep.ipynb #5472f629
+class SweepViews:
+    "How a `Sweep` shows itself: in a line, and as a figure."
+    def __repr__(self) -> str:
+        def count(n, what): return f"{n} {what}" + "s" * (n != 1)
+        return (f"Sweep({count(len(self.pair_ids), 'pair')} x {count(len(self.interventions), 'intervention')}, "
+                f"{', '.join(self.metrics)}, {self.direction})")
+
+    def plot(self, metric: str | None = None, value: str = "recovery"):
+        """The sweep as a matplotlib figure: curves over layers, a map of layers and tokens, or a map of layers and heads.
+
+        `metric`: one that was swept (else the first). `value`: `recovery` (0 corrupted, 1 clean) or `effect` (patched minus
+        unpatched). Raises `ValueError` for another of either, or for more rows than a page can hold."""
+        from bizzaroworld.figures.sweeps import draw_sweep
+        return draw_sweep(self.to_frame(), metric or self.metrics[0], value, self.tokens)
+
 # %% ../../nbs/library/patch/06_sweep.ipynb #d68dbe85
-@dataclass(frozen=True, eq=False)
-class Sweep:
-    "The result of a sweep. `to_frame()` is the table that everything else is derived from."
+@dataclass(frozen=True, eq=False, repr=False)
+class Sweep(SweepViews):
+    """The result of a sweep. `to_frame()` is the table that everything else is derived from; `plot()` is a first look at it.
+
+    `tokens`: the prompt that was patched, token by token, where all pairs agree (else `…`); empty if their lengths differ."""
     pair_ids: tuple[str, ...]
     interventions: tuple[Intervention, ...]
     metrics: tuple[str, ...]
@@ -49,6 +68,7 @@ class Sweep:
     clean: Float[np.ndarray, "pair metric"]
     corrupt: Float[np.ndarray, "pair metric"]
     patched: Float[np.ndarray, "pair intervention metric"]
+    tokens: tuple[str, ...] = ()
 
     def to_frame(self) -> pd.DataFrame:
         """A row per pair x intervention x metric.
@@ -77,6 +97,12 @@ DIRECTIONS = ("noising", "denoising")
 
 def _side(pairs: Sequence[TokenPair], side: str) -> list[tuple[int, ...]]:
     return [getattr(tp, f"{side}_ids") for tp in pairs]
+
+
+def _tokens(model: Model, prompts: Sequence[tuple[int, ...]]) -> tuple[str, ...]:
+    "The texts of the tokens at each position, where all prompts agree."
+    if model.tokenizer is None or len(set(map(len, prompts))) > 1: return ()
+    return tuple(model.tokenizer.decode(list(at[:1])) if len(set(at)) == 1 else "…" for at in zip(*prompts))
 
 
 def _fit(model: Model, length: int, most: int, memory: int | None) -> Callable[[int], int]:
@@ -110,7 +136,7 @@ def _same_as(model: Model, intervention: Intervention) -> Intervention:
     "The intervention under its latest name, if it is one edit of the stream, where a state has several names."
     if len(intervention.edits) > 1: return intervention
     (e,) = intervention.edits
-    if e.source == "given": return intervention
+    if e.source in ("given", "added"): return intervention
     if e.site == "resid_mid" and e.source == "donor" and model.mid_is_post: e = replace(e, site="resid_post")
     if e.site == "resid_post" and model.one_stream and e.layer + 1 < model.n_layers:
         e = replace(e, site="resid_pre", layer=e.layer + 1)
@@ -137,20 +163,22 @@ def _check(token_pairs, interventions, direction, metrics, donors) -> None:
 
 
 @torch.no_grad()
-def sweep(model: Model, token_pairs: Sequence[TokenPair], interventions: Sequence[Intervention],
-          direction: str = "noising", *, metrics: Sequence[str] = ("ld",), donors: Sequence[TokenPair] | None = None,
+def sweep(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPair | TokenPair],
+          interventions: Edit | Intervention | Iterable[Edit | Intervention], direction: str = "noising", *,
+          metrics: Sequence[str] = ("ld",), donors: Iterable[PromptPair | TokenPair] | None = None,
           values: Mapping[Edit, Tensor] | None = None, max_rows: int = 1024, max_pairs: int = 64,
           memory: int | None = None, progress: bool = True) -> Sweep:
     """Apply every intervention to every pair, exactly, and measure the prediction.
 
-    `direction`: `noising` (corrupted into clean) or `denoising` (clean into corrupted). `donors`: pairs that provide
-    the values instead (a control), one for each pair. `values`: a tensor for every edit whose source is `given` (`d`, or
-    `head d` for an edit of all heads). `max_rows`, `max_pairs` and `memory` (bytes; a quarter of what is free, unless
+    `pairs`, `interventions`: one or several; an edit is an intervention by itself. `direction`: `noising` (corrupted into clean) or `denoising` (clean into corrupted). `donors`: pairs that provide
+    the values instead (a control), one for each pair. `values`: a tensor for every edit whose source is `given` or `added`
+    (`d`, or `head d` for an edit of all heads). `max_rows`, `max_pairs` and `memory` (bytes; a quarter of what is free, unless
     given) bound a pass, not the result. `progress` shows a bar, on a terminal only.
 
-    Raises `ValueError` for an unknown direction or metric, or an intervention that does not fit model or pair."""
-    token_pairs, interventions, metrics = list(token_pairs), list(interventions), tuple(metrics)
-    donors = token_pairs if donors is None else list(donors)
+    Raises `AlignmentError` for a pair that the model's tokenizer cannot align, `ValueError` for an unknown direction or metric, or an intervention that does not fit model or pair."""
+    metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
+    token_pairs, interventions = as_token_pairs(model, pairs), as_interventions(interventions)
+    donors = token_pairs if donors is None else as_token_pairs(model, donors)
     _check(token_pairs, interventions, direction, metrics, donors)
     sides = ("clean", "corrupt") if direction == "noising" else ("corrupt", "clean")
     asked = [_same_as(model, i) for i in interventions]
@@ -165,4 +193,5 @@ def sweep(model: Model, token_pairs: Sequence[TokenPair], interventions: Sequenc
             for name, measured in zip(results, batch): results[name][index] = measured.double().numpy()
             bar.update(len(index))
     results["patched"] = results["patched"][:, [column[i] for i in asked]]
-    return Sweep(tuple(tp.id for tp in token_pairs), tuple(interventions), metrics, direction, **results)
+    return Sweep(tuple(tp.id for tp in token_pairs), tuple(interventions), metrics, direction, **results,
+                 tokens=_tokens(model, _side(token_pairs, sides[0])))

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from ..battery.knowing import CORRELATION_PAIRS, VERDICT_PAIRS
 from .numbers import (LAST_BLOCKS, alike_categories, chance_share, dropped, dropped_by_one,
                                               head_over_residual, held_at_final, late_sublayers, layer_before, layer_from,
                                               leaving_depth, r_if_unrelated, release_share, remaining, scale_difference,
@@ -38,7 +39,7 @@ class Claim:
         embedded models because these were made so.
     beside : further numbers of the run, shown and not judged.
     partner : which other runs a claim about two models can be checked with, in words and as a test; None for one run.
-    exact : a count without sampling, judged by its value. digits : to print."""
+    exact : a count without sampling, judged by its value. fewest : pairs (or what n counts) that a verdict takes. digits : to print."""
     key: str
     statement: str
     function: Callable[..., Estimate]
@@ -53,6 +54,7 @@ class Claim:
     beside: Mapping[str, Callable[[Run], Estimate]] = field(default_factory=dict)
     partner: tuple[str, Callable[[Run, Run], bool]] | None = None
     exact: bool = False
+    fewest: int = VERDICT_PAIRS
     digits: int = 2
 
     @property
@@ -74,7 +76,8 @@ def _criterion(claim: Claim) -> str:
     "When the claim replicates, when it does not, and why there."
     where = f"{region_text(claim.region)} ({claim.unit})"
     if claim.exact: return f"Replicates at {where}, otherwise not. {claim.because}"
-    return f"Replicates if the whole 95% interval lies in {where}, does not if none of it does; else undecided. {claim.because}"
+    takes = f" It takes n = {claim.fewest} or more." * (claim.fewest != VERDICT_PAIRS)
+    return f"Replicates if the whole 95% interval lies in {where}, does not if none of it does; else undecided. {claim.because}{takes}"
 
 # %% ../../nbs/library/replication/03_claims.ipynb #3c2971f5
 INF = math.inf
@@ -168,7 +171,7 @@ def _correlations() -> list[Claim]:
              "A strong correlation: r of -0.5 or below.", HALF),
             ("swing", "swing_damage_r", "total_swing", "Damage follows the TotalSwing", (-1, -0.95), "r of -0.95 or below.", TAUTOLOGY))
     return [Claim(f"{key}.{mode}", f"{words} (mode {mode}).", lambda run, x=x, mode=mode: correlations(run, mode)[x]["pearson"], region,
-                  because, "Pearson r", published(figure, mode), caveat, near_identity=True, digits=3,
+                  because, "Pearson r", published(figure, mode), caveat, near_identity=True, fewest=CORRELATION_PAIRS, digits=3,
                   beside={"Spearman": lambda run, x=x, mode=mode: correlations(run, mode)[x]["spearman"]}
                   | ({UNRELATED: lambda run, mode=mode: r_if_unrelated(run, mode)} if x == "ld_clean" else {}))
             for key, figure, x, words, region, because, caveat in rows for mode in "ABC"]

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from ..results.compare import pair_states
+from ..results.compare import common_pairs
 from ..results.effects import MIN_SWING, AnalysisError, effect_matrix
 from ..results.estimates import Estimate, estimate, estimate_share
 from ..results.heads import worst_counts
@@ -137,12 +137,9 @@ def alike_categories(run: Run) -> Estimate:
 
 # %% ../../nbs/library/replication/02_numbers.ipynb #ef9eb9da
 def scale_difference(run: Run, other: Run, key: str) -> Estimate:
-    """One of `compare.QUANTITIES`, of the deeper model minus the shallower one, over the pairs that both know.
-
-    Raises `AnalysisError` if the two cannot be told apart by name."""
+    "One of `QUANTITIES`, of the deeper model minus the shallower one, over the pairs that both runs hold."
     shallow, deep = sorted((run, other), key=lambda r: r.n_layers)
-    states = pair_states([shallow, deep])
-    return difference(shallow, deep, key, states.pair_id[states.common].tolist())
+    return difference(shallow, deep, key, common_pairs([shallow, deep]))
 
 
 def dropped(run: Run) -> Estimate:

@@ -10,18 +10,20 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pandas as pd
 
+from ..battery.knowing import CORRELATION_PAIRS, VERDICT_PAIRS, VERDICT_SWING, KnowingError, pairs_that, set_words
 from .claims import Claim, region_text, study_claims
 from ..results.effects import AnalysisError, run_direction
 from ..results.estimates import Estimate, number
-from ..study.runs import DamagedError, Run, RunError
+from ..study.runs import DamagedError, Run, RunError, open_run
 
 # %% auto #0
-__all__ = ['REPLICATES', 'DOES_NOT', 'CANNOT', 'VERDICTS', 'EMBEDDED', 'FEWEST', 'HOLDS', 'BY_CONSTRUCTION', 'ASKS_OTHER',
-           'FAILS', 'UNDECIDED', 'LACKING', 'KINDS', 'FOOTNOTES', 'Verdict', 'judge', 'obstacle', 'label',
-           'check_claims', 'kind', 'scope', 'tally', 'claims_table', 'shown', 'claims_lines']
+__all__ = ['REPLICATES', 'DOES_NOT', 'CANNOT', 'VERDICTS', 'EMBEDDED', 'HOLDS', 'BY_CONSTRUCTION', 'ASKS_OTHER', 'FAILS',
+           'UNDECIDED', 'LACKING', 'KINDS', 'FOOTNOTES', 'Verdict', 'judge', 'obstacle', 'label', 'check_claims',
+           'kind', 'scope', 'tally', 'claims_table', 'claims', 'shown', 'claims_lines']
 
 # %% ../../nbs/library/replication/04_verdicts.ipynb #abd0b1b3
 REPLICATES, DOES_NOT, CANNOT = "replicates", "does not replicate", "cannot be tested here"
@@ -31,7 +33,7 @@ EMBEDDED = " (embedded model)"
 
 @dataclass(frozen=True, eq=False)
 class Verdict:
-    "What a run says of a claim. `model` (and `against`, the other one) name whom it speaks of; `beside` is shown, not judged."
+    "What a run says of a claim. `model` (and `against`, the other one) name whom it speaks of, `over` which pairs; `beside` is not judged."
     claim: Claim
     value: Estimate
     verdict: str
@@ -39,6 +41,7 @@ class Verdict:
     model: str
     against: str = ""
     beside: Mapping[str, Estimate] = field(default_factory=dict)
+    over: str = ""
 
     @property
     def by_construction(self) -> bool:
@@ -48,25 +51,24 @@ class Verdict:
     def mark(self) -> str: return "*" * self.by_construction + "†" * self.claim.asks_other
 
 # %% ../../nbs/library/replication/04_verdicts.ipynb #5eddbe1e
-FEWEST = 8
-
-
 def judge(claim: Claim, value: Estimate) -> tuple[str, str]:
     "The verdict on a claim from its number, and the reason."
     (low, high), region, eps = claim.region, region_text(claim.region), 1e-9
-    if value.value is None: return CANNOT, "The number is not defined on these pairs."
+    if value.value is None and value.n >= claim.fewest: return CANNOT, "The number is not defined on these pairs."
     if claim.exact: return (REPLICATES, f"It lies in {region}.") if low <= value.value <= high else (DOES_NOT, f"It lies outside {region}.")
-    if value.n < FEWEST: return CANNOT, f"n = {value.n} is too few: at least {FEWEST} are needed for an interval."
+    if value.n < claim.fewest: return CANNOT, f"n = {value.n} is too few: at least {claim.fewest} are needed for an interval."
     if value.low is None: return CANNOT, "The number has no interval: it is not defined on every resample."
     if low - eps <= value.low and value.high <= high + eps: return REPLICATES, f"The whole interval lies in {region}."
     if value.high < low - eps or value.low > high + eps: return DOES_NOT, f"The whole interval lies outside {region}."
     return CANNOT, f"The interval reaches across the border of {region}: these {value.n} do not decide."
 
 # %% ../../nbs/library/replication/04_verdicts.ipynb #8191849b
-def obstacle(run: Run) -> str:
+def obstacle(run: Run, known: str = "preferred", min_swing: float = VERDICT_SWING) -> str:
     "Why a run can decide none of the claims about circuits; empty if it can."
-    known, total = int(run.triage.known.sum()), len(run.triage)
-    if 2 * known < total: return f"{run.model_name} knows {known} of {total} pairs: too few facts to locate."
+    try: found, total = len(pairs_that(run.triage, known, min_swing)), len(run.triage)
+    except KnowingError as error: return str(error)
+    if found < VERDICT_PAIRS: return (f"{found} of {total} {'pair' if total == 1 else 'pairs'} of {run.model_name} are {set_words(known, min_swing)}: "
+                                      f"a verdict takes at least {VERDICT_PAIRS}.")
     if (way := run_direction(run)) != "noising": return f"The study noised; this run is {way}, which asks what suffices, not what is needed."
     return ""
 
@@ -76,40 +78,52 @@ def label(run: Run) -> str:
     return run.model_name + EMBEDDED * bool(run.info["model"].get("embedded"))
 
 # %% ../../nbs/library/replication/04_verdicts.ipynb #8e5be5a5
-def _measured(claim: Claim, *runs: Run) -> tuple[Estimate, str, str]:
+def _measured(claim: Claim, *runs: Run, **which) -> tuple[Estimate, str, str]:
     "The number that decides a claim, the verdict and the reason; without a number where a run cannot give it."
-    stop = "" if claim.exact else next(filter(None, map(obstacle, runs)), "")
+    stop = "" if claim.exact else next(filter(None, (obstacle(run, **which) for run in runs)), "")
     if stop: return Estimate(None), CANNOT, stop
-    try: value = claim.function(*runs)
+    try: value = claim.function(*(runs if claim.exact else (run.that_knows(**which) for run in runs)))
     except DamagedError: raise
     except (RunError, AnalysisError) as error: return Estimate(None), CANNOT, str(error)
     return value, *judge(claim, value)
 
 
-def _beside(claim: Claim, run: Run) -> dict[str, Estimate]:
+def _beside(claim: Claim, run: Run, **which) -> dict[str, Estimate]:
     "The further numbers that a run can give."
-    found = {}
+    if not claim.exact and obstacle(run, **which): return {}
+    held, found = run if claim.exact else run.that_knows(**which), {}
     for name, function in claim.beside.items():
-        try: found[name] = function(run)
+        try: found[name] = function(held)
         except (RunError, AnalysisError): continue
     return found
 
+# %% ../../nbs/library/replication/04_verdicts.ipynb #4f60de8d
+def _over(claim: Claim, *runs: Run, **which) -> str:
+    "Which pairs of each run a verdict can stand on, and how many."
+    if claim.exact: return ""
+    try: n = ", ".join(f"{len(pairs_that(run.triage, **which))} of {len(run.triage)} of {label(run)}" for run in runs)
+    except KnowingError: return ""
+    return f"{set_words(**which)}: {n}"
 
-def _check(claim: Claim, run: Run, others: Sequence[Run]) -> list[Verdict]:
+
+def _check(claim: Claim, run: Run, others: Sequence[Run], **which) -> list[Verdict]:
     "One verdict, or one for each fitting other run where a claim is about two."
-    if claim.partner is None: return [Verdict(claim, *_measured(claim, run), label(run), "", _beside(claim, run))]
+    beside = _beside(claim, run, **which)
+    def verdict(*runs): return Verdict(claim, *_measured(claim, *runs, **which), *map(label, runs), *[""] * (2 - len(runs)), beside,
+                                       _over(claim, *runs, **which))
+    if claim.partner is None: return [verdict(run)]
     words, fits = claim.partner
-    partners = [other for other in others if fits(run, other)]
-    if partners: return [Verdict(claim, *_measured(claim, run, other), label(run), label(other), _beside(claim, run)) for other in partners]
-    return [Verdict(claim, Estimate(None), CANNOT, f"It takes a second run, of a model of {words}.", label(run), "", _beside(claim, run))]
+    if partners := [other for other in others if fits(run, other)]: return [verdict(run, other) for other in partners]
+    return [Verdict(claim, Estimate(None), CANNOT, f"It takes a second run, of a model of {words}.", label(run), "", beside)]
 
 # %% ../../nbs/library/replication/04_verdicts.ipynb #fa8bc142
-def check_claims(run: Run, others: Sequence[Run] = ()) -> list[Verdict]:
+def check_claims(run: Run, others: Sequence[Run] = (), known: str = "preferred", min_swing: float = VERDICT_SWING) -> list[Verdict]:
     """Every claim of the study, checked on a run.
 
-    `others`: runs of further models, for the claims about two: a verdict for each that fits. From the run folders alone; what a
-    run lacks makes a claim *cannot be tested here*, with the reason, and raises nothing; a damaged file raises `DamagedError`."""
-    return [verdict for claim in study_claims() for verdict in _check(claim, run, others)]
+    `others`: runs of further models, for the claims about two: a verdict for each that fits. `known`, `min_swing` (logits): the pairs that
+    verdicts stand on, one of `knowing.DEGREES` with a TotalSwing. From the run folders alone; what a run lacks makes a claim *cannot be
+    tested here*, with the reason, and raises nothing; a damaged file raises `DamagedError`."""
+    return [verdict for claim in study_claims() for verdict in _check(claim, run, others, known=known, min_swing=min_swing)]
 
 # %% ../../nbs/library/replication/04_verdicts.ipynb #82f9d041
 HOLDS, BY_CONSTRUCTION = "replicate and could have failed", "replicate, nearly by construction"
@@ -141,12 +155,21 @@ def tally(verdicts: Sequence[Verdict]) -> str:
 # %% ../../nbs/library/replication/04_verdicts.ipynb #df8f24f1
 def claims_table(verdicts: Iterable[Verdict]) -> pd.DataFrame:
     """The verdicts, a row each: `key, statement, value, low, high, n, unit, published, verdict, reason, by_construction, asks_other,
-    caveat, criterion, source, model, against`. `published` is text: a figure, a range, or a dash."""
+    caveat, criterion, source, model, against, over`. `published` is text: a figure, a range, or a dash."""
     rows = [{"key": v.claim.key, "statement": v.claim.statement, "value": v.value.value, "low": v.value.low, "high": v.value.high,
              "n": v.value.n, "unit": v.claim.unit, "published": v.claim.reported, "verdict": v.verdict, "reason": v.reason,
              "by_construction": v.by_construction, "asks_other": v.claim.asks_other, "caveat": v.claim.caveat,
-             "criterion": v.claim.criterion, "source": v.claim.source, "model": v.model, "against": v.against} for v in verdicts]
+             "criterion": v.claim.criterion, "source": v.claim.source, "model": v.model, "against": v.against, "over": v.over} for v in verdicts]
     return pd.DataFrame(rows).astype(dict.fromkeys(("value", "low", "high"), float))
+
+
+def claims(run: Run | str | Path, *others: Run | str | Path) -> pd.DataFrame:
+    """Every claim of the study, checked on a run, as a table (`claims_table`).
+
+    `others`: runs of further models, for the claims about two. Each is a run, its folder, or the name of a shipped one. Raises
+    `RunError` for a folder that is no finished run, `DamagedError` for a damaged file."""
+    first, *rest = map(open_run, (run, *others))
+    return claims_table(check_claims(first, rest))
 
 # %% ../../nbs/library/replication/04_verdicts.ipynb #49a41526
 def shown(value: Estimate, claim: Claim) -> str:
@@ -156,6 +179,7 @@ def shown(value: Estimate, claim: Claim) -> str:
 
 
 FOOTNOTES = ("* It follows, nearly, from how it is measured or made.  † It answers another question than the one the claim is about.",
+             f"A verdict takes {VERDICT_PAIRS} pairs or more, a correlation {CORRELATION_PAIRS}.",
              "Modes A, B and C share pairs: their lines do not confirm each other. No correction is made for the number of lines.")
 
 
@@ -164,6 +188,13 @@ def _why(v: Verdict) -> list[list[str]]:
     beside = "; ".join(f"{name} {shown(e, v.claim)}" for name, e in v.beside.items())
     return [textwrap.wrap(p, 108, initial_indent="    ", subsequent_indent="      ") for p in filter(None, (
         v.claim.statement, v.reason, beside and f"Beside: {beside}.", v.claim.criterion, v.claim.caveat and f"Mind: {v.claim.caveat}"))]
+
+
+def _stands_on(verdicts: Sequence[Verdict]) -> list[str]:
+    "Which pairs the verdicts stand on, and how many."
+    found: dict[str, dict] = {}
+    for words, _, n in (v.over.partition(": ") for v in verdicts if v.over): found.setdefault(words, {}).update(dict.fromkeys(n.split(", ")))
+    return [f"Over the pairs that are {words}: {', '.join(n)}." for words, n in found.items()]
 
 
 def _common_reason(verdicts: Sequence[Verdict]) -> list[str]:
@@ -180,5 +211,5 @@ def claims_lines(verdicts: Sequence[Verdict], details: bool = False) -> list[str
         lines.append(f"{v.claim.key:20} {v.verdict:21} {shown(v.value, v.claim):24} {v.value.n or '':>3}  {v.claim.reported:12} "
                      f"{v.claim.unit} {v.mark}".rstrip() + other)
         if details: lines += [line for paragraph in _why(v) for line in paragraph]
-    return [f"Claims of the BizzaroWorld study, checked on {scope(verdicts)}.", tally(verdicts), *_common_reason(verdicts), "",
+    return [f"Claims of the BizzaroWorld study, checked on {scope(verdicts)}.", tally(verdicts), *_stands_on(verdicts), *_common_reason(verdicts), "",
             *lines, "", *FOOTNOTES]

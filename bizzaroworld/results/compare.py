@@ -9,32 +9,41 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from ..battery.knowing import DEGREES, counts, highest, set_words
 from .effects import AnalysisError, run_direction
 from .estimates import Estimate, estimate_means
 from .heads import concentration, head_table
 from .quantities import QUANTITIES, difference, pair_rows, quantity
-from ..study.runs import Run
+from ..study.runs import Run, open_run
 
 # %% auto #0
-__all__ = ['POSITIONS', 'names', 'pair_states', 'drift', 'depth_curves', 'model_table', 'crossing_table', 'concentration_table',
-           'Comparison', 'compare', 'SeedSpread', 'seed_spread', 'comparison_lines']
+__all__ = ['POSITIONS', 'names', 'common_pairs', 'pair_states', 'drift', 'depth_curves', 'model_table', 'crossing_table',
+           'concentration_table', 'Comparison', 'compare', 'SeedSpread', 'seed_spread', 'comparison_lines']
 
 # %% ../../nbs/library/results/08_compare.ipynb #fef04c1d
 def names(runs: Sequence[Run]) -> list[str]:
-    "A name for each run: its model's, or its folder's where models share a name. `AnalysisError` if these are shared too."
+    "A name for each run: its model's, else its folder's, else with the folder around it. `AnalysisError` if these are shared too."
     models, folders = ([run.model_name for run in runs], [run.folder.name for run in runs])
-    for found in (models, folders):
+    for found in (models, folders, ["/".join(run.folder.resolve().parts[-2:]) for run in runs]):
         if len(set(found)) == len(found): return found
     raise AnalysisError(f"These runs cannot be told apart by model or folder: {', '.join(map(str, (r.folder for r in runs)))}. "
                         "Name each run once; give folders of the same name another.")
 
 
+def common_pairs(runs: Sequence[Run]) -> list[str]:
+    "Ids of the pairs that all runs hold, with the same prompts, in the order of the first."
+    def asked(run): return run.triage.reindex(columns=["pair_id", "clean_prompt", "corrupt_prompt"]).fillna("").itertuples(index=False, name=None)
+    both = set.intersection(*({*asked(run)} for run in runs))
+    return [row[0] for row in asked(runs[0]) if row in both]
+
+
 def pair_states(runs: Sequence[Run]) -> pd.DataFrame:
-    """A row for each pair that any run ranked or dropped: `pair_id`, a column per run, and whether all know it (`common`).
+    """A row for each pair that any run ranked or dropped: `pair_id`, its highest degree in each run, and whether verdicts stand on it in all (`common`).
 
     A run of another battery may give the same id to `other prompts` than the runs before it: that is another pair."""
     asked: dict[str, list[str]] = {}
@@ -42,13 +51,13 @@ def pair_states(runs: Sequence[Run]) -> pd.DataFrame:
         triage = run.triage.set_index("pair_id")
         prompts = triage.reindex(columns=["clean_prompt", "corrupt_prompt"]).dropna()
         others = [pair for pair, *texts in prompts.itertuples(name=None) if asked.setdefault(pair, texts) != texts]
-        ranked = triage.known.map({True: "known", False: "not known"})
+        ranked = highest(triage)
         ranked[others] = "other prompts"
         return pd.concat([ranked, pd.Series("dropped", index=run.excluded.pair_id, dtype=object)])
     table = pd.DataFrame({name: states(run) for name, run in zip(names(runs), runs)}).fillna("not asked")
     order = {pair: i for i, pair in enumerate(dict.fromkeys(p for run in runs for p in [*run.pairs(), *run.excluded.pair_id]))}
     table = table.loc[sorted(table.index, key=order.get)]
-    return table.assign(common=(table == "known").all(axis=1)).rename_axis("pair_id").reset_index()
+    return table.assign(common=table.index.isin(common_pairs([run.that_knows() for run in runs]))).rename_axis("pair_id").reset_index()
 
 # %% ../../nbs/library/results/08_compare.ipynb #55b20422
 def drift(runs: Sequence[Run]) -> pd.DataFrame:
@@ -80,9 +89,11 @@ def depth_curves(runs: Sequence[Run], pairs: Sequence[str] | None = None) -> pd.
 
 # %% ../../nbs/library/results/08_compare.ipynb #856a2daa
 def model_table(runs: Sequence[Run]) -> pd.DataFrame:
-    "A row per run: its shape, and how many pairs were ranked, known, dropped and replaced."
+    """A row per run: its shape, how many pairs were ranked, are in each of the three sets (missing where that was not measured), carry
+    `verdicts`, were dropped and replaced."""
+    known = pd.DataFrame([counts(run.triage) | {"verdicts": len(run.that_knows().triage)} for run in runs]).astype("Int64")
     lost = drift(runs)[["run", "ranked", "dropped", "replaced"]]
-    lost.insert(2, "known", [int(run.triage.known.sum()) for run in runs])
+    for i, name in enumerate(known, 2): lost.insert(i, name, known[name])
     shape = pd.DataFrame([(run.model_name, run.n_layers, run.info["model"]["n_heads"]) for run in runs], columns=["model", "layers", "heads"])
     return pd.concat([lost[["run"]], shape, lost.drop(columns="run")], axis=1)
 
@@ -124,7 +135,7 @@ def concentration_table(runs: Sequence[Run]) -> pd.DataFrame:
 class Comparison:
     """What several runs say, side by side; made by `compare`. Tables with a column `run`, in the order of the runs.
 
-    models : shape, and pairs ranked, known, dropped, replaced.
+    models : shape, and pairs ranked, in each set of knowing, dropped, replaced.
     curves : mean fraction of TotalSwing over depth, at the entity and the final token.
     crossings, heads : where the curves cross half; how concentrated the effects are over heads.
     pairs, drift : the state of each pair in each run; what the tokenizers dropped.
@@ -141,7 +152,7 @@ class Comparison:
 
     @property
     def common(self) -> list[str]:
-        "Ids of the pairs that all models know."
+        "Ids of the pairs on which verdicts stand in all runs."
         return self.pairs.pair_id[self.pairs.common].tolist()
 
 # %% ../../nbs/library/results/08_compare.ipynb #dd849482
@@ -167,11 +178,12 @@ def _one_direction(runs: Sequence[Run]) -> None:
                             + "). Run the study with the same --direction.")
 
 # %% ../../nbs/library/results/08_compare.ipynb #54e9c476
-def compare(runs: Sequence[Run]) -> Comparison:
-    """Compare runs, as rows of the same tables.
+def compare(runs: Sequence[Run | str | Path]) -> Comparison:
+    """Compare runs, as rows of the same tables. Each is a run, its folder, or the name of a shipped one.
 
     Raises `AnalysisError` if they patched in different directions or cannot be told apart by name, `RunError` if one lacks an
     experiment."""
+    runs = [open_run(run) for run in ([runs] if isinstance(runs, (str, Path, Run)) else runs)]
     _one_direction(runs)
     pairs = pair_states(runs)
     common = pairs.pair_id[pairs.common].tolist()
@@ -226,7 +238,7 @@ def _rows(table: pd.DataFrame, cells: Callable[[pd.Series], dict]) -> list[str]:
 def comparison_lines(comparison: Comparison) -> list[str]:
     "The comparison as lines of text: models, drift, crossings, heads, and paired differences over the common pairs."
     c, n = comparison, len(comparison.common)
-    lines = [*_lines(c.models.drop(columns="model")), *(f"{r['run']}: dropped {r.dropped} of {r.battery} ({r.reasons})." for _, r in c.drift.iterrows() if r.dropped),
+    lines = [*_lines(c.models.drop(columns="model").rename(columns=DEGREES)), *(f"{r['run']}: dropped {r.dropped} of {r.battery} ({r.reasons})." for _, r in c.drift.iterrows() if r.dropped),
              "", "Where the mean curve crosses half of the TotalSwing (all ranked pairs, 95% intervals over pairs)",
              *_rows(c.crossings, lambda r: {"run": r["run"], "token": r.position, "block": _interval(r, "blocks", ".2f"),
                                             "fraction of depth": _interval(r, "depth"), "n": r.n}),
@@ -234,8 +246,8 @@ def comparison_lines(comparison: Comparison) -> list[str]:
              *_rows(c.heads, lambda r: {"run": r["run"], "token": r.position, "heads": f"{r.heads} of {r.of}", "share of heads": _interval(r, "share"),
                                         "largest": r.top, "share of the sum": _interval(r, "top_share"), "n": r.n})]
     if len(c.models) == 1: return lines
-    if n < 2: return [*lines, "", f"{n} {'pair is' if n == 1 else 'pairs are'} known to all models: too few for differences."]
-    return [*lines, "", f"Differences over the {n} pairs that all models know (paired 95% intervals over pairs)",
+    if n < 2: return [*lines, "", f"{n} {'pair is' if n == 1 else 'pairs are'} {set_words()} in all models: too few for differences."]
+    return [*lines, "", f"Differences over the {n} pairs that are {set_words()} in all models (paired 95% intervals over pairs)",
             *_rows(c.differences, lambda r: {"difference": f"{r.b} - {r.a}", "of": QUANTITIES[r.quantity].label, "value": _interval(r), "n": r.n}),
             "", "Depth: 0 is the input of the first block, 1 the output of the last; within a block it is interpolated. Each model is one",
             "training: intervals do not cover what another seed would do. More heads look more diffuse: noise in their means counts too."]

@@ -10,6 +10,7 @@ import math
 import numpy as np
 import pandas as pd
 
+from ..battery.knowing import VERDICT_PAIRS, VERDICT_SWING, counts, known_words
 from .correlations import correlations, spearman
 from .effects import MIN_SWING, beyond_control, control_curves, curve, ratios, run_direction
 from .estimates import METHOD, Estimate, estimate_share
@@ -18,7 +19,8 @@ from .layers import ONSET, RELEASE, Layers, crossing, depth_fraction, onset_laye
 from ..study.runs import Run
 
 # %% auto #0
-__all__ = ['NOTES', 'STORES', 'FEW_PAIRS', 'FEW_SHARE', 'NOTHING', 'summarize', 'cautions', 'findings', 'mode_agreement']
+__all__ = ['NOTES', 'STORES', 'FEW_PAIRS', 'FEW_SHARE', 'ENOUGH_SHARE', 'NOTHING', 'summarize', 'cautions', 'findings',
+           'mode_agreement']
 
 # %% ../../nbs/library/results/06_summary.ipynb #b645c4a2
 NOTES = {
@@ -114,17 +116,27 @@ def _controls(run: Run) -> dict | None:
             "beyond": {name: beyond_control(run, name, layer=layer).to_dict() for name in curves if name != "none"}}
 
 # %% ../../nbs/library/results/06_summary.ipynb #ddba4387
+def _standing(run: Run) -> dict:
+    "What the pairs alone show that verdicts stand on; empty for a run made before knowing was measured in degrees."
+    if "first_of_kind" not in run.triage: return {}
+    some = run.that_knows()
+    at = {place: crossing(some, "C", e).to_dict() for place, e in (("entity", "3"), ("final", "1"))} if len(some.triage) else None
+    return {"verdicts": {"known": "preferred", "min_swing": VERDICT_SWING, "n": len(some.triage), "crossing": at}}
+
+
 def summarize(run: Run) -> dict:
     """Every figure of merit of a run, for modes A, B and C: what `summary.json` holds.
 
     Raises `RunError` if the run lacks an experiment, naming it."""
     model = {k: run.info["model"].get(k) for k in ("name", "embedded", "revision", "n_layers", "n_heads")}
-    unknown = run.triage.pair_id[~run.triage.known]
+    unknown = run.triage.pair_id[~run.triage.known.astype(bool)]
+    standing = _standing(run)
     return {"model": model, "direction": run_direction(run), "metric": "ld", "intervals": METHOD, "notes": NOTES,
             "pairs": {"battery": run.info["n_pairs"], "total": len(run.triage), "known": int(run.triage.known.sum()),
                       "unknown": unknown.tolist(), "excluded": len(run.excluded),
-                      "differs_at_final": int(run.triage.warnings.astype(str).str.contains("differs_at_final").sum())},
-            "modes": {mode: _mode(run, mode) for mode in "ABC"}, "controls": _controls(run)}
+                      "differs_at_final": int(run.triage.warnings.astype(str).str.contains("differs_at_final").sum())}
+            | (counts(run.triage) if standing else {}),
+            "modes": {mode: _mode(run, mode) for mode in "ABC"}, "controls": _controls(run)} | standing
 
 # %% ../../nbs/library/results/06_summary.ipynb #77b48203
 def _estimate(fields: dict) -> Estimate: return Estimate(**fields)
@@ -179,17 +191,30 @@ def _controlled(controls: dict | None) -> str | None:
             "of the TotalSwing more.")
 
 # %% ../../nbs/library/results/06_summary.ipynb #d6d35acd
-FEW_PAIRS, FEW_SHARE = 10, 0.5
+FEW_PAIRS, FEW_SHARE, ENOUGH_SHARE = 10, 0.5, 0.75
 NOTHING = (f"No pair has a TotalSwing of {MIN_SWING:g} logit or more: the model does not hold the two answers apart, so there is "
            "nothing to move and nothing to localize.")
 
 
+def _thin(summary: dict) -> str:
+    "How well the pairs are known and what still holds, where that is little; else empty."
+    pairs, standing = summary["pairs"], summary.get("verdicts")
+    total, words = pairs["total"], f"It {known_words(pairs | {'first_of_all': pairs['known']}, pairs['total'])}"
+    if standing is None:
+        few = pairs["known"] < FEW_SHARE * total or pairs["known"] < FEW_PAIRS <= total
+        return f"{words}. How many it prefers was not counted when this run was made: run the same study again." if few else ""
+    n, both = standing["n"], f"prefer both answers by {standing['min_swing']:g} logits of TotalSwing or more"
+    if n >= ENOUGH_SHARE * total and n >= min(VERDICT_PAIRS, total): return ""
+    if n < VERDICT_PAIRS: return f"{words}. Only {n} {both}, and a verdict takes {VERDICT_PAIRS}: what follows is no evidence of storage."
+    some, every = (_estimate(c["crossing"]["entity"]) for c in (standing, summary["modes"]["C"]))
+    return (f"{words}. Verdicts stand on the {n} that {both}: over these alone the fact leaves the entity token at depth {some:.2f} of "
+            f"{summary['model']['n_layers']}, over all {total}, as in the curves below, at {every:.2f}.")
+
+# %% ../../nbs/library/results/06_summary.ipynb #0e05d392
 def cautions(summary: dict) -> list[str]:
     "Why the figures of a run must be read with care, in sentences; empty for a run without such doubts."
     pairs, mode, out = summary["pairs"], summary["modes"]["C"], []
-    if pairs["known"] < FEW_SHARE * pairs["total"] or pairs["known"] < FEW_PAIRS <= pairs["total"]:
-        out.append(f"The model knows only {pairs['known']} of {pairs['total']} pairs (ranks the right answer first on both prompts). "
-                   "Where it keeps facts that it does not know is no question; the curves below are not evidence of storage.")
+    if thin := _thin(summary): out.append(thin)
     if pairs["excluded"] > FEW_SHARE * pairs["battery"]:
         out.append(f"{pairs['excluded']} of {pairs['battery']} pairs could not be used (see excluded.csv): what is left is no "
                    "longer the battery.")
@@ -209,8 +234,8 @@ def findings(summary: dict) -> list[str]:
     kind = "embedded model" if model["embedded"] else "model"
     n, with_fraction = mode["n"], mode["curves"]["3"]["resid_pre"]["fraction"]["n"]
     over = f"all {n}" if with_fraction == n else f"{n} (fractions: {with_fraction} with a TotalSwing of {MIN_SWING:g} logit or more)"
-    first = (f"{model['name']} ({kind}, {model['n_layers']} layers, {model['n_heads']} heads) knows {pairs['known']} of "
-             f"{pairs['total']} {'pair' if pairs['total'] == 1 else 'pairs'}; {summary['direction']}, means over {over} with 95% intervals over pairs.")
+    first = (f"{model['name']} ({kind}, {model['n_layers']} layers, {model['n_heads']} heads) "
+             f"{known_words(pairs | {'first_of_all': pairs['known']}, pairs['total'])}; {summary['direction']}, means over {over} with 95% intervals over pairs.")
     told = [_stored(mode, model["n_layers"], summary["direction"]), _leaves(mode, model["n_layers"]), _carried(mode),
             _final(mode, model["n_layers"]), _controlled(summary["controls"])] if with_fraction else [NOTHING]
     return [*(f"Caution: {doubt}" for doubt in cautions(summary)), first, *(line for line in told if line)]

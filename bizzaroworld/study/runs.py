@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
 
+from ..battery.knowing import VERDICT_SWING, pairs_that
 from ..files import data_path, write_json
 
 # %% auto #0
@@ -42,9 +44,15 @@ def claim(folder: Path, info: dict) -> None:
         return write_json(path, info)
     there = read_info(folder)
     for key in IDENTITY:
-        if there.get(key) != info[key]:
+        if _told_by(there.get(key)) != _told_by(info[key]):
             raise RunError(f"{folder} holds another run, whose {key} differs: {_differs(there.get(key), info[key])}. "
                            "Choose another folder with --out, or delete this one.")
+
+
+def _told_by(value):
+    "What tells a model from another: if its weights are known not its name, for a folder may move."
+    if not isinstance(value, dict) or not value.get("weights_sha256"): return value
+    return {k: v for k, v in value.items() if k not in ("name", "embedded")}
 
 
 def _differs(old, new) -> str:
@@ -104,37 +112,49 @@ def _table(folder: Path, name: str) -> pd.DataFrame:
 # %% ../../nbs/library/study/03_runs.ipynb #dbb650a5
 @dataclass(frozen=True)
 class Run:
-    "A finished run, read from its folder. Its tables raise `DamagedError` if they are missing or damaged."
+    "A finished run, read from its folder, or those of its pairs that are in `only`. Damaged tables raise `DamagedError`."
     folder: Path
     info: dict
+    only: frozenset[str] | None = field(default=None, kw_only=True)
 
     @property
     def model_name(self) -> str: return self.info["model"]["name"]
     @property
     def n_layers(self) -> int: return self.info["model"]["n_layers"]
 
+    def _kept(self, table: pd.DataFrame) -> pd.DataFrame:
+        return table if self.only is None else table[table.pair_id.isin(self.only)].reset_index(drop=True)
+
     @cached_property
-    def triage(self) -> pd.DataFrame: return _table(self.folder, "triage.csv")
+    def triage(self) -> pd.DataFrame: return self._kept(_table(self.folder, "triage.csv"))
     @cached_property
     def excluded(self) -> pd.DataFrame: return _table(self.folder, "excluded.csv")
     @cached_property
-    def effects(self) -> pd.DataFrame: return _table(self.folder, "effects.parquet")
+    def effects(self) -> pd.DataFrame: return self._kept(_table(self.folder, "effects.parquet"))
 
     @cached_property
     def controls(self) -> pd.DataFrame:
         "The effects of the controls, as `effects`, with a column `control`. Raises `RunError` for a run without them."
         path = self.folder / "controls.parquet"
         if not path.is_file(): raise RunError(f"{self.folder} holds no controls. Run the same study again: it adds what is missing.")
-        return _table(self.folder, path.name)
+        return self._kept(_table(self.folder, path.name))
 
     @cached_property
     def _golden(self) -> dict[str, list[str]]:
-        return {mode: _table(self.folder, f"golden_{mode}.csv").pair_id.tolist() for mode in "ABC"}
+        return {mode: self._kept(_table(self.folder, f"golden_{mode}.csv")).pair_id.tolist() for mode in "ABC"}
 
     def pairs(self, mode: str = "C") -> list[str]:
         "Ids of the golden pairs of a mode: A (top 15 by TotalSwing), B (best per category), C (all), best first."
         if mode not in ("A", "B", "C"): raise RunError(f"Unknown mode {mode!r}: use A, B or C.")
         return self._golden[mode]
+
+    def restricted(self, pairs: Collection[str]) -> Run:
+        "This run with these of its pairs only, in its tables and in all modes."
+        return replace(self, only=frozenset(pairs if self.only is None else self.only.intersection(pairs)))
+
+    def that_knows(self, known: str = "preferred", min_swing: float = VERDICT_SWING) -> Run:
+        "This run with the pairs only that verdicts stand on; or those of another set of `knowing.DEGREES`, another swing (logits)."
+        return self.restricted(pairs_that(self.triage, known, min_swing))
 
     def select(self, experiment: str, mode: str = "C", metric: str = "ld") -> pd.DataFrame:
         "The rows of an experiment for the pairs of a mode, with `total_swing` beside them."
@@ -165,7 +185,7 @@ def control_run(run: Run, control: str) -> ControlRun:
     """A control of a run (`unrelated`, `shuffled`, `untrained`), to be analyzed like the run itself.
 
     Raises `RunError` if the run does not hold it."""
-    out = ControlRun(run.folder, run.info, control)
+    out = ControlRun(run.folder, run.info, control, only=run.only)
     out.effects
     return out
 
@@ -180,10 +200,11 @@ def _locate(name: str | Path) -> Path:
     return data_path("runs", name) if not Path(name).exists() and str(name) in shipped_runs() else Path(name)
 
 
-def open_run(folder: str | Path) -> Run:
-    """Open a finished run: its folder, or the name of a shipped run.
+def open_run(folder: str | Path | Run) -> Run:
+    """Open a finished run: its folder, or the name of a shipped run; a run that is open already is returned.
 
     Raises `RunError` if the folder is not a run, or the study in it was not finished."""
+    if isinstance(folder, Run): return folder
     folder = _locate(folder)
     info = read_info(folder)
     if not (folder / "effects.parquet").is_file():

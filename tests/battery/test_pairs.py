@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bizzaroworld.battery.formats import BatteryError, battery_sha256, load_battery, load_spares, pairs_from_rows, read_pairs
-from bizzaroworld.battery.pairs import PromptPair, counterpart, differences, entity_spans, review
+from bizzaroworld.battery.pairs import PromptPair, counterpart, differences, entity_spans, occurrences, review, spaced, stretch
 from bizzaroworld.files import data_path
 
-PERU = PromptPair("capitals-01", "capitals", "capital", "The capital of Peru is", "The capital of Cuba is",
-                  " Lima", " Havana", "Peru", "Cuba")
+PERU = PromptPair("The capital of Peru is", "The capital of Cuba is", " Lima", " Havana", "Peru", "Cuba",
+                  id="capitals-01", category="capitals", relation="capital")
 STUDY = {"category": "animals", "clean_prompt": "A heron is a kind of", "corrupt_prompt": "A perch is a kind of",
          "clean_target": " bird", "corrupt_target": " fish", "entity_token": "heron"}
 
@@ -77,14 +77,13 @@ def test_differences_are_blocks_of_words():
 
 
 WRONG = [
-    ({"clean_target": "Lima"}, ["'clean_target'", "leading space", "' Lima'"]),
-    ({"corrupt_target": "  Havana"}, ["'corrupt_target'", "one leading space", "' Havana'"]),
-    ({"corrupt_target": " Havana "}, ["'corrupt_target'", "one leading space", "' Havana'"]),
-    ({"corrupt_target": "\tHavana"}, ["'corrupt_target'", "leading space"]),
+    ({"clean_target": " "}, ["'clean_target'", "empty", "fill it in"]),
+    ({"corrupt_prompt": ""}, ["'corrupt_prompt'", "empty"]),
     ({"corrupt_target": " Lima"}, ["'clean_target'", "'corrupt_target'", "both"]),
-    ({"clean_prompt": "The capital of Peru is "}, ["'clean_prompt'", "ends in whitespace", "remove"]),
-    ({"corrupt_prompt": "The capital of Cuba is\n"}, ["'corrupt_prompt'", "ends in whitespace"]),
-    ({"corrupt_prompt": "The capital of Peru is"}, ["the same", "another entity"]),
+    ({"corrupt_target": "Lima"}, ["'clean_target'", "'corrupt_target'", "both"]),
+    ({"clean_target": " Bogotá", "corrupt_target": " Bogota\u0301"}, ["'clean_target'", "two Unicode forms (NFC and NFD)", "NFC"]),
+    ({"clean_prompt": "The capital of Perú is", "clean_entity": "Peru\u0301"}, ["'clean_entity'", "two Unicode forms (NFD and NFC)"]),
+    ({"corrupt_prompt": "The capital of Peru is"}, ["are both", "another entity"]),
     ({"clean_entity": "Chile"}, ["'clean_entity'", "'Chile'", "is not in"]),
     ({"corrupt_entity": "Cub"}, ["'corrupt_entity'", "inside a longer word", "whole words"]),
     ({"corrupt_entity": " Cuba"}, ["'corrupt_entity'", "whitespace around"]),
@@ -106,7 +105,7 @@ def test_refuses_a_wrong_row(change, said):
         assert word in text
 
 
-@pytest.mark.parametrize("missing", ["id", "relation", "clean_entity", "corrupt_target"])
+@pytest.mark.parametrize("missing", ["clean_prompt", "corrupt_prompt", "clean_target", "corrupt_target"])
 def test_refuses_a_missing_field(missing):
     row = asdict(PERU)
     del row[missing]
@@ -118,7 +117,7 @@ def test_suggests_the_name_that_was_meant():
     row = asdict(PERU)
     row["clean_promt"] = row.pop("clean_prompt")
     assert "rename it to 'clean_prompt'" in refused([row])
-    assert "'entity_token' is missing" in refused([{k: v for k, v in STUDY.items() if k != "entity_token"}])
+    assert "rename it to 'corrupt_entity'" in refused([{**{k: v for k, v in asdict(PERU).items() if k != "corrupt_entity"}, "corupt_entity": "Cuba"}])
     assert "rename" not in refused([{**asdict(PERU), "entity_token": "Peru"}])
 
 
@@ -128,16 +127,26 @@ def test_refuses_what_is_not_a_list_of_objects(rows, said):
     assert said in refused(rows)
 
 
-def test_collects_all_problems_and_shows_ten():
-    rows = [{**asdict(PERU), "id": f"p{i}", "clean_target": "Lima", "corrupt_target": "Havana"} for i in range(7)]
+def test_one_complaint_of_many_rows_is_said_once():
+    rows = [{**asdict(PERU), "id": f"p{i}", "clean_target": "", "corrupt_entity": "Cub"} for i in range(1000)] + ["x"]
+    rows[7] = {**rows[7], "clean_target": " Lima"}
     with pytest.raises(BatteryError) as e:
-        pairs_from_rows(rows)
-    assert len(e.value.problems) == 14
-    assert str(e.value).count("leading space") == 10 and "and 4 more" in str(e.value)
+        pairs_from_rows(rows, "b.json")
+    assert len(e.value.problems) == 1001 and e.value.problems[0].startswith("row 1: field 'clean_target' is empty")
+    assert str(e.value).splitlines() == [
+        "b.json: 1001 problems", "  row 1: field 'clean_target' is empty; fill it in (and in 998 more rows: 2, 3, 4, ...)",
+        "  row 8: field 'corrupt_entity' is 'Cub', which is only inside a longer word in 'corrupt_prompt' ('The capital of Cuba is'); "
+        "copy whole words from there", '  row 1001: is text, not an object with fields; write {"clean_prompt": ..., ...}']
+
+
+def test_ten_kinds_of_problem_are_shown():
+    with pytest.raises(BatteryError) as e:
+        pairs_from_rows([{**asdict(PERU), **{f"extra-{i}": "" for i in range(14)}}])
+    assert len(e.value.problems) == 14 and str(e.value).count("not known") == 10 and "and 4 more kinds" in str(e.value)
 
 
 def test_problems_come_in_the_order_of_the_rows():
-    text = refused([asdict(PERU), {**asdict(PERU), "clean_target": "Lima"}, asdict(PERU), "x"])
+    text = refused([asdict(PERU), {**asdict(PERU), "clean_target": " "}, asdict(PERU), "x"])
     assert [line.split(":")[0].strip() for line in text.splitlines()[1:]] == ["row 2", "row 3", "row 4"]
     assert "as in row 1" in text
 
@@ -221,6 +230,79 @@ def test_data_path_says_what_is_missing():
         data_path("models", "none")
 
 
+def test_the_hash_of_the_shipped_battery_is_that_of_the_committed_runs():
+    for name in ("bizzaro-nano", "bizzaro-micro"):
+        info = json.loads(data_path("runs", name, "run.json").read_text(encoding="utf-8"))
+        assert battery_sha256(load_battery()) == info["battery_sha256"]
+
+
+def test_four_texts_are_a_pair():
+    pair = PromptPair("The capital of France is", "The capital of Italy is", " Paris", " Rome")
+    assert (pair.clean_entity, pair.corrupt_entity, pair.category, pair.relation) == ("France", "Italy", "pairs", "pairs")
+    assert pair.id.startswith("france-italy-") and pair == replace(pair) == PromptPair(*list(asdict(pair).values())[:4])
+    assert replace(pair, category="capitals", relation="").relation == "capitals"
+    other = PromptPair("The anthem of France is", "The anthem of Italy is", " Paris", " Rome")
+    assert other.id.startswith("france-italy-") and other.id != pair.id
+    assert PromptPair("1 + 2 =", "1 - 2 =", " 3", " -1").id.startswith("pair-")
+
+
+@pytest.mark.parametrize("clean, corrupt, entities", [
+    ("The capital of Costa Rica is", "The capital of Peru is", ("Costa Rica", "Peru")),
+    ("Two and two make", "Six and six make", ("Two and two", "Six and six")),     # all that differs
+    ("In old Peru one eats", "In Peru one eats", ("old Peru", "Peru")),           # a word more: the one beside it stands for the place
+    ("He is very tall", "He is tall", ("very tall", "tall")),
+    ("He ran home", "He ran", ("ran home", "ran")),
+    ("日本の首都は", "中国の首都は", ("日本", "中国")),
+    ("法国的首都是", "德国的首都是", ("法", "德")),
+    ("スペインの首都は", "イランの首都は", ("スペイン", "イラン")),                    # a run of katakana is one word
+    ("프랑스의 수도는", "독일의 수도는", ("프랑스의", "독일의")),
+    ("Le Pe\u0301rou est", "Le Chili est", ("Pe\u0301rou", "Chili")),              # an accent belongs to its letter
+])
+def test_entities_are_what_differs(clean, corrupt, entities):
+    pair = PromptPair(clean, corrupt, " a", " b")
+    assert (pair.clean_entity, pair.corrupt_entity) == entities
+    for (start, stop), prompt, entity in zip(entity_spans(pair), (clean, corrupt), entities): assert prompt[start:stop] == entity
+
+
+def test_one_entity_gives_the_other():
+    assert PromptPair("two and two make", "two and six make", " four", " eight", "two").corrupt_entity == "six"
+    assert PromptPair("two and two make", "two and six make", " four", " eight", corrupt_entity="six").clean_entity == "two"
+
+
+@pytest.mark.parametrize("clean, corrupt, said", [("So it is", "So it is", "the same"), ("", "So it is", "empty"), ("...", "...", "the same")])
+def test_without_a_difference_there_is_no_entity(clean, corrupt, said):
+    with pytest.raises(ValueError, match=said): PromptPair(clean, corrupt, " a", " b")
+
+
+@pytest.mark.parametrize("entity, prompt, found", [
+    ("cat", "an education", []), ("日本", "今日本人は", [(1, 3)]), ("프랑스", "프랑스의 수도", [(0, 3)]), ("Apple", "Appleの本社", [(0, 5)]),
+    ("Apple", "Apples", []), ("e", "e\u0301t", []), ("é", "été", []), ("กรุงเทพ", "เมืองกรุงเทพคือ", [(5, 12)])])
+def test_whole_words_where_there_are_spaces(entity, prompt, found):
+    assert occurrences(entity, prompt) == found
+
+
+@pytest.mark.parametrize("prompt, target, expected", [
+    ("The capital is", "Paris", True), ("The capital is ", " Paris", True), ("Answer:\n", "Paris", False), ("首都は", "東京", False),
+    ("The city is", "東京", False), ("from 1732 to 17", "52", None), ("The answer is (", "A", None), ("It equals", "5", None)])
+def test_the_space_that_one_writes(prompt, target, expected):
+    assert spaced(prompt, target) is expected
+
+
+def test_spaces_are_reviewed_not_refused():
+    rows = [{**asdict(PERU), "id": "target", "clean_target": "Lima"}, {**asdict(PERU), "id": "more", "corrupt_target": " Havana "},
+            {**asdict(PERU), "id": "prompt", "corrupt_prompt": "The capital of Cuba is "},
+            {**asdict(PERU), "id": "line", "clean_prompt": "The capital of Peru is\n", "clean_target": "Lima"}]
+    pairs = pairs_from_rows(rows)
+    assert pairs[0].clean_target == "Lima" and pairs[2].corrupt_prompt.endswith(" ") and pairs[1].corrupt_target == " Havana "
+    table = review(pairs)
+    assert [(r.pair_id, r.rule) for r in table.itertuples() if r.rule.endswith("space")] == [
+        ("target", "target_space"), ("more", "target_space"), ("prompt", "prompt_space")]
+    assert review([PromptPair("日本の首都は", "中国の首都は", "東京", "北京"), PromptPair("from 1732 to 17", "from 1744 to 17", "52", "61", "1732", "1744")
+                   ]).query("rule in ('target_space', 'prompt_space')").empty
+    forms = PromptPair("Le Pérou, so", "Le Pe\u0301rou, so", " a", " b")
+    assert "unicode_forms" in set(review([forms]).rule)
+
+
 WORDS = st.lists(st.text("abcdefgh", min_size=1, max_size=4), min_size=1, max_size=4)
 
 
@@ -241,3 +323,16 @@ def test_counterpart_of_a_whole_difference_is_the_whole_difference(before, other
     clean, corrupt = " ".join(before + ["K"] + after), " ".join(before + other + after)
     assert counterpart("K", clean, corrupt) == " ".join(other)
     assert differences(clean, corrupt) == [("K", " ".join(other))]
+
+
+@settings(max_examples=200, deadline=None)
+@given(WORDS, WORDS)
+def test_what_is_found_to_differ_holds_all_that_differs(clean, corrupt):
+    """Taken out of both prompts, the entities leave the same words before and after."""
+    clean, corrupt = " ".join(clean), " ".join(corrupt)
+    if clean == corrupt: return
+    pair = PromptPair(clean, corrupt, " a", " b")
+    assert (pair.clean_entity, pair.corrupt_entity) == stretch(clean, corrupt) and pair.clean_entity and pair.corrupt_entity
+    rests = {(f" {p} ".partition(f" {e} ")[0], f" {p} ".partition(f" {e} ")[2]) for p, e in ((clean, pair.clean_entity), (corrupt, pair.corrupt_entity))}
+    if clean.count(pair.clean_entity) == 1 == corrupt.count(pair.corrupt_entity): assert len(rests) == 1
+    assert pair.id == PromptPair(clean, corrupt, " a", " b").id != PromptPair(corrupt, clean, " a", " b").id

@@ -12,11 +12,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from bizzaroworld.battery.audit import audit
 from bizzaroworld.battery.formats import load_battery, load_spares
 from bizzaroworld.battery.pairs import PromptPair
-from bizzaroworld.battery.tokens import REASONS, AlignmentError, TokenPair, align, continuation, encode, token_span, token_table
+from bizzaroworld.battery.tokens import NOTES, REASONS, AlignmentError, TokenPair, align, continuation, encode, token_span, token_table
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-PERU = PromptPair("peru", "capitals", "capital", "The capital of Peru is", "The capital of Chile is",
-                  " Lima", " Santiago", "Peru", "Chile")
+PERU = PromptPair("The capital of Peru is", "The capital of Chile is", " Lima", " Santiago", "Peru", "Chile",
+                  id="peru", category="capitals", relation="capital")
 
 
 def wrap(tok, **options):
@@ -258,6 +258,140 @@ def test_equal_tokenization_is_always_aligned(before, one, letters, after):
     assert set(tp.differing) <= set(range(*tp.entity_span))
 
 
+# --- spaces, BOS, answers of several tokens
+
+def gpt2_like(*wanted):
+    """Bytes, and the tokens asked for: `Ġ` stands for a space. Its BOS is its unknown token, as GPT-2's is."""
+    vocab, merges = {t: i for i, t in enumerate(["<|endoftext|>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}, []
+    for token in wanted:
+        for i in range(len(token) - 1 if token[1:] in vocab else 1, len(token)):  # a space before a token that is there, or letter by letter
+            a, b = (token[0], token[1:]) if token[1:] in vocab else (token[:i], token[i])
+            if a + b not in vocab:
+                merges.append((a, b))
+                vocab[a + b] = len(vocab)
+    tok = Tokenizer(models.BPE(vocab, merges))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return wrap(tok, bos_token="<|endoftext|>", unk_token="<|endoftext|>", eos_token="<|endoftext|>")
+
+
+SPACED = gpt2_like("Paris", "ĠParis", "Rome", "ĠRome", "ĠPeru", "ĠCuba", "Ġlikes", "Ġred", "Ġblue", "17", "52", "61", "Ġ52", "Ġ61", "ĠNew")
+
+
+def likes(clean="So Peru likes", corrupt="So Cuba likes", a=" red", b=" blue", **options):
+    tp = align(SPACED, PromptPair(clean, corrupt, a, b), **options)
+    assert set(tp.notes) <= set(NOTES) and tp.warnings[:len(tp.notes)] == tp.notes
+    names = SPACED.convert_ids_to_tokens([tp.clean_target_id, tp.corrupt_target_id])
+    return (tp.pair.clean_prompt, tp.pair.clean_target, tp.pair.corrupt_target), names, tp.notes
+
+
+SPACES = [
+    (("So Peru likes", "So Cuba likes", " red", " blue"), ("So Peru likes", " red", " blue"), ["Ġred", "Ġblue"], ()),
+    (("So Peru likes", "So Cuba likes", "red", "blue"), ("So Peru likes", " red", " blue"), ["Ġred", "Ġblue"], ("target_space_added",)),
+    (("So Peru likes", "So Cuba likes", "Paris", " Rome"), ("So Peru likes", " Paris", " Rome"), ["ĠParis", "ĠRome"], ("target_space_added",)),
+    (("So Peru likes ", "So Cuba likes ", " red", " blue"), ("So Peru likes", " red", " blue"), ["Ġred", "Ġblue"], ("prompt_space_removed",)),
+    (("So Peru likes ", "So Cuba likes", "red", " blue"), ("So Peru likes", " red", " blue"), ["Ġred", "Ġblue"],
+     ("prompt_space_removed", "target_space_added")),
+    (("So Peru likes", "So Cuba likes", "  red ", " blue"), ("So Peru likes", " red", " blue"), ["Ġred", "Ġblue"], ("target_space_removed",)),
+    (("So Peru likes\n", "So Cuba likes\n", "Paris", "Rome"), ("So Peru likes\n", "Paris", "Rome"), ["Paris", "Rome"], ()),
+    (("So Peru likes\n", "So Cuba likes\n", " Paris", " Rome"), ("So Peru likes\n", " Paris", " Rome"), ["ĠParis", "ĠRome"], ("target_space_doubtful",)),
+    (("So Peru 17", "So Cuba 17", "52", "61"), ("So Peru 17", "52", "61"), ["52", "61"], ("target_space_doubtful",)),
+    (("So Peru 17", "So Cuba 17", " 52", " 61"), ("So Peru 17", " 52", " 61"), ["Ġ52", "Ġ61"], ()),
+    (("So Peru:", "So Cuba:", "red", "blue"), ("So Peru:", " red", " blue"), ["Ġred", "Ġblue"], ("target_space_added",)),
+]
+
+
+@pytest.mark.parametrize("typed, kept, names, notes", SPACES)
+def test_the_tokenizer_decides_about_spaces(typed, kept, names, notes):
+    assert likes(*typed) == (kept, names, notes)
+
+
+def test_what_was_typed_can_be_insisted_on():
+    assert likes(a="Paris", b="Rome", mend=False) == (("So Peru likes", "Paris", "Rome"), ["Paris", "Rome"], ())
+    with pytest.raises(AlignmentError, match="'red' is 3 tokens"): likes(a="red", b="blue", mend=False)
+
+
+def test_a_space_that_makes_no_difference_is_not_spoken_of():
+    tp = align(TOY, replace(PERU, clean_target="Lima", clean_prompt="The capital of Peru is ", corrupt_prompt="The capital of Chile is "))
+    assert tp.notes == () and tp.pair.clean_target == "Lima" and (tp.clean_ids, tp.clean_target_id) == (align(TOY, PERU).clean_ids, align(TOY, PERU).clean_target_id)
+
+
+def test_a_refusal_speaks_of_the_pair_as_one_writes_it():
+    e = why(SPACED, PromptPair("So Peru likes ", "So Cuba likes ", "green", "Rome"))
+    assert e.reasons == ("clean_target_not_one_token",) and "' green' is" in e.message and "multi_token" in e.message
+
+
+def test_what_was_mended_is_in_the_tables():
+    pairs = [PromptPair("So Peru likes", "So Cuba likes", a, b) for a, b in [("red", "blue"), (" blue", " red"), (" New x", " New y"), ("Rome", "Paris")]]
+    a = audit({"t": SPACED}, pairs, multi_token=True)
+    assert a.table.warnings.tolist() == ["target_space_added", "", "target_shared_prefix", "target_space_added"]
+    assert a.summary().notes[0] == "target_space_added 2, target_shared_prefix 1"
+    assert audit({"t": SPACED}, pairs).summary().reasons[0] == "clean_target_not_one_token 1"
+    assert audit({"t": SPACED}, pairs, mend=False, bos=False).summary()[["usable", "notes"]].values.tolist() == [[2, ""]]
+    assert a.table.pair_id.tolist() == [p.id for p in pairs]
+
+
+def test_a_typed_bos_is_a_bos():
+    bare, typed = (align(SPACED, PromptPair(f"{head}So Peru likes", f"{head}So Cuba likes", " red", " blue")) for head in ("", "<|endoftext|>"))
+    assert typed.clean_ids == bare.clean_ids and typed.clean_ids.count(0) == 1 and typed.entity_span == bare.entity_span
+    e = why(word_pieces("So Peru Cuba likes red blue".split()), PromptPair("<unk>So Peru likes", "<unk>So Cuba likes", " red", " blue"))
+    assert e.reason == "unknown_token"
+
+
+def test_a_switch_for_the_bos():
+    pair = PromptPair("So Peru likes", "So Cuba likes", " red", " blue")
+    with_bos, without = align(SPACED, pair, bos=True), align(SPACED, pair, bos=False)
+    assert with_bos == align(SPACED, pair) and without.clean_ids == with_bos.clean_ids[1:] and without.entity == with_bos.entity - 1
+    assert encode(SPACED, "<|endoftext|>So", bos=False).ids[0] == 0, "what is typed stays"
+    with pytest.raises(AlignmentError, match="no BOS") as e: align(word_pieces(["So"], bos_token=None), pair, bos=True)
+    assert e.value.reason == "no_bos" in REASONS
+
+
+def test_answers_of_several_tokens_are_compared_where_they_part():
+    def got(a, b):
+        tp = align(SPACED, PromptPair("So Peru likes", "So Cuba likes", a, b), multi_token=True)
+        text = SPACED.decode(tp.clean_ids[1:])
+        assert tp.pair.clean_prompt == text and encode(SPACED, text).ids == tp.clean_ids and tp.final == len(tp.clean_ids) - 1
+        return text, SPACED.convert_ids_to_tokens([tp.clean_target_id, tp.corrupt_target_id]), tp.pair.clean_target, tp.notes
+    assert got(" red", " blue") == ("So Peru likes", ["Ġred", "Ġblue"], " red", ())
+    assert got(" redx", " blue") == ("So Peru likes", ["Ġred", "Ġblue"], " redx", ("target_first_token",))
+    assert got(" Newx", " Newy") == ("So Peru likes New", ["x", "y"], "x", ("target_shared_prefix",))
+    assert got(" 1752", " 1761") == ("So Peru likes 17", ["52", "61"], "52", ("target_shared_prefix",)) or SPACED.tokenize(" 1752")
+    assert got(" Newxyz", " Newxz") == ("So Peru likes Newx", ["y", "z"], "yz", ("target_shared_prefix", "target_first_token"))
+
+
+def test_an_answer_that_the_other_goes_on_from_tells_nothing():
+    for a, b, reason in [(" New", " Newx", "target_is_prefix"), (" Newx", " New", "target_is_prefix"), (" Newx", " Newx", "same_target")]:
+        with pytest.raises(AlignmentError) as e: align(SPACED, PromptPair("So Peru likes", "So Cuba likes", a, b), multi_token=True)
+        assert e.value.reasons == (reason,)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_tokens_keep_the_promises(kind):
+    """Whatever the answers: appending what they share, and taking the next token, is how each answer follows its prompt."""
+    tok, seen = KINDS[kind], Counter()
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.text("abcdefgh", min_size=1, max_size=5), st.text("abcdefgh", min_size=1, max_size=5))
+    def check(a, b):
+        pair = PromptPair("bac cab ed", "bac abc ed", f" {a}", f" {b}")
+        try: tp = align(tok, pair, multi_token=True)
+        except AlignmentError as e:
+            seen["refused"] += 1
+            assert not e.reason.endswith("not_one_token")
+            if e.reason == "same_target": assert a == b
+            return
+        seen[tp.notes] += 1
+        for prompt, target, ids, tid in ((pair.clean_prompt, pair.clean_target, tp.clean_ids, tp.clean_target_id),
+                                         (pair.corrupt_prompt, pair.corrupt_target, tp.corrupt_ids, tp.corrupt_target_id)):
+            assert encode(tok, prompt + target).ids[:len(ids) + 1] == (*ids, tid)
+            assert len(ids) - len(encode(tok, prompt).ids) >= ("target_shared_prefix" in tp.notes)
+        assert tp.clean_target_id != tp.corrupt_target_id and len(tp.clean_ids) == len(tp.corrupt_ids)
+        if not tp.notes: assert tp == align(tok, pair)
+
+    check()
+    assert seen[("target_first_token",)] and seen[("target_shared_prefix",)] and seen["refused"], seen
+
+
 # --- audit
 
 def pair(name, entity, category="capitals", relation="capital", target=" Santiago"):
@@ -346,6 +480,35 @@ def _aligns(tok, p):
     except AlignmentError as e:
         assert e.reason == "clean_target_not_one_token"
         return False
+
+
+@pytest.mark.parametrize("name", ["gemma-1", "gemma-3", "gpt2", "pythia"])
+def test_a_forgotten_space_is_mended_under_every_real_tokenizer(name):
+    tok = real(name)
+    right = align(tok, PromptPair("The capital of France is", "The capital of Italy is", " Paris", " Rome"))
+    for space, a, b in [("", "Paris", "Rome"), (" ", "Paris", "Rome"), (" ", " Paris", " Rome")]:
+        tp = align(tok, PromptPair(f"The capital of France is{space}", f"The capital of Italy is{space}", a, b))
+        assert replace(tp, pair=right.pair, notes=()) == right and tp.notes and tp.pair.clean_target == " Paris"
+    line = align(tok, PromptPair("Where is France?\n", "Where is Italy?\n", "Paris", "London"))
+    assert line.notes == () and line.clean_target_id != right.clean_target_id
+
+
+def test_scripts_without_spaces_under_gemma():
+    for pair in (PromptPair("法国的首都是", "英国的首都是", "巴黎", "伦敦"), PromptPair("イタリアの首都は", "フランスの首都は", "ローマ", "パリ")):
+        tp = align(real("gemma-3"), pair)
+        assert tp.notes == () and (tp.entity_span, tp.pair) == ((1, 2), pair)
+    assert why(real("gemma-3"), PromptPair("日本の首都は", "中国の首都は", "東京", "北京")).reasons == ("length_differs",)
+
+
+def test_years_under_real_tokenizers():
+    pair = PromptPair("The war lasted from the year 1732 to the year 17", "The war lasted from the year 1745 to the year 17", "52", "61")
+    tp = align(real("gpt2"), pair)
+    assert tp.pair == pair and real("gpt2").convert_ids_to_tokens([tp.clean_target_id, tp.corrupt_target_id]) == ["52", "61"]
+    tok = real("gemma-3")
+    assert why(tok, replace(pair, corrupt_target="58")).reason == "clean_target_not_one_token"
+    tp = align(tok, replace(pair, corrupt_target="58"), multi_token=True)
+    assert tok.convert_ids_to_tokens([tp.clean_ids[-1], tp.clean_target_id, tp.corrupt_target_id]) == ["5", "2", "8"]
+    assert tp.notes == ("target_space_doubtful", "target_shared_prefix") and tp.pair.clean_prompt.endswith("to the year 175")
 
 
 def test_the_original_studys_battery():

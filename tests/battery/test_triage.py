@@ -48,8 +48,8 @@ def pair(i, category="c", words=1, relation="likes", **change):
     """Pair number i: two names and the answer of each; `words` of filler make its prompts longer."""
     a, b = NAMES[2 * i], NAMES[2 * i + 1]
     start = "So " * words
-    return replace(PromptPair(f"p{i}", category, relation, f"{start}{a} likes", f"{start}{b} likes",
-                              f" {ANSWERS[2 * i]}", f" {ANSWERS[2 * i + 1]}", a, b), **change)
+    return replace(PromptPair(f"{start}{a} likes", f"{start}{b} likes", f" {ANSWERS[2 * i]}", f" {ANSWERS[2 * i + 1]}", a, b,
+                              f"p{i}", category, relation), **change)
 
 
 PAIRS = [pair(0, "x"), pair(1, "y", words=2), pair(2, "x"), pair(3, "z")]

@@ -1,4 +1,4 @@
-"""Plates: every figure of a run with a caption that stands alone and a text in its place, and the same bytes each time."""
+"""Plates: every figure of a run with a short caption, what holds for its page, a text in its place, and the same bytes each time."""
 import json
 import re
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from planted import planted_run, steps
 
-from bizzaroworld.figures.captions import CAPTIONS, about, caption, curve_words, layer_words
+from bizzaroworld.figures.captions import about, conventions, conventions_beside, curve_words, layer_words
 from bizzaroworld.figures.comparison_figures import comparison_plates, save_comparison, seed_plate
 from bizzaroworld.figures.run_figures import MAKERS, plate, plates, save_figures, write_plates
 from bizzaroworld.figures.style import SITE_COLORS
@@ -41,7 +41,7 @@ def found(run):
 # --- which figures there are ----------------------------------------------------------------------------------------
 
 def test_every_figure_is_there_once_and_in_order(found):
-    assert list(found) == NAMES == list(MAKERS) and set(CAPTIONS) == set(NAMES)
+    assert list(found) == NAMES == list(MAKERS)
 
 
 def test_what_a_run_lacks_is_left_out_and_a_missing_experiment_is_named(tmp_path):
@@ -188,20 +188,43 @@ def test_no_text_is_clipped_or_covered_and_letters_are_large(tmp_path, shape):
 
 # --- texts ----------------------------------------------------------------------------------------------------------
 
-def test_every_figure_has_a_caption_that_stands_alone_and_a_text(run, found):
+SENTENCE = re.compile(r"(?<=\.) (?=[A-Z0-9])")
+SHARED = ("Model", "Noising:", "Denoising:", "bootstrap", "the patch changes nothing", "run the patch came from", "embedded")
+
+
+def short(caption: str) -> bool:
+    """Whether a caption is one or two sentences that leave to the page what holds for all of its figures."""
+    return len(SENTENCE.split(caption)) <= 2 and len(caption) <= 320 and not any(word in caption for word in SHARED)
+
+
+def test_the_check_of_captions_sees_what_it_looks_for():
+    assert short("Effect by layer, n = 20 pairs. Dashed: final token.") and not short("One. Two. Three.") and not short("x" * 321)
+    assert not short("Effect by layer. Bands: 95% bootstrap intervals over pairs.")
+
+
+def test_captions_are_short_and_say_their_n(found):
     for p in found.values():
-        assert "{" not in p.caption and "nan" not in p.caption and "embedded model planted" in p.caption and "ld" in p.caption and "20" in p.caption, p.name
-        assert re.search(r"\b[01]: ", p.caption) or "Left 0: " in p.caption, "what 0 and 1 mean"
-        assert "noising: activations of the corrupted run are put into the clean run" in p.caption or "unpatched runs" in p.caption
+        assert short(p.caption) and "{" not in p.caption and "nan" not in p.caption and p.caption.endswith("."), (p.name, len(p.caption))
+        assert "20" in p.caption, p.name
         assert len(p.alt) > 60 and "nan" not in p.alt and p.alt.endswith("."), p.name
-    for name in ("residual", "sites", "crossing", "controls", "categories"): assert "95% bootstrap intervals over pairs" in found[name].caption
-    for name in ("sites", "crossing", "controls", "categories"):
-        assert "1: the answer is that of the run the patch came from" in found[name].caption and "n = 20 of 20 pairs" in found[name].caption
-    assert found["residual"].caption == caption("residual", about(run))
+    for name in ("sites", "crossing", "controls", "categories"): assert "n = 20 of 20 pairs" in found[name].caption
+    assert len({p.caption for p in found.values()}) == len(found)
 
 
-@pytest.mark.parametrize("name, words", [("worst", "Nearly an identity"), ("swing", "Nearly an identity"), ("confidence", "nearly by construction"),
-                                         ("residual", "By construction"), ("release_damage", "by construction"), ("pairs", "not typical")])
+def test_caption_and_conventions_together_say_everything(run, found):
+    for p in found.values():
+        assert p.conventions == conventions(about(run)) and p.full_caption == f"{p.caption} {p.conventions}"
+        assert "embedded model planted" in p.full_caption and "logit difference (ld)" in p.full_caption and "mode C, all 20" in p.full_caption
+        assert "Noising: activations of the corrupted run are put into the clean run, damage is negative" in p.full_caption
+        assert "0: the patch changes nothing, 1 (of a fraction): the answer is that of the run the patch came from" in p.full_caption
+        assert "95% bootstrap intervals over pairs" in p.full_caption and "By construction, late layers" in p.full_caption
+        sentences = SENTENCE.split(p.full_caption)
+        assert len(set(sentences)) == len(sentences), "nothing is said twice"
+
+
+@pytest.mark.parametrize("name, words", [("worst", "Nearly an identity"), ("swing", "Nearly an identity"), ("confidence", "by construction"),
+                                         ("crossing", "by construction"), ("controls", "by construction"), ("release_damage", "by construction"),
+                                         ("pairs", "not typical")])
 def test_captions_say_where_an_identity_is_at_work(found, name, words):
     assert words in found[name].caption
 
@@ -217,9 +240,8 @@ def test_texts_give_the_numbers(run, found):
     assert curve_words(curve(run, "2A", value="fraction").query("site == 'mlp_out'")) in found["sites"].alt
 
 
-def test_captions_follow_the_direction_and_the_kind_of_model(tmp_path):
-    what = about(make(tmp_path, direction="denoising", embedded=False))
-    text = caption("residual", what)
+def test_conventions_follow_the_direction_and_the_kind_of_model(tmp_path):
+    text = plate(make(tmp_path, direction="denoising", embedded=False), "residual").full_caption
     assert "repair is positive" in text and "damage" not in text and "embedded" not in text and "planted" in text
 
 
@@ -227,7 +249,7 @@ def test_pairs_without_a_fraction_are_not_counted_in_it(tmp_path):
     run = make(tmp_path, n=6, swings=[9.0, 8, 7, 6, 0.5, -2])
     found = {p.name: p for p in plates(run)}
     assert about(run).n == {"A": 6, "B": 4, "C": 6, "fraction": 4}
-    assert all("n = 4 of 6" in found[name].caption for name in ("sites", "crossing")) and "6 pairs" in found["heads"].caption
+    assert all("n = 4 of 6" in found[name].caption for name in ("sites", "crossing", "release")) and "n = 6 pairs" in found["heads"].caption
     assert all("(n = 4)" in ax.get_title() for ax in found["sites"].figure.axes)
     assert "n = 4 pairs" in found["swing"].figure.axes[1].get_title() and "n = 6 pairs" in found["swing"].figure.axes[0].get_title()
 
@@ -250,7 +272,7 @@ def test_files_hold_their_texts_and_no_trace_of_the_machine(found, tmp_path):
     for name, made in found.items():
         with Image.open(tmp_path / f"{name}.png") as image:
             assert set(image.info) == {"dpi", "Title", "Description"} and round(image.info["dpi"][0]) == 150
-            assert image.info["Title"] == made.caption == stored[f"{name}.png"]["caption"]
+            assert image.info["Title"] == made.full_caption == stored[f"{name}.png"]["caption"]
             assert image.info["Description"] == made.alt == stored[f"{name}.png"]["alt"]
             assert len(image.convert("RGB").getcolors(1 << 20)) > 3
 
@@ -287,10 +309,11 @@ def beside(two):
 def test_two_runs_have_depths_crossings_concentration_and_differences(two, beside):
     assert list(beside) == ["depths", "crossings", "concentration", "differences"]
     for p in beside.values():
-        assert "small" in p.caption and "large-model-with-a-name" in p.caption and "n = 12" in p.caption and "embedded" in p.caption
-        assert "noising" in p.caption and "ld" in p.caption and "0: " in p.caption and "{" not in p.caption and "nan" not in p.alt
+        assert short(p.caption) and p.conventions == conventions_beside([about(run) for run in two]) and "{" not in p.caption and "nan" not in p.alt
+        assert "embedded model small (n = 12 of 12 pairs), embedded model large-model-with-a-name (n = 12 of 12 pairs)" in p.full_caption
+        assert "Noising: " in p.full_caption and "(ld)" in p.full_caption and "0: the patch changes nothing" in p.full_caption
         assert clipped(p.figure) == [] and overlapping(p.figure) == [] and smallest(p.figure) > 5, p.name
-        assert "another seed" in p.caption
+        assert "another seed" in p.full_caption and "Depth 0 is the input of the first block" in p.full_caption
     assert f"small, entity token: {crossing(two[0]).value / 8:.2f}" in beside["crossings"].alt
     known = sum(two[0].triage.known)
     assert f"paired over the {known} pairs that both know" in beside["differences"].caption
@@ -310,7 +333,7 @@ def test_one_run_has_no_differences_and_drift_is_shown_where_there_is_any(two):
 def test_trainings_have_a_figure_of_their_spread(tmp_path):
     runs = [named(tmp_path / f"s{i}", f"nano-s{i}", n=6 + i) for i in range(2)]
     found = seed_plate(seed_spread(runs), runs, ("leaves", "half_final"))
-    assert "trained 2 times" in found.caption and "nano-s1 (n = 7 of 7 pairs)" in found.caption and len(found.figure.axes) == 2
+    assert "trained 2 times (n = 6, 7 pairs)" in found.caption and short(found.caption) and "nano-s1 (n = 7 of 7 pairs)" in found.full_caption and len(found.figure.axes) == 2
     low, high = sorted(crossing(run).value / 8 for run in runs)
     assert f"from {low:.2f} to {high:.2f}" in found.alt and clipped(found.figure) == [] and overlapping(found.figure) == []
 
@@ -321,7 +344,7 @@ def test_a_comparison_is_written_with_its_tables(two, beside, tmp_path):
     tables = ["models", "curves", "crossings", "heads", "pairs", "drift", "quantities", "differences"]
     assert [p.name for p in paths] == [*(f"{name}.csv" for name in tables), *(f"{name}.png" for name in beside)]
     stored = json.loads((tmp_path / "out" / "captions.json").read_text("utf-8"))
-    assert stored == {f"{p.name}.png": {"caption": p.caption, "alt": p.alt} for p in beside.values()}
+    assert stored == {f"{p.name}.png": {"caption": p.full_caption, "alt": p.alt} for p in beside.values()}
     found = compare(two)
     for name in tables:
         written, table = pd.read_csv(tmp_path / "out" / f"{name}.csv"), getattr(found, name)

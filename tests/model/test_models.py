@@ -1,5 +1,6 @@
 """Loading: what is accepted, what is refused, and that the checks can fail."""
 import hashlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import httpx
@@ -11,7 +12,8 @@ from transformers import BertConfig, BertForMaskedLM
 
 from bizzaroworld.model import hooked, load as models
 from bizzaroworld.model.hooked import Model, ModelError, Readout
-from bizzaroworld.model.load import embedded_models, load_model, validate
+from bizzaroworld.model.load import is_embedded, load_model, validate
+from bizzaroworld.model.names import called, embedded_models
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -36,8 +38,24 @@ def test_a_local_folder_is_loaded_like_a_hub_model(tmp_path):
     AutoTokenizer.from_pretrained(embedded_models()["bizzaro-nano"]).save_pretrained(tmp_path)
     model = load_model(str(tmp_path))
     assert model.weights_sha256 == hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest()
+    assert model.name == tmp_path.name and not is_embedded(model)
     ids = torch.tensor([[2, 5, 9]])
     with torch.no_grad(): torch.testing.assert_close(model.logits(ids), hf(ids).logits[:, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_is_called_by_its_folder_and_known_by_its_weights(tmp_path, monkeypatch):
+    folders = [tmp_path / "a" / "mine", tmp_path / "b" / "mine", tmp_path / "b" / "other"]
+    for folder in folders: folder.mkdir(parents=True)
+    mine, again, other = map(str, folders)
+    assert called([mine, other, "google/gemma-2b"]) == ["mine", "other", "google/gemma-2b"] and called([mine + "/"]) == ["mine"]
+    assert called([mine, again]) == [mine, again], "two folders of one name are told apart"
+    (folders[2] / "small-q4.gguf").touch()
+    assert called([f"{other}/small-q4.gguf", "org/repo:small-q4.gguf"]) == ["small-q4", "org/repo:small-q4.gguf"]
+    monkeypatch.chdir(mine)
+    assert called(["."]) == ["mine"] and called(["../../b/other"]) == ["other"] and called(["bizzaro-nano"]) == ["bizzaro-nano"]
+    (tmp_path / "bizzaro-nano").symlink_to(embedded_models()["bizzaro-nano"])
+    nano = load_model(str(tmp_path / "bizzaro-nano"))
+    assert nano.name == "bizzaro-nano" and is_embedded(nano) and not is_embedded(replace(nano, weights_sha256="other"))
 
 
 def test_the_hash_is_of_the_weights():

@@ -1,8 +1,11 @@
 """The report: one page that needs nothing else, in which every reference leads somewhere, about the run and no other."""
+import html
 import json
 import re
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -55,6 +58,14 @@ def figures(text: str) -> list[dict]:
     return [attrs for tag, attrs in Elements(text).found if tag == "img"]
 
 
+def repeated(text: str) -> list[str]:
+    "Sentences of 40 or more characters that a page says more than once, without code, tables, the explorer and the list of sources."
+    text = re.sub(r"<(details|iframe|style|nav|table)\b.*?</\1>|<ul class=\"references\">.*?</ul>", "", text, flags=re.S)
+    parts = [html.unescape(re.sub(r"<.*?>|\s+", " ", p)) for p in re.findall(r"<(?:p|li)\b[^>]*>(.*?)</(?:p|li)>", text, re.S)]
+    said = Counter(re.sub(r"\s+", " ", s).strip() for p in parts for s in re.split(r"(?<=[.!?])\s+", p))
+    return [sentence for sentence, n in said.items() if n > 1 and len(sentence) >= 40]
+
+
 def code(text: str, data: dict | None = None, metadata: dict | None = None) -> dict:
     outputs = [dict(output_type="display_data", data=data, metadata=metadata or {})] if data else []
     return dict(cell_type="code", source=text, outputs=outputs)
@@ -69,6 +80,9 @@ def test_the_checks_see_what_they_look_for():
     assert outside('<script src="https://x.org/a.js"></script>') and outside('<link rel="s" href="a.css">')
     assert outside("<style>@import 'a';</style>") and outside("<style>a { background: url(x.png) }</style>")
     assert not outside('<a href="https://x.org">x</a><img src="data:image/png;base64,AA">')
+    again = "This sentence is long enough to be noticed."
+    assert repeated(f"<p>One. {again}</p><li><em>This sentence</em> is long enough\nto be noticed. Two.</li>") == [again]
+    assert repeated(f"<p>{again}</p><details><p>{again}</p></details><ul class=\"references\"><li>{again}</li></ul><p>Short. Short.</p>") == []
     assert dead_anchors('<a href="#a"></a><p id="b">') == ["#a"] and twice('<p id="a"><p id="a">') == {"a"}
 
 
@@ -111,6 +125,35 @@ def test_a_page_shows_everything_once_and_needs_nothing():
     body = text.partition("<body>")[2]
     assert "repr" not in body and "secret" not in text and "hidden_code" not in body and "draw" in body and "fig-cap" not in body
     assert 'id="ref-doe2024"' in text and "On Shape" in text
+
+
+def told(kind: str, text: str) -> dict:
+    return code("", {"text/markdown": text}, {"text/markdown": {"kind": kind}})
+
+
+def test_how_to_read_the_figures_stands_once_at_the_top_of_the_page():
+    image = {"image/png": PNG}
+    first = chapter("04_a", told("conventions", "Model: a. Zero is nothing. One is all."), code("#| label: fig-x\n#| fig-alt: A.", image), told("note", "A line."))
+    second = chapter("05_b", told("conventions", "Model: a. Zero is nothing. Each is one training."), code("#| label: fig-y\n#| fig-alt: A.", image),
+                     told("note", "A line."), code("#| label: fig-z\n#| fig-alt: A.", image), told("note", "Another line."), told("text", "A line."))
+    third = chapter("06_c", told("conventions", "Model: a. One is all."))
+    gone = Chapter("03_z", chapter("03_z", told("conventions", "Never shown.")).notebook, "It does not apply.")
+    kept = json.dumps([c.notebook for c in (first, second, third)])
+    text = page("T", "<p>Head.</p>", [gone, first, second, third], SOURCES).partition("<main>")[2]
+    assert re.findall(r'<div class="conventions"><p>(.*?)</p>', text) == ["Model: a. Zero is nothing. One is all.", "Each is one training."]
+    assert text.index("Head.") < text.index("Model: a.") < text.index("<section") and text.count('class="conventions"') == 2
+    assert re.findall(r'<div class="note"><p>(.*?)</p>', text) == ["A line.", 'Read as <a href="#fig-x">Figure 4.1</a>.', "Another line."]
+    assert '<div class="text"><p>A line.</p>' in text and "Never shown" not in text
+    assert json.dumps([c.notebook for c in (first, second, third)]) == kept, "the chapters themselves stay as they are"
+    alone = page("T", "", [second], SOURCES)
+    assert "Model: a. Zero is nothing. Each is one training." in alone and "Read as" not in alone
+
+
+def test_chapters_say_how_to_read_one_run_or_several(moved):
+    one, both = paper.how_to_read(moved), paper.how_to_read(moved, open_run("bizzaro-nano"))
+    assert one.kind == both.kind == "conventions" and paper.say("a").kind == "text" and paper.note(SimpleNamespace(caption="c")).kind == "note"
+    assert "Model: planted; pairs: mode C, all 6" in one and "Depth 0" not in one
+    assert "planted (n = 6 of 6 pairs), embedded model bizzaro-nano (n = 60 of 60 pairs)" in both and "Depth 0" in both
 
 
 def test_a_link_to_what_the_page_holds_stays_in_the_page():
@@ -207,7 +250,7 @@ def test_a_cell_without_end_is_stopped(moved):
 def test_a_report_is_written_with_what_failed_at_its_top(moved, monkeypatch, tmp_path):
     monkeypatch.setattr(report, "read_chapters", lambda names: TINY)
     monkeypatch.setattr(report, "explorer_page", lambda run: '<script>alert("x")</script>')
-    path = report.write_report(moved.folder, tmp_path / "r.html")
+    path = report.report(moved.folder, tmp_path / "r.html")
     text = path.read_text("utf-8")
     assert re.search(r'class="caution">(?:\s*<p>Only 6 pairs.*</p>)?\s*<p>2 Title of 02_b: This chapter could not be made: cell 2 \(kept\): NameError', text)
     assert "reached" not in re.sub(r"<details>.*?</details>", "", text, flags=re.S) and "There is nothing to compare with." in text
@@ -220,7 +263,7 @@ def test_a_doubtful_run_says_so_before_anything_else(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "read_chapters", lambda names: [])
     def tops(**planted):
         run = complete(planted_run(tmp_path / str(len(list(tmp_path.iterdir()))), **planted))
-        return report.write_report(run.folder, explorer=False).read_text("utf-8")
+        return report.report(run.folder, explorer=False).read_text("utf-8")
     few = tops(entity=steps([4] * 12), known=[True] * 5 + [False] * 7)
     caution = re.search(r'<div class="caution">\s*<p>(.*?)</p>', few).group(1)
     assert caution.startswith("The model knows only 5 of 12 pairs") and few.index(caution) < few.index("<section")
@@ -228,17 +271,17 @@ def test_a_doubtful_run_says_so_before_anything_else(monkeypatch, tmp_path):
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(RunError): report.write_report(tmp_path)
+    with pytest.raises(RunError): report.report(tmp_path)
 
 
 def test_where_the_report_goes_is_known_before_it_is_made(moved, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(report, "read_chapters", lambda names: [])
-    assert report.write_report("bizzaro-nano", explorer=False) == Path("bizzaro-nano-report.html") and Path("bizzaro-nano-report.html").exists()
+    assert report.report("bizzaro-nano", explorer=False) == Path("bizzaro-nano-report.html") and Path("bizzaro-nano-report.html").exists()
     monkeypatch.setattr(report, "execute", lambda *args, **options: pytest.fail("executed for nothing"))
-    with pytest.raises(RunError, match="is a folder. Name a file, such as .*report.html"): report.write_report(moved.folder, tmp_path)
+    with pytest.raises(RunError, match="is a folder. Name a file, such as .*report.html"): report.report(moved.folder, tmp_path)
     monkeypatch.setattr(report.os, "access", lambda path, mode: False)
-    with pytest.raises(RunError, match="Nothing can be written to .*--out"): report.write_report(moved.folder, tmp_path / "r.html")
+    with pytest.raises(RunError, match="Nothing can be written to .*--out"): report.report(moved.folder, tmp_path / "r.html")
 
 
 def test_chapters_come_without_outputs_and_in_order():
@@ -259,9 +302,11 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_the_paper_can_be_made_of_any_run(name, tmp_path):
     run = complete(planted_run(tmp_path / "run", **RUNS[name]))
-    text = report.write_report(run.folder).read_text("utf-8")
+    text = report.report(run.folder).read_text("utf-8")
     assert "could not be made" not in text, re.findall(r"could not be made[^<]*", text)
     assert outside(text) == [] and dead_anchors(text) == [] and not twice(text)
+    assert repeated(text) == [] and text.count("An effect is the patched minus the unpatched logit difference (ld)") == 1
+    assert text.index('class="conventions"') < text.index("<section")
     assert figures(text) and all(f["alt"] for f in figures(text))
     shown = re.sub(r"<details>.*?</details>|data:image[^\"]*", "", text, flags=re.S)
     assert not re.search(r"\bnan\b|\bNone\b|NaN", shown), re.findall(r".{60}\b(?:nan|None|NaN)\b.{60}", shown)
@@ -271,5 +316,5 @@ def test_the_paper_can_be_made_of_any_run(name, tmp_path):
 def test_a_report_of_another_model_says_nothing_of_ours(tmp_path):
     run = complete(planted_run(tmp_path / "run", steps([4] * 6), embedded=False))
     names = [c.name for c in report.read_chapters() if c.number <= 6]
-    text = report.write_report(run.folder, chapters=names, explorer=False).read_text("utf-8")
+    text = report.report(run.folder, chapters=names, explorer=False).read_text("utf-8")
     assert "planted" in text and "bizzaro-nano" not in text and "embedded" not in text

@@ -176,6 +176,8 @@ def test_three_runs_differ_in_three_ways(tmp_path):
 def test_names_and_refusals(tmp_path):
     a, b = run(tmp_path / "a", [4, 4]), run(tmp_path / "b", [4, 4])
     assert names([a, b]) == ["a", "b"] and names([a]) == ["planted"]
+    same = run(tmp_path / "away" / "a", [4, 4])
+    assert names([a, same]) == [f"{tmp_path.name}/a", "away/a"], "two models of one name, two folders of one name"
     with pytest.raises(AnalysisError, match="cannot be told apart"): compare([a, a])
     with pytest.raises(AnalysisError, match="no run"): compare([])
     other = run(tmp_path / "c", [4, 4], direction="denoising")

@@ -43,6 +43,14 @@ def test_a_folder_is_one_run(tmp_path):
         with pytest.raises(RunError, match=key): claim(folder, INFO | {key: other})
 
 
+def test_a_model_is_the_same_where_its_weights_are_whatever_its_folder_is_called(tmp_path):
+    claim(tmp_path / "run", INFO)
+    claim(tmp_path / "run", INFO | {"model": {"name": "moved", "weights_sha256": "aa"}})
+    with pytest.raises(RunError, match="name 'm', not 'other'"): claim(tmp_path / "run", INFO | {"model": {"name": "other", "weights_sha256": "cc"}})
+    claim(tmp_path / "unhashed", INFO | {"model": {"name": "m", "weights_sha256": ""}})
+    with pytest.raises(RunError, match="name 'm', not 'other'"): claim(tmp_path / "unhashed", INFO | {"model": {"name": "other", "weights_sha256": ""}})
+
+
 def test_the_refusal_names_what_differs(tmp_path):
     claim(tmp_path / "run", INFO)
     with pytest.raises(RunError, match="weights_sha256 'aa', not 'cc'.*--out"):

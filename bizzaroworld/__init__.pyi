@@ -1,0 +1,16 @@
+from .battery.audit import audit as audit
+from .battery.formats import load_battery as load_battery
+from .battery.pairs import PromptPair as PromptPair
+from .battery.tokens import align as align
+from .battery.triage import triage as triage
+from .model.load import load_model as load_model
+from .paper.report import report as report
+from .patch.interventions import Edit as Edit, Intervention as Intervention, grid as grid
+from .patch.means import mean_values as mean_values
+from .patch.sweep import sweep as sweep
+from .pipeline import run_study as run_study
+from .replication.verdicts import claims as claims
+from .results.compare import compare as compare
+from .study.runs import open_run as open_run
+
+__version__: str
