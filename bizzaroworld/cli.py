@@ -14,7 +14,7 @@ import typer
 
 from . import __version__
 from .console import print_frame, print_table, progress, reported, save
-from .options import (BatteryFile, Debug, Device, Direction, Dtype, ModelName, Revision, RunName,
+from .options import (BatteryFile, Chat, Debug, Device, Direction, Dtype, ModelName, Revision, RunName,
                                   RunNames, TableFile)
 
 # %% auto #0
@@ -48,7 +48,7 @@ def _report(run: str, out: Path | None = None) -> Path:
 def study(model: ModelName = "bizzaro-nano", battery: BatteryFile = None,
           out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", file_okay=False,
                                                    help="The run folder. Default: runs/ and the model's name.")] = None,
-          device: Device = None, dtype: Dtype = "float32", revision: Revision = None, direction: Direction = "noising",
+          device: Device = None, dtype: Dtype = "float32", revision: Revision = None, direction: Direction = "noising", chat: Chat = False,
           controls: Annotated[Literal["default", "all", "none"], typer.Option(metavar="WHICH", help=(
               "default: unrelated donors, shuffled positions and, below a billion parameters, an untrained twin; all; none."))] = "default",
           report: Annotated[bool, typer.Option("--report/--no-report", help="Write the paper about the run at the end.")] = True,
@@ -71,7 +71,7 @@ def study(model: ModelName = "bizzaro-nano", battery: BatteryFile = None,
         chosen = {"default": None, "all": ("unrelated", "shuffled", "untrained"), "none": ()}[controls]
         with progress(Path(model).name) as advance:
             folder = run_study(model, battery=battery, out=out, device=device, dtype=dtype, revision=revision,
-                               direction=direction, controls=chosen, max_rows=rows, progress=advance)
+                               direction=direction, chat=chat, controls=chosen, max_rows=rows, progress=advance)
         try:
             if report: _report(str(folder))
         finally:
@@ -186,8 +186,11 @@ def models(debug: Debug = False) -> None:
     with reported(debug):
         from bizzaroworld.model.catalog import embedded
         print_table(["name", "parameters", "layers", "heads", "kv heads", "width", "MB"], embedded())
-        typer.echo("\nAny other causal language model is named by its folder (./my-model) or its name on the\n"
-                   "Hugging Face Hub (google/gemma-2b). Gated models need their license accepted and `hf auth login`.")
+        from bizzaroworld.model.names import packaged_lines
+        typer.echo("\n".join(["", *packaged_lines()]))
+        typer.echo("\nAny other causal language model is named by its folder (./my-model), a GGUF file (./model.gguf, or on the Hub\n"
+                   "org/repo:model.gguf), or its name on the Hugging Face Hub (google/gemma-2b). Gated models need their license\n"
+                   "accepted and `hf auth login`.")
 
 # %% ../nbs/library/05_cli.ipynb #5d85433c
 @app.command()

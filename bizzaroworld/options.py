@@ -11,19 +11,21 @@ from typing import Annotated, Literal
 import typer
 
 # %% auto #0
-__all__ = ['ModelName', 'BatteryFile', 'Device', 'Dtype', 'Revision', 'Direction', 'Debug', 'TableFile', 'RunName', 'RunNames']
+__all__ = ['ModelName', 'BatteryFile', 'Device', 'Dtype', 'Revision', 'Direction', 'Chat', 'Debug', 'TableFile', 'RunName',
+           'RunNames']
 
 # %% ../nbs/library/04_options.ipynb #5faddf73
 ModelName = Annotated[str, typer.Option("--model", "-m", metavar="NAME",
-                                        help="An embedded model (see `models`), a local folder, or a Hub name.")]
+                                        help="A model by name (see `models`), a folder, a .gguf file, or a Hub name.")]
 BatteryFile = Annotated[Path | None, typer.Option("--battery", "-b", metavar="FILE", exists=True, dir_okay=False,
                                                   help="A JSON file of prompt pairs. Default: the 60 that come along.")]
-Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, mps, ... Default: an accelerator, if any.")]
+Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, mps, ... Default: cuda, if there is one.")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(
     metavar="NAME", help="float32, bfloat16 or float16. Logit differences are computed in float32 in any case.")]
 Revision = Annotated[str | None, typer.Option(metavar="NAME", help="A branch, tag or commit on the Hub.")]
 Direction = Annotated[Literal["noising", "denoising"], typer.Option(
     metavar="NAME", help="noising: corrupted into clean (is it needed?); denoising: clean into corrupted (is it enough?).")]
+Chat = Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template, as the beginning of its answer.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback when something fails.")]
 
 # %% ../nbs/library/04_options.ipynb #c0623ab6

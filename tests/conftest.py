@@ -28,6 +28,15 @@ def tokenizer_folders(repo) -> dict[str, Path]:
     return folders
 
 
+@pytest.fixture(scope="session")
+def gemma():
+    """Gemma 3 270M, loaded once for all tests: it takes a while and 1.5 GB."""
+    from bizzaroworld.model.load import load_model
+    from bizzaroworld.model.names import PACKAGED, parts_of
+    if not parts_of(PACKAGED["gemma-3-270m"]): pytest.skip(f"Gemma 3 270M is not installed: {PACKAGED['gemma-3-270m'].install}")
+    return load_model("gemma-3-270m", device="cpu")
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     """A test that reaches for another machine fails."""

@@ -76,7 +76,7 @@ def test_study_passes_every_option_on_and_prints_the_closing_lines(stand_in, tmp
     (name, options), = calls
     assert callable(options.pop("progress"))
     assert (name, options) == ("google/gemma-2b", dict(
-        battery=battery, out=tmp_path / "run", device="cpu", dtype="bfloat16", revision="main", direction="denoising",
+        battery=battery, out=tmp_path / "run", device="cpu", dtype="bfloat16", revision="main", direction="denoising", chat=False,
         controls=(), max_rows=7))
     assert done.stdout.splitlines() == ["60 pairs swept", f"Files: {tmp_path / 'run'}"]
     assert done.stderr == "", "no progress bar where there is no terminal"

@@ -15,8 +15,8 @@ MODULES = sorted(p for p in (REPO / "bizzaroworld").rglob("*.py") if p.name not 
 # One way, no back and forth: a room imports only from the wings above its own in this list, and from the rooms before it in its own.
 WINGS = {wing: rooms.split() for wing, rooms in {
     "ground": "files",
-    "battery": "pairs layouts formats tokens audit knowing triage facts builder",
-    "model": "names hooked gguf load catalog",
+    "battery": "pairs layouts formats tokens audit knowing triage facts builder chat",
+    "model": "names bridge hooked identity adapters gguf load catalog",
     "patch": "interventions metrics passes engine means sweep",
     "study": "runs experiments controls",
     "results": "estimates effects layers heads correlations summary quantities compare",
@@ -191,10 +191,11 @@ def development_imports(name: str, text: str) -> list[str]:
 
 
 def declared() -> set[str]:
-    """The packages that settings.ini requires at run time."""
+    """The packages that settings.ini requires at run time, or an extra does."""
     ini = ConfigParser(delimiters=["="], interpolation=None)
     ini.read(REPO / "settings.ini")
-    return {canonical(re.split(r"[<>=]", line)[0]) for line in ini["DEFAULT"]["requirements"].split()}
+    lines = [line for key in ("requirements", "gguf_requirements", "peft_requirements") for line in ini["DEFAULT"][key].split()]
+    return {canonical(re.split(r"[<>=]", line)[0]) for line in lines}
 
 
 def canonical(name: str) -> str:

@@ -18,7 +18,8 @@ from pathlib import Path
 from ..files import data_path, replacing
 
 # %% auto #0
-__all__ = ['PACKAGED', 'ModelError', 'embedded_models', 'Packaged', 'parts_of', 'cache_folder', 'assemble', 'locate', 'called']
+__all__ = ['PACKAGED', 'ModelError', 'embedded_models', 'Packaged', 'parts_of', 'packaged_lines', 'cache_folder', 'assemble',
+           'locate', 'called']
 
 # %% ../../nbs/library/model/01_names.ipynb #080e615b
 class ModelError(ValueError):
@@ -56,6 +57,12 @@ def parts_of(model: Packaged) -> list[Path]:
     found = {file.name: Path(dist.locate_file(file)) for dist in distributions() if "gguf" in (dist.name or "")
              for file in dist.files or () if re.fullmatch(model.part, file.name)}
     return [found[name] for name in sorted(found)]
+
+
+def packaged_lines() -> list[str]:
+    "The packaged models: installed, or how to install them; and under which terms."
+    def status(m): return "installed" if parts_of(m) else f"not installed: {m.install}"
+    return [line for m in PACKAGED.values() for line in (f"{m.name} ({m.size / 1e6:.0f} MB): {status(m)}", m.terms)]
 
 
 def cache_folder() -> Path:
@@ -115,7 +122,7 @@ def locate(name: str, revision: str | None = None) -> str:
     if name in PACKAGED: return str(assemble(PACKAGED[name]))
     if re.fullmatch(r"[\w.-]+/[\w.-]+:.+\.gguf", name): return str(_gguf_on_hub(name, revision))
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.lower().endswith(".gguf"):
-        raise ModelError(f"There is no file or folder {name!r}. Give one that exists, a Hub id such as 'google/gemma-2b', a file on the "
+        raise ModelError(f"There is no folder or file {name!r}. Give one that exists, a Hub id such as 'google/gemma-2b', a file on the "
                          f"Hub ('org/repo:file.gguf'), or a model by name: {', '.join([*known, *PACKAGED])}.")
     return name
 
