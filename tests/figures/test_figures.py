@@ -1,9 +1,9 @@
 """Figures: what is drawn is what the tables say, in the fixed colors, and nothing is cut off or covered."""
-from matplotlib.colors import to_hex
 import numpy as np
 import pandas as pd
 import pytest
 from drawn import band, clipped, legend_texts, lines, make, overlapping, smallest
+from matplotlib.colors import to_hex
 from planted import planted_run, steps
 
 from bizzaroworld.figures.layers import (draw_categories, draw_controls, draw_crossing, draw_heads, draw_pairs, draw_residual,
@@ -318,7 +318,7 @@ def test_drift_adds_up_to_the_battery():
 
 
 def test_colors_of_bars_say_the_same_everywhere():
-    assert KNOWN[False]["edgecolor"] == DRIFT["lost"]["edgecolor"] == ACCENT
+    assert KNOWN["not preferred"]["edgecolor"] == DRIFT["lost"]["edgecolor"] == ACCENT
 
 
 @pytest.mark.parametrize("criterion", ["effect", "fraction"])
