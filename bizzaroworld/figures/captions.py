@@ -106,7 +106,7 @@ SPREADS = {
                       f"token (experiment 4, left) and at the final token (4F, right); {{model}}, {OF_C}, {{how}}. 0: of no pair, 1: of every pair. "
                       "Whiskers: 95% Wilson intervals; dashed: every head as likely as every other. The {shown} most frequent of {heads} heads.",
     "triage": "TotalSwing (clean minus corrupted logit difference, ld, in logits) of the {C} pairs, largest first; {model}, unpatched runs. 0: the "
-              "model does not tell the two prompts apart. Known: on both prompts the right answer is ranked first.",
+              "model does not tell the two prompts apart. Preferred: on both prompts the right answer is preferred to the other; first among its kind: to every answer of its relation in the battery; first of all: to every token; each set lies within the one before.",
 }
 CAPTIONS = CURVES | SPREADS
 
@@ -125,7 +125,7 @@ COMPARED = {
                      "head among very many, 0.5: all heads alike. Whiskers: 95% bootstrap intervals over pairs. Beside the bars: heads, of all. "
                      f"More heads look more diffuse, because noise in their means counts too. {ONE_DRAW}",
     "differences": "What {b} has more than {a}, in quantities that models of different shape share (metric: logit difference, ld); paired over the {n} pairs "
-                   "that both know; {models}; {how}. 0: no difference, 1: the whole depth, all heads or the whole sum. Whiskers: 95% bootstrap "
+                   "on which both prefer both answers by 2 logits; {models}; {how}. 0: no difference, 1: the whole depth, all heads or the whole sum. Whiskers: 95% bootstrap "
                    f"intervals over pairs. {ONE_DRAW}",
     "drift": "What each model's tokenizer leaves of the battery: pairs that it aligns, pairs replaced by a spare, pairs lost without one; {models_c}; no "
              "patching is involved and no logit difference (ld) is read. 0: none.",

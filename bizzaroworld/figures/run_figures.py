@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib import style
 from matplotlib.figure import Figure
 
+from ..battery.knowing import counts, known_words
 from . import layers, pairs
 from .captions import about, caption, curve_words, head_words, layer_words
 from .style import CONTROLS, STYLE
@@ -132,7 +133,7 @@ def _triage(run: Run) -> Drawn:
     t = run.triage
     return pairs.draw_triage(t, len(run.pairs("A"))), (
         f"Bars by rank, from {t.total_swing.iloc[0]:.1f} down to {t.total_swing.iloc[-1]:.1f} logits; "
-        f"{int((~t.known).sum())} of {len(t)} pairs are not known."), {}
+        f"The model {known_words(counts(t), len(t))}."), {}
 
 # %% ../../nbs/library/figures/06_run_figures.ipynb #52353ebb
 MAKERS: dict[str, Callable[[Run], Drawn]] = {
