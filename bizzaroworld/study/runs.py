@@ -142,6 +142,7 @@ class Run:
     def that_knows(self, known: str = "preferred", min_swing: float = VERDICT_SWING) -> Run:
         "This run with the pairs only that verdicts stand on; or those of another set of `knowing.DEGREES`, another swing (logits)."
         return _restricted(self, pairs_that(self.triage, known, min_swing))
+
     def select(self, experiment: str, mode: str = "C", metric: str = "ld") -> pd.DataFrame:
         "The rows of an experiment for the pairs of a mode, with `total_swing` beside them."
         e = self.effects
