@@ -155,12 +155,12 @@ def table() -> pd.DataFrame:
 
 def test_triage_prints_the_top_and_writes_everything(stand_in, table, tmp_path):
     stand_in("model.load", load_model=lambda name, **options: (name, options))
-    stand_in("battery.triage", triage=lambda model, pairs, spares: SimpleNamespace(table=table, excluded=table.head(1)))
+    stand_in("battery.triage", triage=lambda model, pairs, spares: SimpleNamespace(table=table, excluded=table.head(1), line="The model prefers 2."))
     out = tmp_path / "new" / "triage.csv"
     done = run("triage", "--top", "2", "--out", str(out))
     assert done.exit_code == 0, done.output
     assert "second" in done.stdout and "third" not in done.stdout
-    assert "3 pairs ranked, 1 excluded" in done.stdout
+    assert "3 pairs ranked, 1 excluded. The model prefers 2." in done.stdout
     assert pd.read_csv(out).equals(table)
     assert [p.name for p in out.parent.iterdir()] == ["triage.csv"], "no temporary file is left"
 

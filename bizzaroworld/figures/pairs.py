@@ -133,7 +133,7 @@ def draw_release_damage(points: pd.DataFrame, r: Estimate, n_layers: int) -> Fig
 @styled
 def draw_triage(triage: pd.DataFrame, first: int) -> Figure:
     "The pairs by TotalSwing, in the color of their highest degree of knowing, with the size of each set; a line after the `first` (mode A)."
-    figure, (ax,) = panels(1, 3.6)
+    figure, (ax,) = panels(1, 4)
     degree, sizes = highest(triage), {DEGREES[name]: n for name, n in counts(triage).items()}
     sizes |= {NOT_PREFERRED: int((degree == NOT_PREFERRED).sum())}
     for name in (name for name in reversed(KNOWN) if sizes[name]):
@@ -144,7 +144,7 @@ def draw_triage(triage: pd.DataFrame, first: int) -> Figure:
     levels(ax, 0)
     ax.set(xlabel="Rank of the pair", ylabel="TotalSwing (logits)", xlim=(0.3, len(triage) + 0.7))
     count_axis(ax, "x")
-    legend(figure, ax, 3)
+    legend(figure, ax, 2)
     return figure
 
 # %% ../../nbs/library/figures/04_pairs.ipynb #f2fbae0c

@@ -13,6 +13,7 @@ import pandas as pd
 from matplotlib import style
 from matplotlib.figure import Figure
 
+from ..battery.knowing import counts, known_words
 from . import layers, pairs
 from .captions import about, conventions, curve_words, head_words, layer_words
 from .style import CONTROLS, STYLE

@@ -37,9 +37,12 @@ def names(runs: Sequence[Run]) -> list[str]:
 
 def common_pairs(runs: Sequence[Run]) -> list[str]:
     "Ids of the pairs that all runs hold, with the same prompts, in the order of the first."
-    def asked(run): return run.triage.reindex(columns=["pair_id", "clean_prompt", "corrupt_prompt"]).fillna("").itertuples(index=False, name=None)
-    both = set.intersection(*({*asked(run)} for run in runs))
-    return [row[0] for row in asked(runs[0]) if row in both]
+    asked: dict[str, set] = {}
+    for run in runs:
+        prompts = run.triage.reindex(columns=["pair_id", "clean_prompt", "corrupt_prompt"]).dropna()
+        for pair, *texts in prompts.itertuples(index=False, name=None): asked.setdefault(pair, set()).add(tuple(texts))
+    held = set.intersection(*(set(run.triage.pair_id) for run in runs))
+    return [pair for pair in runs[0].triage.pair_id if pair in held and len(asked.get(pair, ())) < 2]
 
 
 def pair_states(runs: Sequence[Run]) -> pd.DataFrame:

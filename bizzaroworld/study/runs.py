@@ -122,39 +122,32 @@ class Run:
     @property
     def n_layers(self) -> int: return self.info["model"]["n_layers"]
 
-    def _kept(self, table: pd.DataFrame) -> pd.DataFrame:
-        return table if self.only is None else table[table.pair_id.isin(self.only)].reset_index(drop=True)
-
     @cached_property
-    def triage(self) -> pd.DataFrame: return self._kept(_table(self.folder, "triage.csv"))
+    def triage(self) -> pd.DataFrame: return _kept(_table(self.folder, "triage.csv"), self.only)
     @cached_property
     def excluded(self) -> pd.DataFrame: return _table(self.folder, "excluded.csv")
     @cached_property
-    def effects(self) -> pd.DataFrame: return self._kept(_table(self.folder, "effects.parquet"))
+    def effects(self) -> pd.DataFrame: return _kept(_table(self.folder, "effects.parquet"), self.only)
 
     @cached_property
     def controls(self) -> pd.DataFrame:
         "The effects of the controls, as `effects`, with a column `control`. Raises `RunError` for a run without them."
         path = self.folder / "controls.parquet"
         if not path.is_file(): raise RunError(f"{self.folder} holds no controls. Run the same study again: it adds what is missing.")
-        return self._kept(_table(self.folder, path.name))
+        return _kept(_table(self.folder, path.name), self.only)
 
     @cached_property
-    def _golden(self) -> dict[str, list[str]]:
-        return {mode: self._kept(_table(self.folder, f"golden_{mode}.csv")).pair_id.tolist() for mode in "ABC"}
+    def _golden(self) -> dict[str, list[str]]: return {mode: _kept(_table(self.folder, f"golden_{mode}.csv"), self.only).pair_id.tolist() for mode in "ABC"}
 
     def pairs(self, mode: str = "C") -> list[str]:
         "Ids of the golden pairs of a mode: A (top 15 by TotalSwing), B (best per category), C (all), best first."
         if mode not in ("A", "B", "C"): raise RunError(f"Unknown mode {mode!r}: use A, B or C.")
         return self._golden[mode]
 
-    def restricted(self, pairs: Collection[str]) -> Run:
-        "This run with these of its pairs only, in its tables and in all modes."
-        return replace(self, only=frozenset(pairs if self.only is None else self.only.intersection(pairs)))
-
+    def restricted(self, pairs: Collection[str]) -> Run: return _restricted(self, pairs)
     def that_knows(self, known: str = "preferred", min_swing: float = VERDICT_SWING) -> Run:
         "This run with the pairs only that verdicts stand on; or those of another set of `knowing.DEGREES`, another swing (logits)."
-        return self.restricted(pairs_that(self.triage, known, min_swing))
+        return _restricted(self, pairs_that(self.triage, known, min_swing))
 
     def select(self, experiment: str, mode: str = "C", metric: str = "ld") -> pd.DataFrame:
         "The rows of an experiment for the pairs of a mode, with `total_swing` beside them."
@@ -163,6 +156,16 @@ class Run:
             raise RunError(f"{self.folder} holds no experiment {experiment!r}, only {', '.join(e.experiment.unique())}.")
         rows = e[(e.experiment == experiment) & (e.metric == metric) & e.pair_id.isin(self.pairs(mode))]
         return rows.merge(self.triage[["pair_id", "total_swing"]], on="pair_id", validate="many_to_one")
+
+# %% ../../nbs/library/study/03_runs.ipynb #975c23e9
+def _restricted(run: Run, pairs: Collection[str]) -> Run:
+    "A run with these of its pairs only, in its tables and in all modes."
+    return replace(run, only=frozenset(pairs if run.only is None else run.only.intersection(pairs)))
+
+
+def _kept(table: pd.DataFrame, only: frozenset[str] | None) -> pd.DataFrame:
+    "The rows of these pairs, or all."
+    return table if only is None else table[table.pair_id.isin(only)].reset_index(drop=True)
 
 # %% ../../nbs/library/study/03_runs.ipynb #74351e1c
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from transformers import GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerFast
 
 from bizzaroworld.battery.pairs import PromptPair
 from bizzaroworld.battery.tokens import TokenPair
-from bizzaroworld.battery.triage import STUDY_COLUMNS, baselines, read_targets, triage
+from bizzaroworld.battery.triage import STUDY_COLUMNS, baselines, kind_ranks, kinds, read_targets, triage
 
 NAMES = ["Ada", "Bea", "Cy", "Dee", "Eve", "Flo", "Gus", "Hal"]
 ANSWERS = ["red", "blue", "green", "gold", "pink", "gray", "teal", "rust"]
@@ -102,10 +102,44 @@ def test_what_the_model_knows():
     assert k.known.to_dict() == {"p3": True, "p0": True, "p2": False, "p1": False}
     assert k.loc["p1", ["sign_ok", "top1", "knows_clean", "knows_corrupt", "clean_target_rank"]].tolist() == [True, False, False, True, 2]
     assert k.loc["p2", ["sign_ok", "top1", "knows_clean", "knows_corrupt", "corrupt_target_rank"]].tolist() == [False, False, True, False, 2]
-    assert list(t.unknown.pair_id) == ["p2", "p1"]
+    assert list(t.outside().pair_id) == ["p2", "p1"] and list(t.outside("preferred").pair_id) == ["p2"]
+    assert k.preferred.to_dict() == k.sign_ok.to_dict() and k.first_of_all.to_dict() == k.known.to_dict()
     s = t.summary().set_index("mode")
-    assert s.loc["C", ["pairs", "sign_ok", "top1", "known", "unknown"]].tolist() == [4, 3, 2, 2, 2]
+    assert s.columns.tolist() == ["pairs", "preferred", "first_of_kind", "first_of_all", "verdicts", "mean_total_swing"]
+    assert s.loc["C"].tolist()[:5] == [4, 3, 3, 2, 2] and s.loc["B"].tolist()[:5] == [3, 3, 3, 2, 2]
+    assert t.line == ("The model prefers the right answer on 3 of 4 pairs, ranks it first among its kind on 3, first of all on 2; "
+                      "2 have both answers preferred and a TotalSwing of 2 logits or more.")
     assert s.loc["C", "mean_total_swing"] == pytest.approx(20.5 / 4)
+
+
+def test_another_answer_of_the_same_relation_ranks_a_pair_down_and_one_of_another_relation_does_not():
+    louder = {**LOGITS, "Ada": {"red": 3.0, "blue": 1.0, "teal": 4.0}}  # the answer of p3
+    for relation, first in (("likes", False), ("hates", True)):
+        t = triage(Table(louder), [*PAIRS[:3], replace(PAIRS[3], relation=relation)]).table.set_index("pair_id")
+        assert t.loc["p0", ["preferred", "first_of_kind", "first_of_all", "of_kind"]].tolist() == [True, first, False, 8 if relation == "likes" else 6]
+    alone = triage(Table(louder), PAIRS[:1]).table.iloc[0]
+    assert alone.of_kind == 2 and alone.first_of_kind and not alone.first_of_all
+
+
+def test_ranks_among_a_kind_against_a_sort():
+    torch.manual_seed(0)
+    for _ in range(20):
+        logits, kind = torch.randn(30), torch.randperm(30)[:7].tolist()
+        order = sorted(kind, key=lambda i: -logits[i])
+        assert kind_ranks(logits, torch.tensor(kind[:2]), kind).tolist() == [order.index(i) + 1 for i in kind[:2]]
+
+
+def test_kinds_are_the_answers_of_a_relation():
+    tps = triage(Table(LOGITS), [*PAIRS[:2], replace(PAIRS[2], relation="hates")]).token_pairs
+    assert kinds(tps) == {"likes": sorted(map(ID.get, ANSWERS[:4])), "hates": sorted(map(ID.get, ANSWERS[4:6]))}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_three_sets_are_nested_whatever_the_logits(seed):
+    random = torch.Generator().manual_seed(seed)
+    noise = {name: dict(zip(WORDS, (torch.randint(0, 3, (len(WORDS),), generator=random) + 0.0).tolist())) for name in NAMES}  # with many ties
+    t = triage(Table(noise), [replace(p, relation=f"r{i % 2}") for i, p in enumerate(PAIRS)]).table
+    assert not (t.first_of_all & ~t.first_of_kind).any() and not (t.first_of_kind & ~t.preferred).any()
 
 
 def test_a_tie_is_not_knowledge():
@@ -119,17 +153,18 @@ def test_golden_pairs():
     assert all(isinstance(tp, TokenPair) for tp in t.golden("C"))
     assert ids("A") == ids("C") == ["p3", "p0", "p2", "p1"]
     assert ids("B") == ["p3", "p0", "p1"]
-    assert ids("B", known_only=True) == ids("C", known_only=True) == ["p3", "p0"]
+    assert ids("B", known="first_of_all") == ids("C", known="first_of_all") == ["p3", "p0"]
+    assert ids("C", known="preferred") == ["p3", "p0", "p1"] and ids("C", known="preferred", min_swing=2) == ["p3", "p0"]
     with pytest.raises(ValueError, match="'D'.*top 15"):
         t.golden("D")
 
 
-def test_known_only_chooses_among_the_known():
+def test_golden_pairs_can_be_chosen_among_the_known():
     lost = {**LOGITS, "Ada": {"red": 30.0}, "Bea": {"blue": 1.0, "So": 2.0}}   # the best of x is now unknown
     swapped = {**lost, "Flo": {"gray": 3.0}}                                   # and the second best known
     t = triage(Table(swapped), PAIRS)
     assert [tp.id for tp in t.golden("B")] == ["p0", "p3", "p1"]
-    assert [tp.id for tp in t.golden("B", known_only=True)] == ["p3", "p2"]
+    assert [tp.id for tp in t.golden("B", known="first_of_all")] == ["p3", "p2"]
 
 
 def many(n):

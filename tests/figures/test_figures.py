@@ -3,6 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from drawn import band, clipped, legend_texts, lines, make, overlapping, smallest
+from matplotlib.colors import to_hex
 from planted import planted_run, steps
 
 from bizzaroworld.figures.layers import (draw_categories, draw_controls, draw_crossing, draw_heads, draw_pairs, draw_residual,
@@ -276,15 +277,27 @@ def test_release_against_damage_leaves_out_pairs_without_a_layer():
     fits(figure)
 
 
+def test_triage_draws_each_degree_and_counts_the_nested_sets(tmp_path):
+    four = [i // 5 for i in range(20)]
+    run = planted_run(tmp_path, steps([4] * 20), preferred=[k > 0 for k in four], kind=[k > 1 for k in four], known=[k > 2 for k in four])
+    (ax,) = (figure := draw_triage(run.triage, 15)).axes
+    assert set(lines(ax)) == {"first of all (5)", "first among its kind (10)", "preferred (15)", "not preferred (5)", "end of mode A"}
+    assert len({to_hex(bar.get_facecolor()) for bar in ax.patches}) == 4 and sum(bool(bar.get_hatch()) for bar in ax.patches) == 5
+    before = draw_triage(run.triage.drop(columns="first_of_kind"), 15)
+    assert set(lines(before.axes[0])) == {"first of all (5)", "preferred (15)", "not preferred (5)", "end of mode A"}
+    fits(figure), fits(before)
+
+
 def test_triage_tells_the_unknown(run):
     figure = draw_triage(run.triage, 15)
     (ax,) = figure.axes
-    known = run.triage.set_index("rank").known
+    triage = run.triage.set_index("rank")
     for bar in ax.patches:
         rank = round(bar.get_x() + bar.get_width() / 2)
+        if rank < 0: continue  # the middle set is the smallest, too: only its name is shown
         assert bar.get_height() == run.triage.total_swing[rank - 1]
-        assert bool(bar.get_hatch()) == (not known[rank])
-    assert len(ax.patches) == 20 and {"known (17)", "not known (3)", "end of mode A"} == set(lines(ax))
+        assert to_hex(bar.get_facecolor()) == to_hex(KNOWN["first of all" if triage.known[rank] else "preferred"]["facecolor"])
+    assert len(ax.patches) == 20 + 1 and set(lines(ax)) == {"first of all (17)", "first among its kind (17)", "preferred (20)", "end of mode A"}
     assert [l.get_xdata()[0] for l in ax.lines if l.get_label() == "end of mode A"] == [15.5]
     assert "end of mode A" not in lines(draw_triage(run.triage, 20).axes[0])
     fits(figure)
@@ -305,7 +318,7 @@ def test_drift_adds_up_to_the_battery():
 
 
 def test_colors_of_bars_say_the_same_everywhere():
-    assert KNOWN[False]["edgecolor"] == DRIFT["lost"]["edgecolor"] == ACCENT
+    assert KNOWN["not preferred"]["edgecolor"] == DRIFT["lost"]["edgecolor"] == ACCENT
 
 
 @pytest.mark.parametrize("criterion", ["effect", "fraction"])

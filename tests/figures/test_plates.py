@@ -233,7 +233,7 @@ def test_texts_give_the_numbers(run, found):
     c = curve(run, "3", value="fraction")
     assert f"starts at {c['mean'].iloc[0]:.2f}, ends at 0.00" in found["crossing"].alt and crossing(run) != crossing(run, experiment="1")
     assert re.findall(r"one half at (.*?\])", found["crossing"].alt) == [f"{crossing(run)}", f"{crossing(run, experiment='1')}"]
-    assert "3 of 20 pairs are not known" in found["triage"].alt
+    assert "The model prefers the right answer on 20 of 20 pairs, ranks it first among its kind on 17, first of all on 17." in found["triage"].alt
     assert all(f"{m} {correlations(run, m)['total_swing']['pearson']}" in found["swing"].caption for m in "ABC")
     assert "unrelated donor 20, other position 20, untrained model 20" in found["controls"].caption
     assert layer_words(worst_layer(run)) in found["worst"].alt and "cat-0" in found["categories"].alt
@@ -315,8 +315,7 @@ def test_two_runs_have_depths_crossings_concentration_and_differences(two, besid
         assert clipped(p.figure) == [] and overlapping(p.figure) == [] and smallest(p.figure) > 5, p.name
         assert "another seed" in p.full_caption and "Depth 0 is the input of the first block" in p.full_caption
     assert f"small, entity token: {crossing(two[0]).value / 8:.2f}" in beside["crossings"].alt
-    known = sum(two[0].triage.known)
-    assert f"paired over the {known} pairs that both know" in beside["differences"].caption
+    assert f"paired over the {len(compare(two).common)} pairs on which both prefer both answers by 2 logits" in beside["differences"].caption
     assert beside["differences"].figure.axes[0].get_xlabel() == "large-model-with-a-name minus small"
 
 

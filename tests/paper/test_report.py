@@ -266,7 +266,7 @@ def test_a_doubtful_run_says_so_before_anything_else(monkeypatch, tmp_path):
         return report.report(run.folder, explorer=False).read_text("utf-8")
     few = tops(entity=steps([4] * 12), known=[True] * 5 + [False] * 7)
     caution = re.search(r'<div class="caution">\s*<p>(.*?)</p>', few).group(1)
-    assert caution.startswith("The model knows only 5 of 12 pairs") and few.index(caution) < few.index("<section")
+    assert caution.startswith("It prefers the right answer on 5 of 12 pairs, ") and few.index(caution) < few.index("<section")
     assert 'class="caution"' not in tops(entity=steps([4] * 12))
 
 

@@ -218,16 +218,18 @@ def test_another_battery_is_no_drift(tmp_path):
 
 
 def test_a_model_that_knows_too_little_or_was_denoised_decides_nothing_but_drift(tmp_path):
-    ignorant = study_like(tmp_path / "ignorant", known=[True] * 9 + [False] * 11)
+    ignorant = study_like(tmp_path / "ignorant", preferred=[True] * 7 + [False] * 13)
     denoised = study_like(tmp_path / "denoised", direction="denoising")
-    assert "knows 9 of 20" in obstacle(ignorant) and "denoising" in obstacle(denoised)
-    assert obstacle(study_like(tmp_path / "half", known=[True] * 10 + [False] * 10)) == ""
+    assert obstacle(ignorant) == ("7 of 20 pairs of planted are preferred on both prompts, with a TotalSwing of 2 logits or more: "
+                                  "a verdict takes at least 8.") and "denoising" in obstacle(denoised)
+    assert obstacle(study_like(tmp_path / "enough", preferred=[True] * 8 + [False] * 12)) == ""
+    assert obstacle(study_like(tmp_path / "unsaid", known=[False] * 20)) == ""  # the first word of all may be another
     for run in (ignorant, denoised):
         verdicts = found(run, [deeper(tmp_path / f"large-{run.folder.name}")])
         assert {k for k, v in verdicts.items() if v.verdict != CANNOT} == {"drift"}
         assert {v.reason for k, v in verdicts.items() if k != "drift"} == {obstacle(run)}
     verdicts = found(deeper(tmp_path / "knows"), [ignorant], {"scale.depth", "release.depth"})  # the obstacle may lie in the other run
-    assert "knows 9 of 20" in verdicts["scale.depth"].reason and verdicts["release.depth"].verdict == REPLICATES
+    assert verdicts["scale.depth"].reason.startswith("7 of 20 pairs") and verdicts["release.depth"].verdict == REPLICATES
 
 
 def test_a_model_too_shallow_for_a_claim_says_so(tmp_path):
@@ -252,9 +254,10 @@ def test_a_late_sublayer_that_works_against_the_answer_is_not_idle(tmp_path):
     assert late_sublayers(planted_run(tmp_path, steps([9] * PAIRS, LAYERS), sublayers={"mlp_out": against})).value == pytest.approx(0.3)
 
 
-def test_scales_are_compared_over_the_pairs_that_both_know(tmp_path):
-    small, large = study_like(tmp_path / "small", 15), planted_run(tmp_path / "large", steps([30] * 19 + [2], 36), known=[True] * 19 + [False])
-    found = scale_difference(large, small, "leaves")
+def test_scales_are_compared_over_the_pairs_that_verdicts_stand_on_in_both(tmp_path):
+    small, large = study_like(tmp_path / "small", 15), planted_run(tmp_path / "large", steps([30] * 19 + [2], 36), preferred=[True] * 19 + [False])
+    assert scale_difference(large, small, "leaves").n == 20
+    found = scale_difference(large.that_knows(), small.that_knows(), "leaves")
     assert found.n == 19 and found.value == pytest.approx(29.5 / 36 - 14.5 / 18)
 
 
@@ -277,6 +280,62 @@ COUNT = Claim("y", "Y.", lambda run: Estimate(None), (1, np.inf), "Because.", "p
 def test_the_whole_interval_decides(value, verdict, says):
     got, reason = judge(CLAIM, value)
     assert got == verdict and says in reason
+
+
+@pytest.mark.parametrize("n, verdict", [(14, CANNOT), (15, REPLICATES)])
+def test_a_correlation_takes_fifteen_pairs(n, verdict):
+    correlations = [c for c in CLAIMS if c.unit == "Pearson r"]
+    assert len(correlations) == 6 and all(judge(c, Estimate(-0.99, -0.995, -0.98, n))[0] == verdict for c in correlations)
+    assert judge(correlations[0], Estimate(None, n=14))[1] == "n = 14 is too few: at least 15 are needed for an interval."
+    assert all(c.fewest == 8 for c in CLAIMS if c not in correlations) and "n = 15 or more" in correlations[0].criterion
+
+
+def mixed(folder, right, **changes):
+    """A run whose first pairs do what the study reports, and the others, of which no answer is preferred, another thing."""
+    return study_like(folder, [15] * right + [4] * (PAIRS - right), preferred=[True] * right + [False] * (PAIRS - right), **changes)
+
+
+def test_a_verdict_stands_on_the_pairs_that_prefer_both_answers(tmp_path):
+    verdicts = found(mixed(tmp_path / "run", 18), [deeper(tmp_path / "large")])
+    assert {k: v.reason for k, v in verdicts.items() if v.verdict != REPLICATES and v.claim.unit != "Pearson r"} == {}
+    assert {k: v.value.n for k, v in verdicts.items()} | {"drift": 20} == {
+        k: 20 if k == "drift" else 15 if k.endswith(".A") else 18 for k in KEYS}
+    assert verdicts["storage.held"].over == ("preferred on both prompts, with a TotalSwing of 2 logits or more: 18 of 20 of planted (embedded model)")
+    assert verdicts["scale.depth"].over.endswith(": 18 of 20 of planted (embedded model), 20 of 20 of planted (embedded model)")
+    assert verdicts["drift"].over == "" and claims_table(verdicts.values()).over.str.contains("18 of 20").sum() == 28
+    assert verdicts["storage.held"].beside["mode A"].n == 15
+
+
+@pytest.mark.parametrize("n, decided", [(7, set()), (8, {"storage.held", "release.share.C"}), (14, {"storage.held", "release.share.C"}),
+                                        (15, {"storage.held", "release.share.C", "swing.C", "swing.A"})])
+def test_it_takes_eight_pairs_and_fifteen_for_a_correlation(tmp_path, n, decided):
+    verdicts = found(mixed(tmp_path / "run", n), keys={"storage.held", "release.share.C", "swing.C", "swing.A"})
+    assert {k for k, v in verdicts.items() if v.verdict == REPLICATES} == decided
+    assert {v.verdict for k, v in verdicts.items() if k not in decided} <= {CANNOT}
+
+
+def test_modes_keep_their_pairs_and_lose_those_that_no_verdict_stands_on(tmp_path):
+    run = study_like(tmp_path / "run", preferred=np.arange(PAIRS) % 2 == 0)  # 10 of 20, 8 of the best 15
+    verdicts = found(run, keys={"release.share.A", "release.share.B", "release.share.C"})
+    assert [verdicts[f"release.share.{m}"].value.n for m in "ABC"] == [8, 10, 10]
+
+
+@pytest.mark.parametrize("min_swing, n", [(1, 20), (2, 15), (4, 10), (16, 0)])
+def test_the_swing_that_a_verdict_takes_can_be_chosen(tmp_path, min_swing, n):
+    run = study_like(tmp_path / "run", swings=[9] * 10 + [3.9] * 5 + [1.5] * 5)
+    (verdict,) = [v for v in check_claims(run, min_swing=min_swing) if v.claim.key == "storage.held"]
+    assert (verdict.verdict, verdict.value.n) == ((REPLICATES, n) if n else (CANNOT, 0))
+    assert f"TotalSwing of {min_swing} logits or more: {n} of 20" in verdict.over
+
+
+def test_another_set_can_be_chosen_and_one_that_was_not_measured_is_named(tmp_path):
+    run = study_like(tmp_path / "run", known=[True] * 9 + [False] * 11, kind=[True] * 12 + [False] * 8)
+    n = {known: next(v.value.n for v in check_claims(run, known=known)) for known in ("preferred", "first_of_kind", "first_of_all")}
+    assert n == {"preferred": 20, "first_of_kind": 12, "first_of_all": 9}
+    write_table(run.folder / "triage.csv", run.triage.drop(columns="first_of_kind"))
+    old = open_run(run.folder)
+    assert "before 'first among its kind' was measured" in obstacle(old, "first_of_kind") and obstacle(old) == ""
+    assert {v.verdict for v in check_claims(old, known="first_of_kind") if not v.claim.exact} == {CANNOT}
 
 
 @pytest.mark.parametrize("count, verdict", [(0, DOES_NOT), (1, REPLICATES), (22, REPLICATES)])
@@ -322,16 +381,20 @@ def test_worst_heads_and_chance(tmp_path):
 
 def test_categories_of_a_fact_that_is_nowhere_are_not_alike_nor_different(tmp_path):
     run = planted_run(tmp_path, np.full((40, 18), 0.3))
+    edit(tmp_path, "triage.csv", category=[f"cat-{i % 8}" for i in range(40)])
+    run = open_run(tmp_path)
     assert category_depths(run).near.sum() == 0 and alike_categories(run).value is None
     verdict = found(run, keys={"categories"})["categories"]
     assert (verdict.verdict, verdict.reason) == (CANNOT, "The number is not defined on these pairs.")
 
 
 def test_what_stops_most_claims_is_said_once_at_the_top(tmp_path):
-    planted = {"unknown": dict(known=[False] * 12), "denoised": dict(direction="denoising"), "fine": {}}
+    planted = {"unknown": dict(preferred=[False] * 12), "denoised": dict(direction="denoising"), "fine": {}}
     lines = {name: claims_lines(check_claims(planted_run(tmp_path / name, steps([5] * 12), **options))) for name, options in planted.items()}
-    assert lines["unknown"][2] == "planted knows 0 of 12 pairs: too few facts to locate." and "is denoising" in lines["denoised"][2]
-    assert lines["fine"][2] == "" and lines["fine"][3].startswith("claim ")
+    stand = "Over the pairs that are preferred on both prompts, with a TotalSwing of 2 logits or more: {} of 12 of planted (embedded model)."
+    assert [lines[name][2] for name in planted] == [stand.format(n) for n in (0, 12, 12)]
+    assert lines["unknown"][3].startswith("0 of 12 pairs of planted are") and "is denoising" in lines["denoised"][3]
+    assert lines["fine"][3] == "" and lines["fine"][4].startswith("claim ")
 
 
 def test_categories_are_counted_and_one_without_a_curve_is_not_near(tmp_path):

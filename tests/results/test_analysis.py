@@ -61,8 +61,8 @@ def test_a_run_of_which_no_pair_has_a_swing_is_summarized_without_numbers(tmp_pa
     mode = summary["modes"]["C"]
     assert mode["crossing"]["entity"] == {"value": None, "low": None, "high": None, "n": 0}
     assert mode["curves"]["3"]["resid_pre"]["fraction"]["mean"] == [None] * 8
-    assert len(told(summary)) == 2 and "0 of 2 pairs" in told(summary)[0]
-    assert findings(summary)[0].startswith("Caution: The model knows only 0 of 2 pairs")
+    assert len(told(summary)) == 2 and "prefers the right answer on 2 of 2 pairs, ranks it first among its kind on 0, first of all on 0" in told(summary)[0]
+    assert "Only 0 prefer both answers by 2 logits" in findings(summary)[0] and "no evidence of storage" in findings(summary)[0]
 
 
 # --- curves ---------------------------------------------------------------------------------------------------------
@@ -302,7 +302,9 @@ def test_summary_holds_what_the_functions_return(study):
         assert part["heads"]["4F"]["top"][0]["head"] == "L5H1" == part["heads"]["4F"]["most_often_worst"]["head"]
         assert part["heads"]["4F"]["top"][0]["worst"] == part["n"] and part["heads"]["4"]["half_in"] is None
         assert part["worst_layer"]["1"]["mean"] == worst_layer(study, "1", mode).mean.to_dict()
-    assert summary["pairs"] == {"battery": 40, "total": 40, "known": 39, "unknown": ["pair-39"], "excluded": 0, "differs_at_final": 0}
+    assert summary["pairs"] == {"battery": 40, "total": 40, "known": 39, "unknown": ["pair-39"], "excluded": 0, "differs_at_final": 0,
+                                "preferred": 40, "first_of_kind": 39, "first_of_all": 39}
+    assert summary["verdicts"]["n"] == 40 and summary["verdicts"]["crossing"] == summary["modes"]["C"]["crossing"]
     assert set(summary["modes"]["C"]["curves"]["2B"]) == {"resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post"}
 
 
@@ -321,7 +323,8 @@ def test_every_part_of_a_mode_has_its_definition(study):
 
 def test_findings_say_what_was_planted(study):
     first, stored, leaves, carried, final = findings(summarize(study))
-    assert first.startswith("planted (embedded model, 8 layers, 4 heads) knows 39 of 40 pairs; noising")
+    assert first.startswith("planted (embedded model, 8 layers, 4 heads) prefers the right answer on 40 of 40 pairs, ranks it first among its kind "
+                            "on 39, first of all on 39; noising")
     assert "up to layer 4 of 0 to 7" in stored and "100%" in stored
     assert re.search(r"depth 4\.(49|50) \[4\.(49|50), 4\.5\d\] of 8", leaves) and "5.0 [5.0, 5.0]" in leaves and "40 of 40 pairs" in leaves
     assert "attention of layer 5 as a whole moves 75% [75%, 75%]" in carried and "L5H1 moves most, 30%" in carried
@@ -379,13 +382,60 @@ def test_thin_and_flat_runs_are_summarized_honestly(tmp_path, curves, swings):
     if np.all(curves): assert "up to layer 3 of 0 to 3" in lines[1] and "0 of 2 pairs" in lines[2]
 
 
-@pytest.mark.parametrize("change, said", [({"known": 9}, "knows only 9 of 40"), ({"excluded": 21}, "21 of 40 pairs could not be used"),
+@pytest.mark.parametrize("change, said", [({"excluded": 21}, "21 of 40 pairs could not be used"),
                                           ({"total": 8, "known": 8}, "Only 8 pairs")])
 def test_a_run_that_failed_a_step_says_so_first(study, change, said):
     summary = summarize(study)
     assert cautions(summary) == []
     doubtful = summary | {"pairs": summary["pairs"] | change}
     assert said in findings(doubtful)[0] and findings(doubtful)[0].startswith("Caution: ")
+
+
+def halves(folder, right, n=20, **planted):
+    """A run whose right pairs leave at layer 5 and whose others, of which no answer is preferred, leave at layer 3."""
+    return planted_run(folder, steps([5] * right + [3] * (n - right)), preferred=[True] * right + [False] * (n - right), **planted)
+
+
+def test_thin_evidence_is_named_with_what_still_holds(tmp_path):
+    kind, known = ([i < k for i in range(20)] for k in (9, 6))
+    (caution,) = cautions(summarize(halves(tmp_path, 12, kind=kind, known=known)))
+    assert caution == ("It prefers the right answer on 12 of 20 pairs, ranks it first among its kind on 9, first of all on 6. Verdicts stand on the 12 "
+                       "that prefer both answers by 2 logits of TotalSwing or more: over these alone the fact leaves the entity token at depth "
+                       f"4.50 [4.50, 4.50] of 8, over all 20, as in the curves below, at {crossing(open_run(tmp_path)):.2f}.")
+
+
+@pytest.mark.parametrize("right, said", [(7, "Only 7 prefer both"), (8, "Verdicts stand on the 8"), (14, "Verdicts stand on the 14"), (15, "")])
+def test_the_evidence_is_thin_below_eight_pairs_or_three_quarters(tmp_path, right, said):
+    found = cautions(summarize(halves(tmp_path, right)))
+    assert said in found[0] if said else found == []
+    assert any("no evidence of storage" in line for line in found) == (right < 8)
+
+
+def test_pairs_that_prefer_by_less_than_two_logits_carry_no_verdict_and_are_counted_as_preferred(tmp_path):
+    (caution,) = cautions(summarize(planted_run(tmp_path, steps([5] * 20), swings=[9] * 10 + [1.9] * 10)))
+    assert caution.startswith("It ranks the right answer first of all on 20 of 20 pairs. Verdicts stand on the 10 ")
+
+
+def test_few_pairs_that_are_all_known_are_few_and_nothing_else(tmp_path):
+    assert [line[:4] for line in cautions(summarize(planted_run(tmp_path, steps([5] * 5))))] == ["Only"]
+    assert "were swept" in cautions(summarize(open_run(tmp_path)))[0]
+
+
+@pytest.mark.parametrize("known, thin", [(12, False), (9, True)])
+def test_a_run_made_before_the_degrees_is_summarized_as_it_was(tmp_path, known, thin):
+    run = planted_run(tmp_path, steps([5] * 20), known=[i < known for i in range(20)])
+    write_table(tmp_path / "triage.csv", run.triage.drop(columns=["preferred", "first_of_kind", "first_of_all"]))
+    summary = summarize(open_run(tmp_path))
+    assert "verdicts" not in summary and set(summary["pairs"]) == {"battery", "total", "known", "unknown", "excluded", "differs_at_final"}
+    assert cautions(summary) == [f"It ranks the right answer first of all on {known} of 20 pairs. How many it prefers was not counted when this run "
+                                 "was made: run the same study again."] * thin
+    assert f"ranks the right answer first of all on {known} of 20 pairs; noising" in told(summary)[0]
+
+
+@pytest.mark.parametrize("name", ["bizzaro-nano", "bizzaro-nano-local", "bizzaro-micro"])
+def test_the_summaries_that_come_along_are_still_those_of_their_runs(name):
+    run = open_run(name)
+    assert summarize(run) == json.loads((run.folder / "summary.json").read_text("utf-8"))
 
 
 def test_pairs_that_differ_in_their_last_token_are_counted(tmp_path):

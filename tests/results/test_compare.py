@@ -29,7 +29,7 @@ def drop(folder, *rows):
 def two(tmp_path):
     "Eight layers and twelve; the second lacks the last pair, does not know the first, and has one more of its own."
     small = run(tmp_path / "small", [3, 3, 4, 4, 5, 5])
-    run(tmp_path / "large", [6, 6, 6, 7, 8], 12, known=[False, True, True, True, True])
+    run(tmp_path / "large", [6, 6, 6, 7, 8], 12, preferred=[False, True, True, True, True])
     return small, drop(tmp_path / "large", ("pair-05", "length_differs", "none"), ("gone", "length_differs", "pair-04"))
 
 
@@ -102,8 +102,8 @@ def test_heads_are_counted_as_a_share_of_all_heads(tmp_path):
 def test_pair_states(two):
     table = pair_states(two).set_index("pair_id")
     assert table.columns.tolist() == ["small", "large", "common"]
-    assert table.loc["pair-00", ["small", "large"]].tolist() == ["known", "not known"]
-    assert table.loc["pair-05", ["small", "large"]].tolist() == ["known", "dropped"]
+    assert table.loc["pair-00", ["small", "large"]].tolist() == ["first of all", "not preferred"]
+    assert table.loc["pair-05", ["small", "large"]].tolist() == ["first of all", "dropped"]
     assert table.loc["gone", ["small", "large"]].tolist() == ["not asked", "dropped"]
     assert table.index[table.common].tolist() == ["pair-01", "pair-02", "pair-03", "pair-04"]
 
@@ -114,7 +114,7 @@ def test_the_same_id_for_other_prompts_is_another_pair(tmp_path):
         prompts = {"clean_prompt": [prompt, "same", "same"], "corrupt_prompt": "x"}
         write_table(found.folder / "triage.csv", found.triage.assign(**prompts))
     table = pair_states([open_run(r.folder) for r in made]).set_index("pair_id")
-    assert table.loc["pair-00"].tolist() == ["known", "other prompts", "known", False] and table.common.tolist() == [False, True, True]
+    assert table.loc["pair-00"].tolist() == ["first of all", "other prompts", "first of all", False] and table.common.tolist() == [False, True, True]
 
 
 def test_drift_and_models(two):
@@ -122,7 +122,8 @@ def test_drift_and_models(two):
     assert rows.loc["small"].tolist() == [6, 0, 0, 6, ""]
     assert rows.loc["large"].tolist() == [5, 2, 1, 5, "length_differs 2"]
     rows = model_table(two).set_index("run")
-    assert rows.loc["large", ["layers", "heads", "ranked", "known", "dropped", "replaced"]].tolist() == [12, 2, 5, 4, 2, 1]
+    assert rows.loc["large", ["layers", "heads", "ranked", "preferred", "first_of_kind", "first_of_all", "verdicts", "dropped", "replaced"]].tolist() == [
+        12, 2, 5, 4, 4, 4, 4, 2, 1]
 
 
 def test_curves_share_their_depths_and_keep_what_was_measured(two):
@@ -211,12 +212,12 @@ def test_one_run_has_no_spread(tmp_path):
 def test_the_text_says_what_stands_in_the_tables(two, tmp_path):
     text = "\n".join(comparison_lines(compare(two)))
     assert "large: dropped 2 of 5 (length_differs 2)." in text
-    assert "Differences over the 4 pairs that all models know" in text and "large - small" in text
+    assert "Differences over the 4 pairs that are preferred on both prompts, with a TotalSwing of 2 logits or more in all models" in text and "large - small" in text
     entity = crossing_table(two).iloc[0]
     assert f"{entity.blocks:.2f} [{entity.blocks_low:.2f}, {entity.blocks_high:.2f}]" in text
     assert "Differences" not in "\n".join(comparison_lines(compare(two[:1])))
-    strangers = run(tmp_path / "x", [4] * 3, known=[False] * 3)
-    assert "0 pairs are known to all models" in "\n".join(comparison_lines(compare([two[0], strangers])))
+    strangers = run(tmp_path / "x", [4] * 3, preferred=[False] * 3)
+    assert "0 pairs are preferred on both prompts, with a TotalSwing of 2 logits or more in all models: too few" in "\n".join(comparison_lines(compare([two[0], strangers])))
 
 
 def test_a_reader_of_runs_needs_no_torch():
