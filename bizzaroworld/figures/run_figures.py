@@ -64,8 +64,8 @@ def _controls(run: Run) -> Drawn:
     told = [f"At the {p} token: " + "; ".join(f"{CONTROLS[c]['label']} {curve_words(rows)}" for c, rows in t.groupby("control", sort=False))
             for p, t in tables.items()]
     first = tables["entity"].groupby("control", sort=False)["n"].first()
-    counts = ", ".join(f"{CONTROLS[c]['label']} {n}" for c, n in first.items() if c != "none")
-    caption = (f"The real patch (black, {about(run).counted}) beside controls ({counts}), at the entity (left) and final token (right). A donor of another "
+    numbers = ", ".join(f"{CONTROLS[c]['label']} {n}" for c, n in first.items() if c != "none")
+    caption = (f"The real patch (black, {about(run).counted}) beside controls ({numbers}), at the entity (left) and final token (right). A donor of another "
                "category takes the fact away and brings no other, about one half; another token at layer 0 changes nothing by construction.")
     return layers.draw_controls(tables["entity"], tables["final"]), caption, f"Lines by layer in two panels. {'. '.join(told)}."
 
@@ -161,10 +161,10 @@ def _head_frequency(run: Run) -> Drawn:
 
 def _triage(run: Run) -> Drawn:
     t = run.triage
-    caption = (f"TotalSwing (ld of the clean minus ld of the corrupted prompt, in logits) of the {about(run).n['C']} pairs, largest first, before any patch; 0: the model does "
-               "not tell the two prompts apart. Known: on both prompts the right answer is ranked first.")
+    caption = (f"TotalSwing (ld of the clean minus ld of the corrupted prompt, in logits) of the {about(run).n['C']} pairs before any patch; 0: the model does not tell "
+               "the two prompts apart. Shaded by how well both answers are known: preferred to the other, first among its kind, first of all tokens.")
     return pairs.draw_triage(t, len(run.pairs("A"))), caption, (
-        f"Bars by rank, from {t.total_swing.iloc[0]:.1f} down to {t.total_swing.iloc[-1]:.1f} logits; {int((~t.known).sum())} of {len(t)} pairs are not known.")
+        f"Bars by rank, from {t.total_swing.iloc[0]:.1f} down to {t.total_swing.iloc[-1]:.1f} logits. The model {known_words(counts(t), len(t))}.")
 
 # %% ../../nbs/library/figures/06_run_figures.ipynb #52353ebb
 MAKERS: dict[str, Callable[[Run], Drawn]] = {

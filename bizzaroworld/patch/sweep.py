@@ -165,7 +165,7 @@ def _check(token_pairs, interventions, direction, metrics, donors) -> None:
         raise ValueError(f"{attention[0]}: what is given has one place for each key, and these prompts have {', '.join(map(str, sorted(lengths)))} "
                          "tokens. Sweep prompts of one length at a time.")
 
-
+# %% ../../nbs/library/patch/06_sweep.ipynb #9999f64a
 @torch.no_grad()
 def sweep(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPair | TokenPair],
           interventions: Edit | Intervention | Iterable[Edit | Intervention], direction: str = "noising", *,
@@ -174,12 +174,13 @@ def sweep(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPair | To
           memory: int | None = None, progress: bool = True) -> Sweep:
     """Apply every intervention to every pair, exactly, and measure the prediction.
 
-    `pairs`, `interventions`: one or several; an edit is an intervention by itself. `direction`: `noising` (corrupted into clean) or `denoising` (clean into corrupted). `donors`: pairs that provide
-    the values instead (a control), one for each pair. `values`: a tensor for every edit whose source is `given` or `added`
-    (`d`, or `head d` for an edit of all heads). `max_rows`, `max_pairs` and `memory` (bytes; a quarter of what is free, unless
-    given) bound a pass, not the result. `progress` shows a bar, on a terminal only.
+    `pairs`, `interventions`: one or several; an edit is an intervention by itself. `direction`: `noising` (corrupted into clean) or
+    `denoising` (clean into corrupted). `donors`: pairs that provide the values instead (a control), one for each pair. `values`: a
+    tensor for every edit whose source is `given` or `added` (`d`, or `head d` for an edit of all heads). `max_rows`, `max_pairs` and
+    `memory` (bytes; a quarter of what is free, unless given) bound a pass, not the result. `progress` shows a bar, on a terminal only.
 
-    Raises `AlignmentError` for a pair that the model's tokenizer cannot align, `ValueError` for an unknown direction or metric, or an intervention that does not fit model or pair."""
+    Raises `AlignmentError` for a pair that the model's tokenizer cannot align, `ValueError` for an unknown direction or metric, or an
+    intervention that does not fit model or pair."""
     metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     token_pairs, interventions = as_token_pairs(model, pairs), as_interventions(interventions)
     donors = token_pairs if donors is None else as_token_pairs(model, donors)

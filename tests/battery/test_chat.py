@@ -4,7 +4,7 @@ import json
 import pytest
 from bizzaroworld.battery.chat import INSTRUCTION, ChatError, chat_head, in_chat
 from bizzaroworld.battery.formats import load_battery
-from bizzaroworld.battery.tokens import align, encode
+from bizzaroworld.battery.tokens import align
 from bizzaroworld.model.load import load_model, load_tokenizer
 from bizzaroworld.pipeline import run_study
 

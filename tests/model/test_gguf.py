@@ -9,7 +9,7 @@ import torch
 from tiny_gguf import BPE, BUILDERS, SPM, tiny_for_gguf, write_gguf
 
 from bizzaroworld.battery.tokens import encode
-from bizzaroworld.model import gguf as room, load
+from bizzaroworld.model import gguf as room
 from bizzaroworld.model.gguf import read_gguf
 from bizzaroworld.model.hooked import ModelError
 from bizzaroworld.model.load import load_model, load_tokenizer
