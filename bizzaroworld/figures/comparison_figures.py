@@ -56,7 +56,7 @@ def _concentration(found: Comparison) -> Drawn:
 def _differences(found: Comparison) -> Drawn:
     table = found.differences.assign(row=[QUANTITIES[q].label for q in found.differences["quantity"]], kind="difference")
     a, b = table["a"].iloc[0], table["b"].iloc[0]
-    caption = (f"What {b} has more than {a}, in quantities that models of different shape share, paired over the {len(found.common)} pairs that both know. "
+    caption = (f"What {b} has more than {a}, in quantities that models of different shape share, paired over the {len(found.common)} pairs on which both prefer both answers by 2 logits. "
                "0: no difference, 1: the whole depth, all heads or the whole sum.")
     return comparisons.draw_rows(table, f"{b} minus {a}"), caption, ("Points with intervals, a row for each quantity. "
                                                        f"{'; '.join(f'{row}: {x}' for row, x in zip(table['row'], _told(table)))}.")
