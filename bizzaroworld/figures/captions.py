@@ -43,10 +43,10 @@ class About:
 
 
 def about(run: Run) -> About:
-    "Model, direction and numbers of pairs of a run; an embedded model is called that."
-    kind = "embedded model " if run.info["model"].get("embedded") else ""
+    "Model (with what was done to its weights), direction and numbers of pairs of a run; an embedded model is called that."
+    kind, note = "embedded model " if run.info["model"].get("embedded") else "", run.info["model"].get("weights_note")
     n = {mode: len(run.pairs(mode)) for mode in "ABC"} | {"fraction": int((run.triage.total_swing >= MIN_SWING).sum())}
-    return About(kind + run.model_name, run_direction(run), n)
+    return About(kind + run.model_name + (f" ({note})" if note else ""), run_direction(run), n)
 
 # %% ../../nbs/library/figures/02_captions.ipynb #a7e98c03
 EFFECT = ("An effect is the patched minus the unpatched logit difference (ld), in logits or as a fraction of the pair's TotalSwing; 0: the patch changes "
