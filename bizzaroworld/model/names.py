@@ -98,6 +98,9 @@ def _gguf_in(folder: Path) -> Path:
     "What to load from a folder: itself, or the one GGUF file it holds where there are no other weights."
     files = sorted(folder.glob("*.gguf"))
     if not files or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")): return folder
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{folder} holds an adapter beside a GGUF file, and adapters are merged into safetensors only. Name the GGUF file itself "
+                         "to run it without the adapter, or put the adapter into a folder of its own: it names its base.")
     if len(files) == 1: return files[0]
     raise ModelError(f"{folder} holds {len(files)} GGUF files. Name the one to load: " + ", ".join(str(f) for f in files))
 

@@ -13,6 +13,7 @@ from bizzaroworld.model import gguf as room
 from bizzaroworld.model.gguf import read_gguf
 from bizzaroworld.model.hooked import ModelError
 from bizzaroworld.model.load import load_model, load_tokenizer
+from bizzaroworld.model.names import locate
 from bizzaroworld.pipeline import describe
 
 IDS = torch.tensor([[2, 40, 50, 60, 70, 80, 90, 100, 110, 120]])
@@ -134,3 +135,10 @@ class _Other:
     def __getattr__(self, name): return self.other[name] if name in self.other else getattr(self.base, name)
     def __len__(self): return len(self.base)
     def __call__(self, *args, **kwargs): return self.base(*args, **kwargs)
+
+
+def test_an_adapter_beside_a_file_is_not_passed_over(tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="adapter beside a GGUF file"): locate(str(tmp_path))
+    assert locate(str(tmp_path / "a.gguf")).endswith("a.gguf")
