@@ -199,8 +199,8 @@ def shipped_runs() -> list[str]:
 
 
 def _locate(name: str | Path) -> Path:
-    "The folder of a run: a path, or the name of a shipped run."
-    return data_path("runs", name) if not Path(name).exists() and str(name) in shipped_runs() else Path(name)
+    "The folder of a run: a path, or the name of a shipped run, also where a folder of that name holds no run."
+    return data_path("runs", name) if not (Path(name) / "run.json").exists() and str(name) in shipped_runs() else Path(name)
 
 
 def open_run(folder: str | Path | Run) -> Run:

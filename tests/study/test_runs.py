@@ -142,3 +142,11 @@ def test_whatever_a_pair_is_called_its_file_stays_in_the_folder(tmp_path, pair_i
     assert path.parent == tmp_path / "pairs" and path.resolve().parent == path.parent.resolve()
     assert path != pair_file(tmp_path, pair_id.replace("/", "%2F") + "x")
     assert pair_file(tmp_path, "geo-a b").name == "geo-a b.parquet" and pair_file(tmp_path, "%2F") != pair_file(tmp_path, "/")
+
+
+def test_a_folder_of_that_name_without_a_run_does_not_hide_a_shipped_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bizzaro-nano").mkdir()  # of a model, say
+    assert open_run("bizzaro-nano").model_name == "bizzaro-nano"
+    write_json(tmp_path / "bizzaro-nano" / "run.json", INFO)
+    with pytest.raises(RunError, match="not finished"): open_run("bizzaro-nano")
