@@ -264,7 +264,7 @@ def test_a_doubtful_run_says_so_before_anything_else(monkeypatch, tmp_path):
     def tops(**planted):
         run = complete(planted_run(tmp_path / str(len(list(tmp_path.iterdir()))), **planted))
         return report.report(run.folder, explorer=False).read_text("utf-8")
-    few = tops(entity=steps([4] * 12), known=[True] * 5 + [False] * 7)
+    few = tops(entity=steps([4] * 12), preferred=[True] * 5 + [False] * 7)
     caution = re.search(r'<div class="caution">\s*<p>(.*?)</p>', few).group(1)
     assert caution.startswith("It prefers the right answer on 5 of 12 pairs, ") and few.index(caution) < few.index("<section")
     assert 'class="caution"' not in tops(entity=steps([4] * 12))
