@@ -59,8 +59,9 @@ def figures(text: str) -> list[dict]:
 
 
 def repeated(text: str) -> list[str]:
-    "Sentences of 40 or more characters that a page says more than once, without code, tables, the explorer and the list of sources."
-    text = re.sub(r"<(details|iframe|style|nav|table)\b.*?</\1>|<ul class=\"references\">.*?</ul>", "", text, flags=re.S)
+    """Sentences of 40 or more characters that a page says more than once, without code, tables, the explorer, the list of sources, and
+    the reason that stands in the place of each chapter that is left out."""
+    text = re.sub(r"<(details|iframe|style|nav|table)\b.*?</\1>|<ul class=\"references\">.*?</ul>|<p class=\"left-out\">.*?</p>", "", text, flags=re.S)
     parts = [html.unescape(re.sub(r"<.*?>|\s+", " ", p)) for p in re.findall(r"<(?:p|li)\b[^>]*>(.*?)</(?:p|li)>", text, re.S)]
     said = Counter(re.sub(r"\s+", " ", s).strip() for p in parts for s in re.split(r"(?<=[.!?])\s+", p))
     return [sentence for sentence, n in said.items() if n > 1 and len(sentence) >= 40]
