@@ -18,7 +18,7 @@ __all__ = ['ModelName', 'BatteryFile', 'Device', 'Dtype', 'Revision', 'Direction
 ModelName = Annotated[str, typer.Option("--model", "-m", metavar="NAME",
                                         help="A model by name (see `models`), a folder, a .gguf file, or a Hub name.")]
 BatteryFile = Annotated[Path | None, typer.Option("--battery", "-b", metavar="FILE", exists=True, dir_okay=False,
-                                                  help="A JSON file of prompt pairs. Default: the 60 that come along.")]
+                                                  help="Prompt pairs: JSON, JSON Lines, CSV or TSV. Default: the 60 that come along.")]
 Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, mps, ... Default: cuda, if there is one.")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(
     metavar="NAME", help="float32, bfloat16 or float16. Logit differences are computed in float32 in any case.")]

@@ -18,7 +18,7 @@ from . import __version__
 from .battery.chat import INSTRUCTION, in_chat
 from .battery.formats import battery_sha256, load_battery, load_spares
 from .battery.pairs import PromptPair
-from .battery.tokens import TokenPair
+from .battery.tokens import TokenPair, notes_lines
 from .battery.triage import Triage, triage
 from .figures.run_figures import save_figures
 from .files import write_json, write_table
@@ -146,6 +146,7 @@ def closing_lines(folder: str | Path) -> list[str]:
     "What the study of a run folder found, and where its files are."
     folder = Path(folder)
     found = findings(json.loads((folder / "summary.json").read_text("utf-8")))
+    found += notes_lines(open_run(folder).triage.warnings.dropna())
     there = {name: what for name, what in FILES.items() if (folder / name).exists()}
     width = max(len(str(folder / name)) for name in there)
     return [*found, "", *(f"{folder / name!s:<{width}}  {what}" for name, what in there.items())]

@@ -5,6 +5,7 @@
 # %% ../../nbs/library/battery/04_tokens.ipynb #93159c0e
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from .pairs import PromptPair, Span, entity_spans, spaced, unspaced
 
 # %% auto #0
 __all__ = ['REASONS', 'NOTES', 'Problems', 'Encoding', 'get_tokenizer', 'encode', 'AlignmentError', 'token_span', 'continuation',
-           'TokenPair', 'align', 'token_table']
+           'notes_lines', 'TokenPair', 'align', 'token_table']
 
 # %% ../../nbs/library/battery/04_tokens.ipynb #2c92890b
 @dataclass(frozen=True)
@@ -97,6 +98,12 @@ NOTES = {
     "target_shared_prefix": "the answers begin with the same tokens, which are appended to both prompts",
     "target_first_token": "an answer goes on after the token that is compared",
 }
+
+
+def notes_lines(warnings: Iterable[str]) -> list[str]:
+    "What was mended or noted, with the number of pairs: a line for each of `NOTES` that is among these warnings (of a pair each)."
+    found = Counter(word for words in warnings for word in str(words).split() if word in NOTES)
+    return [f"In {n} {'pair' if n == 1 else 'pairs'} {NOTES[word]}." for word, n in found.items()]
 
 # %% ../../nbs/library/battery/04_tokens.ipynb #cd67103b
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
 # %% ../../nbs/library/patch/03_passes.ipynb #96d0497e
 from __future__ import annotations
 
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from ..battery.pairs import PromptPair
-from ..battery.tokens import TokenPair, align
+from ..battery.tokens import TokenPair, align, notes_lines
 from ..model.hooked import PATTERN_SITES, Shape
 from .interventions import Edit, Intervention, positions_of
 
@@ -22,9 +23,13 @@ __all__ = ['BEFORE_ATTENTION', 'AFTER_MLP', 'as_token_pairs', 'as_interventions'
 
 # %% ../../nbs/library/patch/03_passes.ipynb #f46ba7b5
 def as_token_pairs(model_or_tokenizer: Any, pairs: PromptPair | TokenPair | Iterable[PromptPair | TokenPair]) -> list[TokenPair]:
-    "One pair or several as token pairs. Raises `AlignmentError`, which names the pair, where the tokenizer cannot align one."
-    pairs = [pairs] if isinstance(pairs, (PromptPair, TokenPair)) else pairs
-    return [align(model_or_tokenizer, pair) if isinstance(pair, PromptPair) else pair for pair in pairs]
+    """One pair or several as token pairs; what had to be mended is told as a warning.
+
+    Raises `AlignmentError`, which names the pair, where the tokenizer cannot align one."""
+    pairs = [pairs] if isinstance(pairs, (PromptPair, TokenPair)) else list(pairs)
+    found = [align(model_or_tokenizer, pair) if isinstance(pair, PromptPair) else pair for pair in pairs]
+    for line in notes_lines(" ".join(tp.notes) for tp, pair in zip(found, pairs) if tp is not pair): warnings.warn(line, stacklevel=3)
+    return found
 
 
 def as_interventions(asked: Edit | Intervention | Iterable[Edit | Intervention]) -> list[Intervention]:

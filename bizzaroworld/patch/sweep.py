@@ -153,8 +153,12 @@ def _batches(model, pairs, donors, max_pairs: int, memory: int | None, run) -> I
         yield from in_memory(index, run, halves, lambda part: f"The runs of {len(part)} pairs")
 
 # %% ../../nbs/library/patch/06_sweep.ipynb #8dff6f7c
-def _check(token_pairs, interventions, direction, metrics, donors) -> None:
+def _check(model, token_pairs, interventions, direction, metrics, donors) -> None:
     if not token_pairs or not interventions: raise ValueError("A sweep needs at least one pair and one intervention.")
+    for e in (e for i in interventions for e in i.edits):
+        if e.site not in model.sites: raise ValueError(f"{e}: {model.name} has no site {e.site!r}. Use one of {', '.join(model.sites)}.")
+        if not isinstance(e.layer, int) or not 0 <= e.layer < model.n_layers:
+            raise ValueError(f"{e}: {model.name} has layers 0 to {model.n_layers - 1}.")
     if direction not in DIRECTIONS: raise ValueError(f"Unknown direction {direction!r}: use {' or '.join(DIRECTIONS)}.")
     unknown = set(metrics) - set(METRICS)
     if unknown: raise ValueError(f"Unknown metric {sorted(unknown)[0]!r}: use one of {', '.join(METRICS)}.")
@@ -184,7 +188,7 @@ def sweep(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPair | To
     metrics = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     token_pairs, interventions = as_token_pairs(model, pairs), as_interventions(interventions)
     donors = token_pairs if donors is None else as_token_pairs(model, donors)
-    _check(token_pairs, interventions, direction, metrics, donors)
+    _check(model, token_pairs, interventions, direction, metrics, donors)
     sides = ("clean", "corrupt") if direction == "noising" else ("corrupt", "clean")
     asked = [_same_as(model, i) for i in interventions]
     column = {i: c for c, i in enumerate(dict.fromkeys(asked))}

@@ -181,3 +181,16 @@ def test_attention_is_given_to_prompts_of_one_length_only(nano, source):
         sweep(nano, [short, other], edit, values={edit: torch.zeros(len(short.clean_ids))})
     alone = sweep(nano, short, edit, values={edit: torch.zeros(len(short.clean_ids))})
     assert np.isfinite(alone.patched).all()
+
+
+@pytest.mark.parametrize("edit, said", [(Edit("resid_post", -1), "layers 0 to 7"), (Edit("resid_pre", 8), "layers 0 to 7"),
+                                        (Edit("resid_pre", "1"), "layers 0 to 7"), (Edit("mlp", 1), "no site 'mlp'")])
+def test_a_layer_or_site_that_is_not_there_is_named(nano, battery, edit, said):
+    with pytest.raises(ValueError, match=said): sweep(nano, battery[0], edit)
+
+
+def test_what_was_mended_is_told(nano, battery):
+    from dataclasses import replace
+    edit, typed = Edit("resid_pre", 3, "entity"), replace(battery[0], clean_target=battery[0].clean_target.strip())
+    with pytest.warns(UserWarning, match="In 1 pair an answer came without the space"): mended = sweep(nano, typed, edit)
+    assert (mended.patched == sweep(nano, battery[0], edit).patched).all()
