@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -229,6 +229,15 @@ class Built:
         write_json(Path(path), [asdict(p) for p in self.pairs])
 
 
+def _apart(made: list[tuple[PromptPair, dict]]) -> list[tuple[PromptPair, dict]]:
+    "The same, with a number behind an id that is taken: two relations, or two wordings, may ask about the same entities."
+    seen = Counter()
+    for i, (pair, known) in enumerate(made):
+        seen[pair.id] += 1
+        if seen[pair.id] > 1: made[i] = replace(pair, id=f"{pair.id}-{seen[pair.id]}"), known
+    return made
+
+
 def _relations(model: Any, asked: dict[str, list[Asked]], options: dict, identity: str, notes: Path | None, progress) -> list[tuple[PromptPair, dict]]:
     "The pairs of all relations in turn; what is finished is noted."
     done, used, made = _finished(notes, identity), set(), []
@@ -260,7 +269,7 @@ def build_battery(model: Any, questions: Iterable[Question], *, degree: str = "p
     questions, asked = list(questions), defaultdict(list)
     for a in tokenized(get_tokenizer(model), questions): asked[a.question.relation].append(a)
     if not asked: raise ValueError("No question can be asked: no answer is one token after its prompt. Give other questions.")
-    made = _relations(model, asked, options, _identity(model, questions, options), notes, progress)
+    made = _apart(_relations(model, asked, options, _identity(model, questions, options), notes, progress))
     table = pd.DataFrame([{"pair_id": p.id, "relation": p.relation, "category": p.category, **known} for p, known in made],
                          columns=["pair_id", "relation", "category", "total_swing", "degree"])
     return Built(tuple(p for p, _ in made), table)

@@ -110,6 +110,8 @@ def rows_of(shape: Shape, pairs: Sequence[TokenPair], donors: Sequence[TokenPair
     for b, (tp, donor) in enumerate(zip(pairs, donors)):
         for i, intervention in enumerate(interventions):
             writes = tuple(_writes(shape, b, tp, donor, intervention))
+            if len({(w.site, w.layer, w.position, w.head) for w in writes}) < len(writes):
+                raise ValueError(f"{intervention}: in {tp.id} two of these edits are of the same activation. Name it once.")
             rows.append(Row(b, i, writes, intervention.first_layer, -min(w.position for w in writes)))
     return rows
 

@@ -159,7 +159,8 @@ class Run:
 
 # %% ../../nbs/library/study/03_runs.ipynb #975c23e9
 def _restricted(run: Run, pairs: Collection[str]) -> Run:
-    "A run with these of its pairs only, in its tables and in all modes."
+    "A run with these of its pairs only, in its tables and in all modes. Raises `RunError` for a text in the place of ids."
+    if isinstance(pairs, str): raise RunError(f"{pairs!r} is one text; give a list of ids.")
     return replace(run, only=frozenset(pairs if run.only is None else run.only.intersection(pairs)))
 
 

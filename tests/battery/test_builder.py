@@ -210,3 +210,18 @@ def test_what_is_saved_is_a_battery(tmp_path):
     built = build_battery(Oracle({"Peru": 5.0, "Cuba": 4.0}), EVERY)
     built.save(tmp_path / "mine.json")
     assert tuple(load_battery(tmp_path / "mine.json")) == built.pairs
+
+
+def test_two_pairs_about_the_same_entities_have_ids_of_their_own(tmp_path):
+    def asked(word, answers): return [Question("pairs", "pairs", f"The {word} of {{e}} is", e, f" {a}") for e, a in zip(("Peru", "Cuba"), answers)]
+
+    class Two(Oracle):
+        def logits(self, ids):
+            out = super().logits(ids)
+            for row, prompt in enumerate(ids.tolist()):
+                if self.vocabulary["the"] in prompt: out[row, self.vocabulary["Chile" if self.vocabulary["Peru"] in prompt else "Spain"]] = 9.0
+            return out
+    built = build_battery(Two({"Peru": 5.0, "Cuba": 4.0}), asked("capital", ("Lima", "Havana")) + asked("the", ("Chile", "Spain")), min_swing=1.0)
+    assert len(built.pairs) == len({p.id for p in built.pairs}) == 2
+    built.save(tmp_path / "b.json")
+    assert tuple(load_battery(tmp_path / "b.json")) == built.pairs

@@ -194,3 +194,10 @@ def test_what_was_mended_is_told(nano, battery):
     edit, typed = Edit("resid_pre", 3, "entity"), replace(battery[0], clean_target=battery[0].clean_target.strip())
     with pytest.warns(UserWarning, match="In 1 pair an answer came without the space"): mended = sweep(nano, typed, edit)
     assert (mended.patched == sweep(nano, battery[0], edit).patched).all()
+
+
+@pytest.mark.parametrize("position, other, heads", [("final", -1, (None, None)), ("all", "final", (None, None)), ("final", "final", (None, 1))])
+def test_one_activation_under_two_names_is_refused(nano, battery, position, other, heads):
+    site = "resid_pre" if heads == (None, None) else "z"
+    both = Intervention((Edit(site, 1, position, heads[0], source="zero"), Edit(site, 1, other, heads[1])))
+    with pytest.raises(ValueError, match="of the same activation"): sweep(nano, battery[0], both)

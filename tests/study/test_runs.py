@@ -150,3 +150,9 @@ def test_a_folder_of_that_name_without_a_run_does_not_hide_a_shipped_run(tmp_pat
     assert open_run("bizzaro-nano").model_name == "bizzaro-nano"
     write_json(tmp_path / "bizzaro-nano" / "run.json", INFO)
     with pytest.raises(RunError, match="not finished"): open_run("bizzaro-nano")
+
+
+def test_a_run_is_restricted_to_a_list_of_ids():
+    run = open_run("bizzaro-nano")
+    with pytest.raises(RunError, match="give a list of ids"): run.restricted(run.pairs()[0])
+    assert run.restricted(run.pairs()[:1]).pairs() == run.pairs()[:1]
