@@ -16,7 +16,7 @@ import pandas as pd
 
 # %% auto #0
 __all__ = ['Span', 'KATAKANA', 'UNSPACED', 'UNBOUND', 'ACCENT', 'unspaced', 'words', 'differences', 'stretch', 'occurrences',
-           'nfc', 'other_form', 'entity_spans', 'counterpart', 'PromptPair', 'pair_id', 'spaced', 'review']
+           'nfc', 'other_form', 'counterpart', 'PromptPair', 'entity_spans', 'pair_id', 'spaced', 'review']
 
 # %% ../../nbs/library/battery/01_pairs.ipynb #55262bae
 Span = tuple[int, int]  # [start, stop) in characters
@@ -98,12 +98,6 @@ def _place(entity: str, prompt: str, differing: list[Span]) -> Span:
     here = [s for s in found if any(s[0] < stop and start < s[1] for start, stop in differing)]
     return (here or found)[0]
 
-def entity_spans(pair: PromptPair) -> tuple[Span, Span]:
-    """Character spans `[start, stop)` of the entity in the clean and in the corrupted prompt."""
-    clean, corrupt = _differing_chars(pair.clean_prompt, pair.corrupt_prompt)
-    return (_place(pair.clean_entity, pair.clean_prompt, clean),
-            _place(pair.corrupt_entity, pair.corrupt_prompt, corrupt))
-
 # %% ../../nbs/library/battery/01_pairs.ipynb #21388923
 def counterpart(entity: str, clean: str, corrupt: str) -> str:
     """The words of `corrupt` that stand where `entity` stands in `clean`. Raises `ValueError` when there are none."""
@@ -146,6 +140,13 @@ class PromptPair:
 
     def __post_init__(self):
         for field, value in _defaults(self).items(): object.__setattr__(self, field, value)
+
+# %% ../../nbs/library/battery/01_pairs.ipynb #e6089330
+def entity_spans(pair: PromptPair) -> tuple[Span, Span]:
+    """Character spans `[start, stop)` of the entity in the clean and in the corrupted prompt."""
+    clean, corrupt = _differing_chars(pair.clean_prompt, pair.corrupt_prompt)
+    return (_place(pair.clean_entity, pair.clean_prompt, clean),
+            _place(pair.corrupt_entity, pair.corrupt_prompt, corrupt))
 
 # %% ../../nbs/library/battery/01_pairs.ipynb #d646e6c2
 def pair_id(entities: Sequence[str], texts: Sequence[str]) -> str:
