@@ -214,7 +214,7 @@ def test_exported_functions_are_documented(processed):
     """nbdev puts signature and docstring of what a notebook exports into its page."""
     page = json.loads((processed / "library" / "battery" / "01_pairs.ipynb").read_text(encoding="utf-8"))
     shown = "\n".join("".join(o.get("data", {}).get("text/markdown", "")) for c in page["cells"] for o in c.get("outputs", []))
-    assert "### load_battery" in shown and "### PromptPair" in shown and "clean_entity" in shown
+    assert "### entity_spans" in shown and "### PromptPair" in shown and "clean_entity" in shown
 
 
 def test_every_page_is_in_the_sidebar_and_the_other_way_around(settings):
