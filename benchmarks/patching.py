@@ -137,7 +137,7 @@ def by_plain_loop(model, pair, interventions) -> list[float]:
 def by_batched_loop(model, pair, interventions, size: int = 32) -> list[float]:
     """What an expert writes: `size` patched copies of the prompt in one forward, and the final position's logits of the targets."""
     cache, out = donor_cache(model, pair, interventions), []
-    targets = model.readout.head.weight[[pair.clean_target_id, pair.corrupt_target_id]].float()
+    targets = torch.tensor([pair.clean_target_id, pair.corrupt_target_id], device=model.device)
     for start in range(0, len(interventions), size):
         edits, hooks = [i.edits[0] for i in interventions[start:start + size]], {}
         for row, edit in enumerate(edits): hooks.setdefault((edit.site, edit.layer), []).append((row, where(pair, edit)[1:]))
@@ -149,8 +149,7 @@ def by_batched_loop(model, pair, interventions, size: int = 32) -> list[float]:
             return site, layer, hook
         with model.hooked(put(*key, rows) for key, rows in hooks.items()):
             hidden = model.hf.base_model(torch.tensor([pair.clean_ids] * len(edits), device=model.device), use_cache=False).last_hidden_state
-        logits = (hidden[:, -1].float() @ targets.T) * model.readout.scale
-        if model.readout.softcap: logits = torch.tanh(logits / model.readout.softcap) * model.readout.softcap
+        logits = model.readout(hidden[:, -1], targets.expand(len(edits), 2))
         out += (logits[:, 0] - logits[:, 1]).tolist()
     return out
 

@@ -109,7 +109,7 @@ def triage(model: ModelName = "bizzaro-nano", battery: BatteryFile = None,
         result = run_triage(load_model(model, device=device, dtype=dtype, revision=revision), pairs, spares)
         print_frame(result.table.head(top), ["rank", "total_swing", "ld_clean", "ld_corrupt", "pair_id"])
         typer.echo(f"{len(result.table)} pairs ranked, {len(result.excluded)} excluded. {result.line}")
-        for line in notes_lines(result.table.warnings if "warnings" in result.table else ()): typer.echo(line)
+        for line in notes_lines(result.table.warnings): typer.echo(line)
         if out: save(result.table, out)
 
 # %% ../nbs/library/05_cli.ipynb #da5a77c4

@@ -112,8 +112,8 @@ def run_study(model: str | Model, *, battery: str | Path | None = None, out: str
     """Run the whole study on a model; return the run folder.
 
     `model`: a name for `load_model`, or a loaded model. `battery`: a file of pairs (else the shipped 60, with the
-    shipped spares for those that the tokenizer drops). `chat`: each prompt begins the answer of an instruction-tuned model. `out`: the folder (else `runs/NAME`). `controls`: names of
-    controls (else `default_controls`; none: `()`). `progress` is called with (pairs done, pairs, a note).
+    shipped spares for those that the tokenizer drops). `chat`: each prompt begins the answer of an instruction-tuned model.
+    `out`: the folder (else `runs/NAME`). `controls`: names of controls (else `default_controls`; none: `()`). `progress` is called with (pairs done, pairs, a note).
 
     Raises `ModelError`, `BatteryError`, `ValueError` for an unknown control, or `RunError` if the folder holds another run
     or no pair is left."""

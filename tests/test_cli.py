@@ -150,7 +150,7 @@ def test_a_malformed_battery_is_bad_input(tmp_path):
 def table() -> pd.DataFrame:
     """A triage table of three pairs."""
     return pd.DataFrame({"rank": [1, 2, 3], "total_swing": [9.0, 8.0, 7.25], "ld_clean": [5.0, 4.0, 3.0],
-                         "ld_corrupt": [-4.0, -4.0, -4.25], "pair_id": ["first", "second", "third"]})
+                         "ld_corrupt": [-4.0, -4.0, -4.25], "pair_id": ["first", "second", "third"], "warnings": ["none", "target_space_added", "none"]})
 
 
 def test_triage_prints_the_top_and_writes_everything(stand_in, table, tmp_path):
@@ -199,7 +199,7 @@ def test_models_reads_configs_and_weight_headers(monkeypatch, tmp_path):
     header = json.dumps({"__metadata__": {"format": "pt"}, "w": {"dtype": "F16", "shape": [1000, 500]},
                          "b": {"dtype": "F16", "shape": [100_000]}}).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    monkeypatch.setattr("bizzaroworld.model.catalog.data_path", lambda *parts: tmp_path.joinpath(*parts))
+    monkeypatch.setattr("bizzaroworld.model.catalog.embedded_models", lambda: {"tiny": folder})
     assert [row[:6] for row in catalog.embedded()] == [("tiny", "0.6M", 8, 4, 1, 128)]
     done = run("models")
     assert done.exit_code == 0 and "tiny" in done.stdout and "google/gemma-2b" in done.stdout

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -25,11 +24,12 @@ from .formats import BatteryError
 from .knowing import DEGREES, VERDICT_SWING
 from .pairs import PromptPair, Span, entity_spans
 from .tokens import AlignmentError, align, continuation, encode, get_tokenizer, token_span
+from .triage import batches_by_length
 from ..files import write_json, write_text
 
 # %% auto #0
-__all__ = ['Question', 'questions_of', 'questions_from', 'Asked', 'tokenized', 'ask', 'best_templates', 'candidates', 'choose',
-           'Built', 'build_battery', 'halves']
+__all__ = ['Question', 'questions_of', 'questions_from', 'Asked', 'tokenized', 'ask', 'first_of_kind', 'best_templates',
+           'candidates', 'choose', 'Built', 'build_battery', 'halves']
 
 # %% ../../nbs/library/battery/09_builder.ipynb #8385d914
 @dataclass(frozen=True)
@@ -92,24 +92,23 @@ def tokenized(tokenizer: Any, questions: Iterable[Question]) -> list[Asked]:
     return out
 
 # %% ../../nbs/library/battery/09_builder.ipynb #1c70c93b
-def _batches(asked: Sequence[Asked], size: int) -> Iterator[list[int]]:
-    "Indices of questions of one length, at most `size` at a time."
-    by_length = defaultdict(list)
-    for i, a in enumerate(asked): by_length[len(a.ids)].append(i)
-    for same in by_length.values(): yield from (same[i:i + size] for i in range(0, len(same), size))
-
-
 @torch.no_grad()
 def ask(model: Any, asked: Sequence[Asked], answers: Sequence[int], size: int = 64) -> tuple[Float[np.ndarray, "question answer"], np.ndarray]:
     "The logits of these answers (token ids) after each question, and whether its own answer is the first of the whole vocabulary."
     logits, first = np.empty((len(asked), len(answers)), np.float32), np.zeros(len(asked), bool)
     columns = torch.tensor(list(answers), device=model.device)
-    for index in _batches(asked, size):
+    for index in batches_by_length([len(a.ids) for a in asked], size):
         found = model.logits(torch.tensor([asked[i].ids for i in index], device=model.device)).float()
         logits[index] = found[:, columns].cpu().numpy()
         first[index] = (found.argmax(-1).cpu() == torch.tensor([asked[i].target for i in index])).numpy()
     if not np.isfinite(logits).all(): raise ValueError("the model's logits are not finite; load it with dtype='float32'")
     return logits, first
+
+
+def first_of_kind(asked: Sequence[Asked], logits: Float[np.ndarray, "question answer"], answers: Sequence[int]) -> np.ndarray:
+    "Whether each question's own answer is ahead of all other answers."
+    own = np.array([a.target for a in asked])[:, None] == np.array(answers)
+    return logits[own] > np.where(own, -np.inf, logits).max(1)
 
 # %% ../../nbs/library/battery/09_builder.ipynb #0051783e
 def best_templates(model: Any, asked: Sequence[Asked], keep: int, sample: int, rng: Random) -> list[str]:
@@ -119,10 +118,8 @@ def best_templates(model: Any, asked: Sequence[Asked], keep: int, sample: int, r
     few = [a for a in asked if a.question.fact in drawn]
     answers = sorted({a.target for a in asked})
     logits, first = ask(model, few, answers)
-    own = np.array([answers.index(a.target) for a in few])
-    ahead = logits[np.arange(len(few)), own] - np.where(np.arange(len(answers)) == own[:, None], -np.inf, logits).max(1) if len(answers) > 1 else 0
-    score = pd.DataFrame({"template": [_wording(a.question) for a in few], "kind": ahead > 0 if len(few) else [], "first": first})
-    order = score.groupby("template", sort=False)[["first", "kind"]].mean().sum(axis=1).sort_values(ascending=False, kind="stable")
+    score = pd.Series(first.astype(int) + first_of_kind(few, logits, answers), index=[_wording(a.question) for a in few])
+    order = score.groupby(level=0, sort=False).mean().sort_values(ascending=False, kind="stable")
     return list(order.index[:keep])
 
 
@@ -135,9 +132,7 @@ def candidates(asked: Sequence[Asked], logits: Float[np.ndarray, "question answe
                min_swing: float) -> pd.DataFrame:
     """The pairs of one relation that prefer both answers by `min_swing` logits of TotalSwing: `clean, corrupt` (indices),
     `total_swing` (logits), `degree` (0 to 2, the place in `knowing.DEGREES`)."""
-    own = np.array([list(answers).index(a.target) for a in asked], dtype=int)
-    others = np.where(np.arange(len(answers)) == own[:, None], -np.inf, logits)
-    kind = logits[np.arange(len(asked)), own] > others.max(1)
+    kind, own = first_of_kind(asked, logits, answers), np.array([list(answers).index(a.target) for a in asked])
     slots = defaultdict(list)
     for i, a in enumerate(asked): slots[a.slot].append(i)
     parts = []
@@ -166,14 +161,9 @@ def choose(found: pd.DataFrame, asked: Sequence[Asked], most: int, used: set[fro
     return chosen
 
 # %% ../../nbs/library/battery/09_builder.ipynb #14442b5e
-def _slug(text: str) -> str: return re.sub(r"[^\w]+", "-", text.casefold()).strip("-")
-
-
 def _pair(a: Question, b: Question, rng: Random) -> PromptPair:
     if rng.random() < 0.5: a, b = b, a
-    name = f"{_slug(a.relation)}-{_slug(a.entity)}-{_slug(b.entity)}" + (f"-{_slug(a.given)}" if a.given else "")
-    return PromptPair(id=name, category=a.category, relation=a.relation, clean_prompt=a.prompt, corrupt_prompt=b.prompt,
-                      clean_target=a.answer, corrupt_target=b.answer, clean_entity=a.entity, corrupt_entity=b.entity)
+    return PromptPair(a.prompt, b.prompt, a.answer, b.answer, a.entity, b.entity, category=a.category, relation=a.relation)
 
 
 def _aligned(tokenizer: Any, pair: PromptPair) -> bool:
@@ -229,15 +219,6 @@ class Built:
         write_json(Path(path), [asdict(p) for p in self.pairs])
 
 
-def _apart(made: list[tuple[PromptPair, dict]]) -> list[tuple[PromptPair, dict]]:
-    "The same, with a number behind an id that is taken: two relations, or two wordings, may ask about the same entities."
-    seen = Counter()
-    for i, (pair, known) in enumerate(made):
-        seen[pair.id] += 1
-        if seen[pair.id] > 1: made[i] = replace(pair, id=f"{pair.id}-{seen[pair.id]}"), known
-    return made
-
-
 def _relations(model: Any, asked: dict[str, list[Asked]], options: dict, identity: str, notes: Path | None, progress) -> list[tuple[PromptPair, dict]]:
     "The pairs of all relations in turn; what is finished is noted."
     done, used, made = _finished(notes, identity), set(), []
@@ -269,20 +250,14 @@ def build_battery(model: Any, questions: Iterable[Question], *, degree: str = "p
     questions, asked = list(questions), defaultdict(list)
     for a in tokenized(get_tokenizer(model), questions): asked[a.question.relation].append(a)
     if not asked: raise ValueError("No question can be asked: no answer is one token after its prompt. Give other questions.")
-    made = _apart(_relations(model, asked, options, _identity(model, questions, options), notes, progress))
+    made = _relations(model, asked, options, _identity(model, questions, options), notes, progress)
     table = pd.DataFrame([{"pair_id": p.id, "relation": p.relation, "category": p.category, **known} for p, known in made],
                          columns=["pair_id", "relation", "category", "total_swing", "degree"])
     return Built(tuple(p for p, _ in made), table)
 
 # %% ../../nbs/library/battery/09_builder.ipynb #637488f2
 def halves(pairs: Sequence[PromptPair], seed: int = 0) -> tuple[list[PromptPair], list[PromptPair]]:
-    "Two halves of a battery, by lot within each relation; of an odd number the first half gets one more or one less, in turn."
-    by_relation = defaultdict(list)
-    for pair in pairs: by_relation[pair.relation].append(pair)
-    side = {}
-    turn = 0
-    for relation in sorted(by_relation):
-        for pair in sorted(by_relation[relation], key=lambda p: hashlib.sha256(f"{seed} {p.id}".encode()).hexdigest()):
-            side[pair.id] = turn % 2
-            turn += 1
-    return [p for p in pairs if side[p.id] == 0], [p for p in pairs if side[p.id] == 1]
+    "Two halves of a battery: the pairs of each relation in an order by lot, dealt in turn."
+    dealt = sorted(pairs, key=lambda p: (p.relation, Random(f"half {seed} {p.id}").random()))
+    first = {p.id for p in dealt[::2]}
+    return [p for p in pairs if p.id in first], [p for p in pairs if p.id not in first]

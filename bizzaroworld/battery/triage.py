@@ -23,7 +23,8 @@ from .tokens import TokenPair
 from ..files import write_table
 
 # %% auto #0
-__all__ = ['STUDY_COLUMNS', 'OWN_COLUMNS', 'read_targets', 'kinds', 'kind_ranks', 'TriageError', 'baselines', 'Triage', 'triage']
+__all__ = ['STUDY_COLUMNS', 'OWN_COLUMNS', 'read_targets', 'kinds', 'kind_ranks', 'TriageError', 'batches_by_length', 'baselines',
+           'Triage', 'triage']
 
 # %% ../../nbs/library/battery/07_triage.ipynb #2e26cf99
 def read_targets(logits: Float[Tensor, "row d_vocab"], targets: Int[Tensor, "row 2"]) -> dict[str, Tensor]:
@@ -59,7 +60,7 @@ def kind_ranks(logits: Float[Tensor, "d_vocab"], targets: Int[Tensor, "2"], kind
 class TriageError(ValueError):
     """A battery that this model's tokenizer cannot use at all."""
 
-def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     """Indices of sequences of one length, at most `batch_size` at a time."""
     if batch_size < 1: raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     for n in sorted(set(lengths)):
@@ -76,7 +77,7 @@ def baselines(model: Any, token_pairs: Sequence[TokenPair], batch_size: int = 32
     kind = kinds(token_pairs)
     runs = [(tp, side) for tp in token_pairs for side in ("clean_ids", "corrupt_ids")]
     out: list[dict] = [{}] * len(runs)
-    for rows in _batches([len(tp.clean_ids) for tp, _ in runs], batch_size):
+    for rows in batches_by_length([len(tp.clean_ids) for tp, _ in runs], batch_size):
         ids = torch.tensor([getattr(*runs[i]) for i in rows], device=model.device)
         tps = [runs[i][0] for i in rows]
         targets = torch.tensor([(tp.clean_target_id, tp.corrupt_target_id) for tp in tps], device=model.device)

@@ -9,7 +9,7 @@ import json
 import math
 from pathlib import Path
 
-from ..files import data_path
+from .names import embedded_models
 
 # %% auto #0
 __all__ = ['embedded']
@@ -24,7 +24,7 @@ def _parameters(weights: Path) -> int:
 def embedded() -> list[tuple]:
     """The embedded models: name, parameters, layers, heads, key-value heads, width, megabytes on disk."""
     rows = []
-    for folder in sorted(path.parent for path in data_path("models").glob("*/config.json")):
+    for folder in embedded_models().values():
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         files = sorted(folder.glob("*.safetensors"))
         rows.append((folder.name, f"{sum(map(_parameters, files)) / 1e6:.1f}M", config["num_hidden_layers"],

@@ -224,8 +224,7 @@ def _check_frequencies(hf_model, file: GgufFile) -> None:
 # %% ../../nbs/library/model/06_gguf.ipynb #2fbbf187
 def _check_whole(hf_model, info: dict, file: GgufFile) -> None:
     "That a model holds all of its file and nothing else. Raises `ModelError`."
-    tied = {name for names in (hf_model._tied_weights_keys or {}) for name in [names]}
-    missing = sorted(set(info["missing_keys"]) - tied) + sorted(map(str, info["mismatched_keys"]))
+    missing = sorted(set(info["missing_keys"]) - set(hf_model._tied_weights_keys or ())) + sorted(map(str, info["mismatched_keys"]))
     there = sum(math.prod(shape) for name, (shape, *_) in file.tensors.items() if not name.startswith("rope_"))
     here = sum(p.numel() for p in hf_model.parameters())
     if not missing and there == here: return

@@ -18,8 +18,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge
 
-from .names import ModelError
-
 # %% auto #0
 __all__ = ['SITES', 'HEAD_SITES', 'PATTERN_SITES', 'Shape', 'Readout', 'readout_of', 'ModelFacts', 'ModelTrials', 'Model',
            'free_bytes', 'hook_points']

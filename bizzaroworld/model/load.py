@@ -21,11 +21,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from .adapters import has_adapter, merged
-from .gguf import GgufFile, gguf_config, gguf_model, gguf_tokenizer, read_gguf
 from .bridge import attach_bridge, bridge_in_memory
-from .hooked import HEAD_SITES, SITES, Model, ModelError, Shape, free_bytes, hook_points, readout_of
+from .gguf import GgufFile, gguf_config, gguf_model, gguf_tokenizer, read_gguf
+from .hooked import HEAD_SITES, SITES, Model, Shape, free_bytes, hook_points, readout_of
 from .identity import sha256_file, sha256_files, sha256_tensors, weight_files, weights_sha256
-from .names import PACKAGED, called, embedded_models, locate
+from .names import PACKAGED, ModelError, called, embedded_models, locate
 
 # %% auto #0
 __all__ = ['UNSURE', 'load_tokenizer', 'weight_bytes', 'validate', 'load_model', 'is_embedded']

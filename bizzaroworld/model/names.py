@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
+
+from platformdirs import user_cache_path
 
 from ..files import data_path, replacing
 
@@ -66,11 +67,8 @@ def packaged_lines() -> list[str]:
 
 
 def cache_folder() -> Path:
-    "Where files are kept that can be made again: the platform's place for that, or `XDG_CACHE_HOME`."
-    if (given := os.environ.get("XDG_CACHE_HOME")) and Path(given).is_absolute(): return Path(given) / "bizzaroworld"
-    if sys.platform == "win32": return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "bizzaroworld"
-    if sys.platform == "darwin": return Path.home() / "Library/Caches/bizzaroworld"
-    return Path.home() / ".cache/bizzaroworld"
+    "Where files are kept that can be made again: the platform's place for that."
+    return user_cache_path("bizzaroworld", appauthor=False)
 
 # %% ../../nbs/library/model/01_names.ipynb #ea0770eb
 def assemble(model: Packaged) -> Path:

@@ -156,7 +156,7 @@ def framed(explorer: str) -> str:
 
 
 def report(run_folder: str | Path, out: str | Path | None = None, *, chapters: Iterable[str] | None = None,
-                 explorer: bool = True, progress: Callable[[int, int, str], None] | None = None) -> Path:
+           explorer: bool = True, progress: Callable[[int, int, str], None] | None = None) -> Path:
     """Execute the paper on a run and write it as one HTML file that needs nothing else; return its path.
 
     Parameters

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ..model.hooked import SITES, Model
 
 # %% auto #0
-__all__ = ['POSITIONS', 'SOURCES', 'Edit', 'Intervention', 'positions_of', 'grid']
+__all__ = ['POSITIONS', 'SOURCES', 'Edit', 'Intervention', 'positions_of', 'check_site', 'grid']
 
 # %% ../../nbs/library/patch/01_interventions.ipynb #cf8cd224
 POSITIONS = ("final", "entity", "entity_first", "entity_span", "all")
@@ -81,7 +81,7 @@ def positions_of(position: str | int, length: int, entity_span: tuple[int, int])
     return (position % length,)
 
 # %% ../../nbs/library/patch/01_interventions.ipynb #68010f69
-def _check_site(model: Model, site: str) -> None:
+def check_site(model: Model, site: str) -> None:
     "Refuse a site that the architecture does not have, and say what to use instead."
     if site in model.sites: return
     if site not in SITES: raise ValueError(f"Unknown site {site!r}: use one of {', '.join(model.sites)}.")
@@ -98,6 +98,6 @@ def grid(model: Model, sites: Iterable[str], position: str | int | Iterable[str 
     sites = [sites] if isinstance(sites, str) else list(sites)
     positions = [position] if isinstance(position, (str, int)) else list(position)
     layers = range(model.n_layers) if layers is None else list(layers)
-    for site in sites: _check_site(model, site)
+    for site in sites: check_site(model, site)
     return [Intervention((Edit(site, layer, p, head, source),)) for site in sites for p in positions for layer in layers
             for head in (range(model.shape.heads(site)) if model.shape.heads(site) else [None])]

@@ -19,7 +19,7 @@ from ..battery.pairs import PromptPair
 from ..battery.tokens import TokenPair
 from ..model.hooked import PATTERN_SITES, Model, free_bytes
 from .engine import add_given, base_run, in_memory, run_in_memory
-from .interventions import Edit, Intervention
+from .interventions import Edit, Intervention, check_site
 from .metrics import METRICS, WHOLE_VOCABULARY, effect, recovery
 from .passes import as_interventions, as_token_pairs, batches_of, passes_of, rows_of
 
@@ -156,7 +156,7 @@ def _batches(model, pairs, donors, max_pairs: int, memory: int | None, run) -> I
 def _check(model, token_pairs, interventions, direction, metrics, donors) -> None:
     if not token_pairs or not interventions: raise ValueError("A sweep needs at least one pair and one intervention.")
     for e in (e for i in interventions for e in i.edits):
-        if e.site not in model.sites: raise ValueError(f"{e}: {model.name} has no site {e.site!r}. Use one of {', '.join(model.sites)}.")
+        check_site(model, e.site)
         if not isinstance(e.layer, int) or not 0 <= e.layer < model.n_layers:
             raise ValueError(f"{e}: {model.name} has layers 0 to {model.n_layers - 1}.")
     if direction not in DIRECTIONS: raise ValueError(f"Unknown direction {direction!r}: use {' or '.join(DIRECTIONS)}.")

@@ -185,7 +185,7 @@ def _controlled(controls: dict | None) -> str | None:
     "What donors that know nothing of the fact do."
     if controls is None or controls["layer"] is None: return None
     if "unrelated" not in controls["beyond"]:
-        return "Control: no pair was patched from an unrelated one (of another category, without a word in common), so that control is missing."
+        return "Control: no pair was patched from an unrelated one (of another category, without a word in common), so that control is missing. Give the pairs categories, if they have none."
     other, beyond = (_estimate(controls[k]["unrelated"]) for k in ("fraction", "beyond"))
     return (f"Control: in layer {controls['layer']} an unrelated donor at the entity token moves {other:.0%}; the real one moves {beyond:.0%} "
             "of the TotalSwing more.")

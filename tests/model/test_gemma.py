@@ -8,8 +8,7 @@ from transformer_lens import patching
 from bizzaroworld.battery.formats import load_battery
 from bizzaroworld.battery.tokens import align, encode
 from bizzaroworld.model import names
-from bizzaroworld.model.hooked import ModelError
-from bizzaroworld.model.names import PACKAGED, Packaged, assemble, cache_folder, locate
+from bizzaroworld.model.names import PACKAGED, ModelError, Packaged, assemble, cache_folder, locate
 from bizzaroworld.patch.interventions import grid
 from bizzaroworld.patch.sweep import sweep
 

@@ -11,9 +11,8 @@ from tiny_gguf import BPE, BUILDERS, SPM, tiny_for_gguf, write_gguf
 from bizzaroworld.battery.tokens import encode
 from bizzaroworld.model import gguf as room
 from bizzaroworld.model.gguf import read_gguf
-from bizzaroworld.model.hooked import ModelError
 from bizzaroworld.model.load import load_model, load_tokenizer
-from bizzaroworld.model.names import locate
+from bizzaroworld.model.names import ModelError, locate
 from bizzaroworld.pipeline import describe
 
 IDS = torch.tensor([[2, 40, 50, 60, 70, 80, 90, 100, 110, 120]])

@@ -9,10 +9,9 @@ from tiny import BUILDERS, tiny_hf
 from transformers import AutoTokenizer
 
 from bizzaroworld.model import adapters, load
-from bizzaroworld.model.hooked import ModelError
 from bizzaroworld.model.identity import sha256_files, sha256_tensors, weight_files
 from bizzaroworld.model.load import load_model
-from bizzaroworld.model.names import embedded_models
+from bizzaroworld.model.names import ModelError, embedded_models
 
 
 def folder_of(hf, path, **options):

@@ -11,9 +11,9 @@ from tiny import BUILDERS, LAYERS, tiny_hf, tiny_model
 from transformers import BertConfig, BertForMaskedLM
 
 from bizzaroworld.model import hooked, load as models
-from bizzaroworld.model.hooked import Model, ModelError, Readout
+from bizzaroworld.model.hooked import Model, Readout
 from bizzaroworld.model.load import is_embedded, load_model, validate
-from bizzaroworld.model.names import called, embedded_models
+from bizzaroworld.model.names import ModelError, called, embedded_models
 
 
 @pytest.mark.parametrize("name", BUILDERS)

@@ -184,7 +184,7 @@ def test_attention_is_given_to_prompts_of_one_length_only(nano, source):
 
 
 @pytest.mark.parametrize("edit, said", [(Edit("resid_post", -1), "layers 0 to 7"), (Edit("resid_pre", 8), "layers 0 to 7"),
-                                        (Edit("resid_pre", "1"), "layers 0 to 7"), (Edit("mlp", 1), "no site 'mlp'")])
+                                        (Edit("resid_pre", "1"), "layers 0 to 7"), (Edit("mlp", 1), "Unknown site 'mlp'")])
 def test_a_layer_or_site_that_is_not_there_is_named(nano, battery, edit, said):
     with pytest.raises(ValueError, match=said): sweep(nano, battery[0], edit)
 
