@@ -25,8 +25,9 @@ from .files import write_json, write_table
 from .model.hooked import Model
 from .model.load import is_embedded, load_model
 from .model.names import called
+from .paper.chapters import PAPER
 from .results.summary import findings, summarize
-from .study.controls import CONTROLS, Control, Sweeper, controls_of, default_controls
+from .study.controls import CONTROLLED, CONTROLS, Control, Sweeper, controls_of, default_controls
 from .study.experiments import EXPERIMENTS, run_experiments
 from .study.runs import Run, claim, is_done, open_run, pair_file
 
@@ -94,6 +95,7 @@ def sweep_controls(controls: Sequence[Control], result: Triage, folder: Path, ad
         told = advance and (lambda done, total, _, name=control.name: advance(done, total, f"control: {name}"))
         sweep_missing(control.token_pairs, folder, control.sweeper, part=part, advance=told)
         found = collect(folder, result, [tp.id for tp in control.token_pairs], part)
+        found = found[found.experiment.isin(CONTROLLED[control.name])]  # earlier versions swept more
         tables.append(found.drop(columns=["intervention", "recovery"]).assign(control=control.name))
     return pd.concat(tables, ignore_index=True)
 
@@ -153,9 +155,9 @@ def closing_lines(folder: str | Path) -> list[str]:
 
 # %% ../nbs/library/02_pipeline.ipynb #49b5f239
 def paper_run() -> Run:
-    "The run named by `BIZZARO_RUN`; else that of the model named by `BIZZARO_MODEL`, in `runs/`; else the shipped one of bizzaro-nano."
+    "The run named by `BIZZARO_RUN`; else that of the model named by `BIZZARO_MODEL`, in `runs/`; else the shipped one of Gemma 3 270M."
     if name := os.environ.get("BIZZARO_RUN"): return open_run(name)
     if model := os.environ.get("BIZZARO_MODEL"):
         folder = Path("runs") / Path(called([model])[0]).name
         return open_run(folder if (folder / "summary.json").exists() else run_study(model, out=folder))
-    return open_run("bizzaro-nano")
+    return open_run(PAPER)

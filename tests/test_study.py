@@ -118,7 +118,7 @@ def test_the_controls_are_swept_once_and_can_be_left_out(nano, few, tmp_path, mo
 
 def test_the_paper_reads_the_run_that_the_environment_names(nano, few, tmp_path, monkeypatch):
     for name in ("BIZZARO_RUN", "BIZZARO_MODEL"): monkeypatch.delenv(name, raising=False)
-    assert study_module.paper_run().model_name == "bizzaro-nano"
+    assert study_module.paper_run().model_name == "gemma-3-270m"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study_module, "run_study", lambda model, out: run_study(nano, battery=few, out=out, controls=()))
     monkeypatch.setenv("BIZZARO_MODEL", "some/model")

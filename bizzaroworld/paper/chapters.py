@@ -8,20 +8,21 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
 from ..figures.captions import about, conventions, conventions_beside
-from ..results.effects import MIN_SWING
+from ..results.effects import MIN_SWING, AnalysisError
 from ..results.estimates import Estimate, number
 from ..results.summary import NOTHING
-from ..study.runs import Run, RunError, open_run
+from ..study.runs import Run, RunError, open_run, shipped_runs
 
 # %% auto #0
-__all__ = ['DPI', 'plain', 'Text', 'say', 'bullets', 'listed', 'percent', 'count', 'cell', 'interval', 'table', 'Picture', 'note',
-           'how_to_read', 'named', 'beside', 'LeftOut', 'leave_out', 'needs_swing']
+__all__ = ['DPI', 'PAPER', 'WIDE', 'INSTRUMENTS', 'plain', 'Text', 'say', 'bullets', 'listed', 'percent', 'count', 'cell',
+           'interval', 'table', 'Picture', 'note', 'how_to_read', 'named', 'beside', 'side_by_side', 'LeftOut',
+           'leave_out', 'needs_swing']
 
 # %% ../../nbs/library/paper/01_chapters.ipynb #9bfce416
 def plain(text: object) -> str:
@@ -124,14 +125,25 @@ def named(run: Run) -> str:
     return f"the {'embedded ' if run.info['model'].get('embedded') else ''}model {plain(run.model_name)}"
 
 # %% ../../nbs/library/paper/01_chapters.ipynb #59d9fcbf
-def beside(run: Run, names: Sequence[str]) -> list[Run]:
+PAPER = "gemma-3-270m"
+WIDE = "gemma-3-270m-wide"
+INSTRUMENTS = ("bizzaro-nano", "bizzaro-micro")
+
+
+def beside(run: Run, names: Sequence[str] = (PAPER, WIDE, *INSTRUMENTS)) -> list[Run]:
     "The shipped runs of these names, without those that are missing or the run itself."
-    found = []
-    for name in names:
-        if name == run.model_name: continue
-        try: found.append(open_run(name))
-        except RunError: continue
-    return found
+    def is_it(other): return all(run.info.get(k) == other.info.get(k) for k in ("battery_sha256", "options")) and run.model_name == other.model_name
+    there = (open_run(name) for name in names if name in shipped_runs())
+    return [other for other in there if not is_it(other)]
+
+
+def side_by_side(runs: Sequence[Run], rows: Mapping[str, Callable[[Run], Any]]) -> Text:
+    "The same quantities of several runs as a table, a column for each run; a dash where a run does not have one."
+    def value(of, run):
+        try: return of(run)
+        except (RunError, AnalysisError): return None
+    columns = {f"{run.model_name}, {len(run.triage)} pairs": run for run in runs}
+    return table(pd.DataFrame([{"": label, **{title: value(of, run) for title, run in columns.items()}} for label, of in rows.items()], dtype=object))
 
 # %% ../../nbs/library/paper/01_chapters.ipynb #6b37b315
 class LeftOut(Exception):

@@ -12,7 +12,7 @@ from .estimates import Estimate, estimate, estimate_means
 from ..study.runs import Run, control_run
 
 # %% auto #0
-__all__ = ['VALUES', 'MIN_SWING', 'SITES', 'FEWEST', 'AnalysisError', 'run_direction', 'effect_matrix', 'curve',
+__all__ = ['VALUES', 'MIN_SWING', 'SITES', 'FEWEST', 'AnalysisError', 'run_direction', 'effect_matrix', 'curve', 'peak',
            'category_curves', 'control_curves', 'beyond_control', 'ratios']
 
 # %% ../../nbs/library/results/02_effects.ipynb #b9078692
@@ -85,6 +85,14 @@ def curve(run: Run, experiment: str, mode: str = "C", value: str = "effect") -> 
         if any(isinstance(c, tuple) for c in data): raise AnalysisError(f"Experiment {experiment} is over heads: use `head_table`.")
         parts.append(pd.DataFrame({"site": site, "layer": data.columns, **estimate_means(data.to_numpy()), "n": len(data)}))
     return pd.concat(parts, ignore_index=True)
+
+# %% ../../nbs/library/results/02_effects.ipynb #9a31c0e2
+def peak(run: Run, experiment: str, site: str, mode: str = "C", value: str = "fraction") -> pd.Series:
+    "The row of `curve` with the largest mean (absolute) at one site. Raises `AnalysisError` if no pair has a value there."
+    rows = curve(run, experiment, mode, value)
+    rows = rows[(rows.site == site) & rows["mean"].notna()]
+    if rows.empty: raise AnalysisError(f"Experiment {experiment} has no {value} of {site} in mode {mode}.")
+    return rows.loc[rows["mean"].abs().idxmax()]
 
 # %% ../../nbs/library/results/02_effects.ipynb #06c9519e
 FEWEST = 3  # pairs that a mean needs for an interval

@@ -15,7 +15,7 @@ from .estimates import estimate, estimate_means, estimate_share
 from ..study.runs import Run
 
 # %% auto #0
-__all__ = ['head_table', 'Concentration', 'concentration', 'head_frequency', 'worst_counts', 'head_shares']
+__all__ = ['head_table', 'top_head', 'Concentration', 'concentration', 'head_frequency', 'worst_counts', 'head_shares']
 
 # %% ../../nbs/library/results/04_heads.ipynb #ac327e1d
 def head_table(run: Run, experiment: str = "4F", mode: str = "C", value: str = "effect") -> pd.DataFrame:
@@ -28,6 +28,11 @@ def head_table(run: Run, experiment: str = "4F", mode: str = "C", value: str = "
     layer, head = zip(*data.columns)
     return pd.DataFrame({"layer": layer, "head": head, "name": [f"L{l}H{h}" for l, h in data.columns],
                          **estimate_means(data.to_numpy()), "n": len(data), "worst": worst.to_numpy()})
+
+# %% ../../nbs/library/results/04_heads.ipynb #9a31c0e4
+def top_head(run: Run, experiment: str = "4F", mode: str = "C", value: str = "fraction") -> pd.Series:
+    "The row of `head_table` of the head with the largest mean effect in logits (absolute); the same head whatever the `value`."
+    return head_table(run, experiment, mode, value).loc[head_table(run, experiment, mode)["mean"].abs().idxmax()]
 
 # %% ../../nbs/library/results/04_heads.ipynb #a45dfb86
 @dataclass(frozen=True)

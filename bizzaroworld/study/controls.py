@@ -20,11 +20,12 @@ from ..patch.sweep import sweep
 from .experiments import EXPERIMENTS, interventions_of, label
 
 # %% auto #0
-__all__ = ['CONTROLS', 'Sweeper', 'TWIN', 'unrelated_donors', 'sweep_unrelated', 'shuffled_positions', 'sweep_shuffled',
-           'untrained', 'sweep_untrained', 'default_controls', 'Control', 'controls_of']
+__all__ = ['CONTROLLED', 'CONTROLS', 'Sweeper', 'TWIN', 'unrelated_donors', 'sweep_unrelated', 'shuffled_positions',
+           'sweep_shuffled', 'untrained', 'sweep_untrained', 'default_controls', 'Control', 'controls_of']
 
 # %% ../../nbs/library/study/02_controls.ipynb #3433dd08
-CONTROLS = ("unrelated", "shuffled", "untrained")
+CONTROLLED = {"unrelated": ("1", "2A", "2B", "3", "4F"), "shuffled": ("1", "3"), "untrained": ("1", "3")}  # experiments
+CONTROLS = tuple(CONTROLLED)
 Sweeper = Callable[[Sequence[TokenPair]], pd.DataFrame]  # pairs -> the table of `run_experiments`
 
 # %% ../../nbs/library/study/02_controls.ipynb #5a5c8a39
@@ -42,12 +43,12 @@ def unrelated_donors(token_pairs: Sequence[TokenPair], seed: int = 0) -> dict[st
 
 # %% ../../nbs/library/study/02_controls.ipynb #a7695908
 def sweep_unrelated(model: Model, donors: dict[str, TokenPair], direction: str, max_rows: int) -> Sweeper:
-    "All experiments, each pair with its donor in `donors`."
-    interventions = interventions_of(model)
+    "The controlled experiments, each pair with its donor in `donors`."
+    interventions = interventions_of(model, CONTROLLED["unrelated"])
     def run(token_pairs):
         result = sweep(model, token_pairs, interventions, direction, donors=[donors[tp.id] for tp in token_pairs],
                        max_rows=max_rows, progress=False)
-        return label(result.to_frame())
+        return label(result.to_frame(), CONTROLLED["unrelated"])
     return run
 
 # %% ../../nbs/library/study/02_controls.ipynb #93951d60
@@ -58,15 +59,16 @@ def shuffled_positions(token_pairs: Sequence[TokenPair], seed: int = 0) -> dict[
 
 # %% ../../nbs/library/study/02_controls.ipynb #5bf106e7
 def _at(model: Model, token_pairs: Sequence[TokenPair], position: int, direction: str, max_rows: int) -> pd.DataFrame:
-    "All sites of the experiments at one position, as rows of the experiments at entity and final token."
-    sites = dict.fromkeys(s for e in EXPERIMENTS.values() for s in e.sites if s in model.sites)
+    "The sites of the controlled experiments at one position, as rows of those at entity and final token."
+    names = CONTROLLED["shuffled"]
+    sites = dict.fromkeys(s for e in names for s in EXPERIMENTS[e].sites if s in model.sites)
     frame = sweep(model, token_pairs, grid(model, sites, position), direction, max_rows=max_rows, progress=False).to_frame()
-    both = pd.concat([label(frame.assign(position=named)) for named in ("entity", "final")], ignore_index=True)
+    both = pd.concat([label(frame.assign(position=named), names) for named in ("entity", "final")], ignore_index=True)
     return both.assign(position=str(position))
 
 
 def sweep_shuffled(model: Model, positions: dict[str, int], direction: str, max_rows: int) -> Sweeper:
-    "All experiments, each pair at its position in `positions`."
+    "The controlled experiments, each pair at its position in `positions`."
     def run(token_pairs):
         groups = {p: [tp for tp in token_pairs if positions[tp.id] == p] for p in sorted({positions[tp.id] for tp in token_pairs})}
         return pd.concat([_at(model, group, p, direction, max_rows) for p, group in groups.items()], ignore_index=True)
@@ -83,10 +85,10 @@ def untrained(model: Model, seed: int = 0) -> Model:
 
 
 def sweep_untrained(model: Model, direction: str, max_rows: int) -> Sweeper:
-    "All experiments on an untrained twin of the model."
-    twin = untrained(model)
-    interventions = interventions_of(twin)
-    return lambda token_pairs: label(sweep(twin, token_pairs, interventions, direction, max_rows=max_rows, progress=False).to_frame())
+    "The controlled experiments on an untrained twin of the model."
+    twin, names = untrained(model), CONTROLLED["untrained"]
+    interventions = interventions_of(twin, names)
+    return lambda token_pairs: label(sweep(twin, token_pairs, interventions, direction, max_rows=max_rows, progress=False).to_frame(), names)
 
 # %% ../../nbs/library/study/02_controls.ipynb #ad699be8
 TWIN = 1e9  # parameters

@@ -16,10 +16,11 @@ import pandas as pd
 
 from ..battery.knowing import VERDICT_SWING, pairs_that
 from ..files import data_path, write_json
+from ..patch.metrics import recovery
 
 # %% auto #0
-__all__ = ['IDENTITY', 'AGAIN', 'TEXT', 'RunError', 'DamagedError', 'claim', 'read_info', 'pair_file', 'is_done', 'Run',
-           'ControlRun', 'control_run', 'shipped_runs', 'open_run', 'output']
+__all__ = ['IDENTITY', 'AGAIN', 'TEXT', 'FOLLOWS', 'RunError', 'DamagedError', 'claim', 'read_info', 'pair_file', 'is_done',
+           'slim', 'filled', 'Run', 'ControlRun', 'control_run', 'shipped_runs', 'open_run', 'output']
 
 # %% ../../nbs/library/study/03_runs.ipynb #13428333
 class RunError(ValueError):
@@ -109,6 +110,23 @@ def _table(folder: Path, name: str) -> pd.DataFrame:
     if "pair_id" in table: return table
     raise DamagedError(f"{path} is damaged: it has no column 'pair_id'. {again}")
 
+# %% ../../nbs/library/study/03_runs.ipynb #c0de7ab4
+FOLLOWS = ("effect", "recovery", "intervention")
+
+
+def slim(effects: pd.DataFrame) -> pd.DataFrame:
+    "A table of effects without the columns that follow from the others, for the runs that come along."
+    kept = effects.drop(columns=[c for c in FOLLOWS if c in effects])
+    return kept.astype({c: "float32" for c in ("clean", "corrupt", "patched")} | {c: "category" for c in kept.select_dtypes(["object", "string"])})
+
+
+def filled(effects: pd.DataFrame) -> pd.DataFrame:
+    "The same table with `effect` and `recovery`, if it lacks them."
+    if "effect" in effects or "patched" not in effects: return effects
+    out = effects.astype({c: "float64" for c in ("clean", "corrupt", "patched")} | {c: str for c in effects.select_dtypes("category")})
+    base = out.clean.where(out.direction == "noising", out.corrupt)
+    return out.assign(effect=out.patched - base, recovery=recovery(out.patched, out.clean, out.corrupt))
+
 # %% ../../nbs/library/study/03_runs.ipynb #dbb650a5
 @dataclass(frozen=True)
 class Run:
@@ -127,7 +145,7 @@ class Run:
     @cached_property
     def excluded(self) -> pd.DataFrame: return _table(self.folder, "excluded.csv")
     @cached_property
-    def effects(self) -> pd.DataFrame: return _kept(_table(self.folder, "effects.parquet"), self.only)
+    def effects(self) -> pd.DataFrame: return _kept(filled(_table(self.folder, "effects.parquet")), self.only)
 
     @cached_property
     def controls(self) -> pd.DataFrame:

@@ -6,9 +6,9 @@ from planted import planted_run, steps
 
 from bizzaroworld.files import write_table
 from bizzaroworld.results.correlations import top_pairs
-from bizzaroworld.results.effects import beyond_control, category_curves, control_curves
+from bizzaroworld.results.effects import AnalysisError, beyond_control, category_curves, control_curves, peak
 from bizzaroworld.results.estimates import Estimate
-from bizzaroworld.results.heads import head_frequency, head_shares, worst_counts
+from bizzaroworld.results.heads import head_frequency, head_shares, top_head, worst_counts
 from bizzaroworld.results.layers import crossing, depth_fraction
 from bizzaroworld.results.summary import mode_agreement
 from bizzaroworld.study.runs import RunError, control_run
@@ -81,3 +81,21 @@ def test_heads_are_counted(tmp_path):
 
 def test_the_first_pairs_are_those_with_the_largest_swing(tmp_path):
     assert top_pairs(planted_run(tmp_path, steps([3] * 8), swings=[1, 9, 3, 8, 2, 7, 4, 6]), 3).pair_id.tolist() == ["pair-01", "pair-03", "pair-05"]
+
+
+@pytest.mark.parametrize("direction", ["noising", "denoising"])
+def test_the_largest_layer_and_head_are_those_that_were_planted(tmp_path, direction):
+    """A head that moves most in logits, though another moves more of the swing of the pairs with small swings, is the largest in both readings."""
+    sub = {"attn_out": np.tile([0, 0.1, 0.7, 0.2], (6, 1)), "mlp_out": np.tile([0, -0.6, 0.5, 0.2], (6, 1))}
+    heads = np.zeros((6, 4, 3))
+    heads[:, 2, 1] = [0.9, 0.9, 0.2, 0.2, 0.2, 0.2]
+    heads[:, 1, 0] = 0.4
+    run = planted_run(tmp_path, steps([3] * 6, 4), sublayers=sub, heads_final=heads, swings=[100, 100, 2, 2, 2, 0.5], direction=direction)
+    found = peak(run, "2A", "attn_out")
+    assert (found.layer, found["mean"], found.n) == (2, pytest.approx(0.7), 5)
+    assert peak(run, "2B", "mlp_out").layer == 1, "a push the other way counts by its size"
+    logits = -1 if direction == "noising" else 1
+    assert peak(run, "2A", "attn_out", value="effect")["mean"] == pytest.approx(logits * 0.7 * 206.5 / 6)
+    top = top_head(run)
+    assert top["name"] == "L2H1" and top["mean"] == pytest.approx((0.9 * 2 + 0.2 * 3) / 5) and top.n == 5
+    with pytest.raises(AnalysisError, match="no fraction of attn_out"): peak(planted_run(tmp_path / "flat", steps([3] * 4, 4), swings=[0.5] * 4), "2A", "attn_out")

@@ -10,7 +10,7 @@ from bizzaroworld.model.load import load_model
 from bizzaroworld.patch.interventions import grid
 from bizzaroworld.patch.sweep import sweep
 from bizzaroworld.study import controls
-from bizzaroworld.study.controls import (CONTROLS, controls_of, default_controls, shuffled_positions, sweep_shuffled,
+from bizzaroworld.study.controls import (CONTROLLED, CONTROLS, controls_of, default_controls, shuffled_positions, sweep_shuffled,
                                          sweep_unrelated, sweep_untrained, unrelated_donors, untrained)
 from bizzaroworld.study.experiments import run_experiments
 
@@ -37,6 +37,11 @@ def pairs():
 
 @pytest.fixture(scope="module")
 def real(model, pairs): return run_experiments(model, pairs, progress=False)
+
+
+def same_rows(real, control):
+    """The real rows of the experiments that a control is made for."""
+    return real[real.experiment.isin(CONTROLLED[control])].reset_index(drop=True)
 
 
 def effects(frame): return frame.set_index(KEYS).effect.sort_index()
@@ -70,14 +75,15 @@ def test_a_pair_related_to_all_others_has_no_donor(pairs):
 @pytest.mark.parametrize("direction", ["noising", "denoising"])
 def test_a_pair_as_its_own_donor_is_the_study(model, pairs, direction):
     itself = sweep_unrelated(model, {tp.id: tp for tp in pairs}, direction, 1024)(pairs)
-    study = run_experiments(model, pairs, direction=direction, progress=False)
+    study = run_experiments(model, pairs, CONTROLLED["unrelated"], direction=direction, progress=False)
     pd.testing.assert_frame_equal(itself, study, atol=1e-5)
 
 
 def test_an_unrelated_donor_does_something_else(model, pairs, real):
     other = sweep_unrelated(model, unrelated_donors(pairs), "noising", 1024)(pairs)
-    assert len(other) == len(real) and apart(other, real).groupby("pair_id").max().min() > 0.01
-    pd.testing.assert_series_equal(other.set_index(KEYS).clean.sort_index(), real.set_index(KEYS).clean.sort_index(), atol=1e-5)
+    same = same_rows(real, "unrelated")
+    assert len(other) == len(same) and apart(other, real).groupby("pair_id").max().min() > 0.01
+    pd.testing.assert_series_equal(other.set_index(KEYS).clean.sort_index(), same.set_index(KEYS).clean.sort_index(), atol=1e-5)
     last = other[(other.experiment == "2A") & (other.site == "resid_post") & (other.layer == model.n_layers - 1)].set_index("pair_id")
     donors = unrelated_donors(pairs)
     for tp in pairs:  # the last resid_post at the final token is the whole prediction: the donor's, read at this pair's targets
@@ -100,12 +106,12 @@ def test_the_other_token_is_between_entity_and_final(pairs):
 def test_the_shuffled_patch_is_the_patch_at_that_token(model, pairs, real):
     some, positions = pairs[:-1], shuffled_positions(pairs)
     found = sweep_shuffled(model, positions, "noising", 1024)(some)
-    assert set(found.experiment) == set(real.experiment) and found.groupby("pair_id").position.nunique().max() == 1
+    assert set(found.experiment) == {"1", "3"} and found.groupby("pair_id").position.nunique().max() == 1
     assert not set(found.position) & {"entity", "final"}
     for tp in some:
-        mine = found[(found.pair_id == tp.id) & (found.experiment == "2B")].set_index(["site", "layer"]).effect
-        direct = sweep(model, [tp], grid(model, ["resid_pre", "mlp_out"], positions[tp.id]), progress=False).to_frame()
-        for row in direct.itertuples(): assert mine[row.site, row.layer] == pytest.approx(row.effect, abs=1e-4)
+        mine = found[(found.pair_id == tp.id) & (found.experiment == "3")].set_index("layer").effect
+        direct = sweep(model, [tp], grid(model, ["resid_pre"], positions[tp.id]), progress=False).to_frame()
+        for row in direct.itertuples(): assert mine[row.layer] == pytest.approx(row.effect, abs=1e-4)
     assert apart(found, real).groupby("pair_id").max().min() > 0.01
 
 
@@ -144,7 +150,7 @@ def test_the_untrained_control_has_its_own_baselines(model, pairs, real):
     row = found[found.pair_id == "pair-0"].iloc[0]
     logits = twin.logits(torch.tensor([pairs[0].clean_ids]))[0].detach()
     assert row.clean == pytest.approx(float(logits[pairs[0].clean_target_id] - logits[pairs[0].corrupt_target_id]), abs=1e-4)
-    assert len(found) == len(real) and apart(found, real).groupby("pair_id").max().min() > 0.01
+    assert len(found) == len(same_rows(real, "untrained")) and apart(found, real).groupby("pair_id").max().min() > 0.01
 
 
 # --- which, and when ------------------------------------------------------------------------------------------------
