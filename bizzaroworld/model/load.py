@@ -28,7 +28,7 @@ from .identity import sha256_file, sha256_files, sha256_tensors, weight_files, w
 from .names import PACKAGED, ModelError, called, embedded_models, locate
 
 # %% auto #0
-__all__ = ['UNSURE', 'load_tokenizer', 'weight_bytes', 'validate', 'load_model', 'is_embedded']
+__all__ = ['UNSURE', 'load_tokenizer', 'weight_bytes', 'validate', 'checked', 'load_model', 'is_embedded']
 
 # %% ../../nbs/library/model/07_load.ipynb #6e6b8522
 def _explain(name: str, error: BaseException) -> ModelError:
@@ -248,6 +248,22 @@ def _as_device(device: torch.device | str | None) -> torch.device:
     try: return torch.device(device)
     except RuntimeError as error: raise ModelError(f"Unknown device {device!r}: use cpu, or e.g. cuda:0.") from error
 
+# %% ../../nbs/library/model/07_load.ipynb #7c1de001
+def _copied(tokenizer):
+    "A copy of a tokenizer, which shares its vocabulary and merges: they are never changed, and copying them takes seconds."
+    shared = {id(v): v for v in vars(tokenizer).values() if isinstance(v, (dict, list)) and len(v) > 1000} if tokenizer is not None else {}
+    return deepcopy(tokenizer, shared)
+
+
+def checked(hf_model, tokenizer, name: str, sha: str = "", note: str = "", revision: str | None = None) -> Model:
+    "A Hugging Face model with hooks at every site, after `validate`. Raises `ModelError` as that does."
+    readout, ids, bare = readout_of(hf_model), _some_ids(hf_model), _logits(hf_model)
+    bridge = attach_bridge(hf_model, _copied(tokenizer))  # TransformerLens may give its tokenizer another BOS
+    shape = Shape.of(bridge.cfg)
+    loaded = Model(bridge, tokenizer, name, shape, readout, hook_points(bridge, shape.n_layers),
+                   getattr(hf_model.config, "_commit_hash", None) or revision, sha, note)
+    return validate(loaded, bare, ids)
+
 # %% ../../nbs/library/model/07_load.ipynb #48149f19
 def _fetched(name: str, tokenizer, device, dtype, revision, trust_remote_code) -> tuple:
     "A model by its name: Hugging Face model, tokenizer, SHA-256 of its weights, and what became of them on the way."
@@ -275,12 +291,7 @@ def load_model(model: str | torch.nn.Module, *, tokenizer=None, device: torch.de
     else:
         hf_model, tokenizer = bridge_in_memory(model, tokenizer)
         name, sha, note = type(hf_model).__name__, sha256_tensors(hf_model), _quantized(hf_model.config)
-    readout, ids, bare = readout_of(hf_model), _some_ids(hf_model), _logits(hf_model)
-    bridge = attach_bridge(hf_model, deepcopy(tokenizer))  # TransformerLens may give its tokenizer another BOS
-    shape = Shape.of(bridge.cfg)
-    loaded = Model(bridge, tokenizer, name, shape, readout, hook_points(bridge, shape.n_layers),
-                   getattr(hf_model.config, "_commit_hash", None) or revision, sha, note)
-    return validate(loaded, bare, ids)
+    return checked(hf_model, tokenizer, name, sha, note, revision)
 
 # %% ../../nbs/library/model/07_load.ipynb #326e3a33
 def is_embedded(model: Model) -> bool:

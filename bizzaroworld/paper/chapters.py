@@ -131,9 +131,9 @@ INSTRUMENTS = ("bizzaro-nano", "bizzaro-micro")
 
 
 def beside(run: Run, names: Sequence[str] = (PAPER, WIDE, *INSTRUMENTS)) -> list[Run]:
-    "The shipped runs of these names, without those that are missing or the run itself."
+    "The shipped runs of these names, without those that are missing or the run itself; the wide one beside its own model only."
     def is_it(other): return all(run.info.get(k) == other.info.get(k) for k in ("battery_sha256", "options")) and run.model_name == other.model_name
-    there = (open_run(name) for name in names if name in shipped_runs())
+    there = (open_run(name) for name in names if name in shipped_runs() and (name != WIDE or run.model_name == PAPER))
     return [other for other in there if not is_it(other)]
 
 

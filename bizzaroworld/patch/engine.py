@@ -53,6 +53,10 @@ class BaseCache(DynamicCache):
         super().update(key_states[:self.n], value_states[:self.n], layer_idx, *args, **kwargs)
         return key_states, value_states
 
+    def keep_last(self, length: int) -> None:
+        "Forget what is padding in all rows: a longer donor's run may have padded all of them."
+        for layer in self.layers: layer.keys, layer.values = layer.keys[:, :, -length:], layer.values[:, :, -length:]
+
 # %% ../../nbs/library/patch/04_engine.ipynb #028a3b11
 Bank = dict[tuple[str, int], tuple[dict, Tensor]]  # (site, layer) -> the slot of each value, the values
 
@@ -97,7 +101,11 @@ def base_run(model: Model, sequences: Sequence[Sequence[int]], n: int,
     (ids, mask), cache, bank, first = _padded(sequences, model.device), BaseCache(n), {}, []
     entry = ("resid_pre", 0, lambda act: first.append(act[:n].detach().clone()))
     with model.hooked([entry, *_keepers(bank, rows, n)]): hidden = model.run(ids, cache, mask=mask)
-    return BaseRun(ids[:n], None if mask is None else mask[:n], cache, first[0], hidden[:n]), bank, hidden
+    lengths = [len(s) for s in sequences[:n]]
+    longest = max(lengths)
+    cache.keep_last(longest)
+    kept = None if mask is None or min(lengths) == longest else mask[:n, -longest:]
+    return BaseRun(ids[:n, -longest:], kept, cache, first[0][:, -longest:], hidden[:n]), bank, hidden
 
 # %% ../../nbs/library/patch/04_engine.ipynb #5bc3cd0c
 def add_given(bank: Bank, rows: Sequence[Row], values: Mapping[Edit, Tensor], like: Tensor) -> None:

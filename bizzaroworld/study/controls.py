@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
+from transformers.initialization import no_init_weights
 
 from ..battery.tokens import TokenPair
 from ..model.hooked import Model
-from ..model.load import load_model
+from ..model.load import checked
 from ..patch.interventions import grid
 from ..patch.sweep import sweep
 from .experiments import EXPERIMENTS, interventions_of, label
@@ -80,8 +81,10 @@ def untrained(model: Model, seed: int = 0) -> Model:
     hf = model.hf
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        fresh = type(hf)(hf.config).to(device=model.device, dtype=model.dtype)
-        return load_model(fresh, tokenizer=model.tokenizer)
+        with no_init_weights(): fresh = type(hf)(hf.config)  # torch's own draws would be drawn over
+        fresh.init_weights()
+        twin = checked(fresh.to(device=model.device, dtype=model.dtype), None, f"untrained {model.name}")
+    return replace(twin, tokenizer=model.tokenizer)
 
 
 def sweep_untrained(model: Model, direction: str, max_rows: int) -> Sweeper:
