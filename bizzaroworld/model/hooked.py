@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -106,7 +106,7 @@ class ModelFacts:
     @property
     def dtype(self) -> torch.dtype: return self.readout.head.weight.dtype
     @property
-    def sites(self) -> tuple[str, ...]: return tuple(s for s in SITES if (s, 0) in self.points)
+    def sites(self) -> tuple[str, ...]: return tuple(s for s in SITES if any((s, l) in self.points for l in range(self.n_layers)))
     @property
     def n_layers(self) -> int: return self.shape.n_layers
     @property
@@ -129,12 +129,35 @@ class ModelTrials(ModelFacts):
     "Properties of a `Model` that are tried out on it."
     @cached_property
     def mlp_by_token(self) -> bool:
-        "Whether every MLP treats its tokens one by one. Tried out once, on a prompt whose tokens the MLPs get reversed."
+        """Whether every MLP treats its tokens one by one. Tried out once, on a prompt whose tokens the MLPs get reversed, the last of
+        them the final one alone."""
         ids = torch.arange(3, 11)[None] % self.d_vocab
         order = torch.arange(8).flip(0)
         alone = self.run(ids).float()
-        with self.sparing({l: (order, order[None]) for l in range(self.n_layers)}): again = self.run(ids).float()
+        tokens = {l: (order, order[None]) for l in range(self.n_layers)} | {self.n_layers - 1: (order[:1], order[None] * 0)}
+        try:
+            with self.sparing(tokens): again = self.run(ids).float()
+        except (RuntimeError, ValueError, IndexError): return False
         return bool((alone - again).abs().max() < (1e-3 if self.dtype == torch.float32 else 0.1) * alone.abs().max())
+
+    @cached_property
+    def one_row_serves(self) -> bool:
+        "Whether what is made of ids (masks, positions) for one row serves a batch whose rows join later. Tried out once."
+        ids = torch.stack([torch.arange(3, 11), torch.arange(40, 48)]) % self.d_vocab
+        entry: list[Tensor] = []
+        with self.hooked([("resid_pre", 0, lambda act: entry.append(act.clone()))]): both = self.run(ids)
+        try:
+            with self.hooked([("resid_pre", 0, lambda act: entry[0])]): again = self.run(ids[:1])
+        except (RuntimeError, ValueError, IndexError): return False
+        return both.shape == again.shape and bool((both - again).abs().max() < (1e-4 if self.dtype == torch.float32 else 0.05) * both.abs().max())
+
+    @cached_property
+    def length_matters(self) -> bool:
+        "Whether a token is treated otherwise beside a longer prompt: rotary frequencies that follow the longest of a batch."
+        config = self.hf.config.get_text_config()
+        found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        kinds = [v.get("rope_type") for v in (found, *found.values()) if isinstance(v, Mapping)]
+        return bool({"dynamic", "longrope"} & set(kinds))
 
     @cached_property
     def mid_is_post(self) -> bool:
@@ -168,7 +191,12 @@ class Model(ModelTrials):
     def run(self, ids: Int[Tensor, "batch pos"], cache=None, start: int = 0,
             mask: Int[Tensor, "batch start+pos"] | None = None) -> Float[Tensor, "row d_model"]:
         "Final hidden state (after the last norm) at the last position. `mask` is 0 at padding on the left."
+        if self.length_matters: _forget_lengths(self.hf)
         with _lean(self.norms): return _forward(self.hf, ids.to(self.device), cache, start, mask)
+
+    def without(self, sites: Iterable[str]) -> Model:
+        "The same model without some of its sites."
+        return replace(self, points={key: point for key, point in self.points.items() if key[0] not in set(sites)})
 
     def logits(self, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch d_vocab"]:
         "fp32 logits of the token that follows each prompt."
@@ -193,12 +221,21 @@ class Model(ModelTrials):
         return tuple(m for m in self.bridge.modules() if isinstance(m, NormalizationBridge))
 
 # %% ../../nbs/library/model/03_hooked.ipynb #1958aeea
+def _forget_lengths(hf_model) -> None:
+    "Put rotary frequencies back that grew with the longest prompt so far: they are kept until a short one comes."
+    for module in hf_model.modules():
+        if "inv_freq" in dict(module.named_buffers(recurse=False)) and hasattr(module, "max_seq_len_cached"):
+            module.max_seq_len_cached = module.original_max_seq_len
+            module.inv_freq = module.original_inv_freq.to(module.inv_freq.device, copy=True)
+
+
 @torch.no_grad()
 def _forward(hf_model, ids, cache, start: int, mask):
     "Run the decoder without its unembedding."
     if mask is None: positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
     else: positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, start:]
-    out = hf_model.base_model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+    decoder = hf_model.base_model if hf_model.base_model is not hf_model else hf_model.model  # Llama 4 misnames its base
+    out = decoder(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
                               use_cache=cache is not None)
     return out.last_hidden_state[:, -1]
 
@@ -238,15 +275,15 @@ def free_bytes(device: torch.device) -> int:
 def _growing(blocks, counts: Sequence[int]) -> Iterator[None]:
     total = counts[-1]
 
-    def cut(value, n: int):
+    def cut(value, n: int, name: str = ""):
         if isinstance(value, tuple): return tuple(cut(v, n) for v in value)
-        per_row = isinstance(value, Tensor) and value.ndim > 1 and len(value) == total
-        return value[:n] if per_row else value
+        if not isinstance(value, Tensor) or value.ndim < 2 or name in ("hidden_states", "position_bias"): return value  # MPT's bias is `head 1 key`
+        if name == "alibi" and len(value) % total == 0: return value[:len(value) // total * n]  # BLOOM's is `row*head 1 key`
+        return value[:n] if len(value) == total else value
 
     def before(n: int):
         def hook(block, args, kwargs):
-            kept = {k: v if k == "hidden_states" else cut(v, n) for k, v in kwargs.items()}
-            return (*args[:1], *(cut(a, n) for a in args[1:])), kept
+            return (*args[:1], *(cut(a, n) for a in args[1:])), {k: cut(v, n, k) for k, v in kwargs.items()}
         return hook
     handles = [b.register_forward_pre_hook(before(n), with_kwargs=True) for b, n in zip(blocks, counts) if n < total]
     try: yield

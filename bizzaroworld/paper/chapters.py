@@ -130,8 +130,11 @@ WIDE = "gemma-3-270m-wide"
 INSTRUMENTS = ("bizzaro-nano", "bizzaro-micro")
 
 
-def beside(run: Run, names: Sequence[str] = (PAPER, WIDE, *INSTRUMENTS)) -> list[Run]:
-    "The shipped runs of these names, without those that are missing or the run itself; the wide one beside its own model only."
+def beside(run: Run, names: Sequence[str] | None = None) -> list[Run]:
+    """The shipped runs of these names, without those that are missing or the run itself; the wide one beside its own model only.
+
+    Without names: those that the paper is about, beside each other; nothing beside a run of somebody else's model."""
+    if names is None: names = (PAPER, WIDE, *INSTRUMENTS) if run.model_name in (PAPER, *INSTRUMENTS) else ()
     def is_it(other): return all(run.info.get(k) == other.info.get(k) for k in ("battery_sha256", "options")) and run.model_name == other.model_name
     there = (open_run(name) for name in names if name in shipped_runs() and (name != WIDE or run.model_name == PAPER))
     return [other for other in there if not is_it(other)]

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
+from ..model.checks import is_masked
 from ..model.hooked import PATTERN_SITES, Model
 from .interventions import Edit
 from .passes import Donor, Given, Pass, Row, Write
@@ -147,12 +148,14 @@ def _values(writes: Sequence[Write], banked, like: Tensor) -> Tensor:
 
 
 def _overwrite(site: str, writes: list[tuple[int, Write]], banked):
-    "A hook that puts the values where they belong, or on top of what is there."
+    "A hook that puts the values where they belong, or on top of what is there; of scores, masked ones that become zero stay masked."
+    zeroed = torch.tensor([w.value is None for _, w in writes]) if site == "scores" else ()
     on_top = torch.tensor([isinstance(w.value, Given) and w.value.edit.source == "added" for _, w in writes])
 
     def hook(act):
         where = _index(site, [(i, w.position, w.head) for i, w in writes], act.device)
         values = _values([w for _, w in writes], banked, act)
+        if len(zeroed): values = torch.where((zeroed.to(act.device)[:, None]) & is_masked(act[where]), act[where], values)
         act[where] = torch.where(on_top.to(act.device)[:, None], act[where] + values, values) if on_top.any() else values
         return act
     return hook
@@ -202,7 +205,7 @@ def _spared(model: Model, the_pass: Pass) -> dict[int, tuple[Tensor, Tensor]]:
 def _run_pass(model: Model, base: BaseRun, the_pass: Pass, bank) -> Float[Tensor, "row d_model"]:
     "Final hidden states of the base runs and of the rows of a pass."
     owner, start = torch.tensor(the_pass.owner, device=model.device), base.ids.shape[1] - the_pass.tail
-    like = owner[:1] if base.mask is None else owner
+    like = owner[:1] if base.mask is None and model.one_row_serves else owner
     mask = None if base.mask is None else base.mask[like]
     hooks, counts, spared = _hooks(model, base, the_pass, bank), the_pass.counts(model.n_layers), _spared(model, the_pass)
     with model.hooked(hooks), model.growing(counts), model.sparing(spared):

@@ -46,7 +46,7 @@ def mean_values(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPai
     for e in edits:
         if e.site in PATTERN_SITES: raise ValueError(f"{e}: attention has another size in every prompt, so it has no mean.")
     sums, counts = defaultdict(lambda: 0.0), defaultdict(int)
-    for index in batches_of(token_pairs, token_pairs, max_pairs):
+    for index in batches_of(token_pairs, token_pairs, max_pairs, model.length_matters):
         for edit, head, vector in _fetched(model, [token_pairs[i] for i in index], edits, side):
             sums[edit, head] = sums[edit, head] + vector
             counts[edit, head] += 1

@@ -9,7 +9,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 from ..battery.pairs import PromptPair
@@ -18,8 +18,8 @@ from ..model.hooked import PATTERN_SITES, Shape
 from .interventions import Edit, Intervention, positions_of
 
 # %% auto #0
-__all__ = ['BEFORE_ATTENTION', 'AFTER_MLP', 'as_token_pairs', 'as_interventions', 'Donor', 'Given', 'Write', 'Row', 'rows_of',
-           'Pass', 'passes_of', 'batches_of']
+__all__ = ['BEFORE_ATTENTION', 'AFTER_MLP', 'as_token_pairs', 'check_pairs', 'as_interventions', 'Donor', 'Given', 'Write', 'Row',
+           'rows_of', 'Pass', 'passes_of', 'batches_of']
 
 # %% ../../nbs/library/patch/03_passes.ipynb #f46ba7b5
 def as_token_pairs(model_or_tokenizer: Any, pairs: PromptPair | TokenPair | Iterable[PromptPair | TokenPair]) -> list[TokenPair]:
@@ -30,6 +30,21 @@ def as_token_pairs(model_or_tokenizer: Any, pairs: PromptPair | TokenPair | Iter
     found = [align(model_or_tokenizer, pair) if isinstance(pair, PromptPair) else pair for pair in pairs]
     for line in notes_lines(" ".join(tp.notes) for tp, pair in zip(found, pairs) if tp is not pair): warnings.warn(line, stacklevel=3)
     return found
+
+
+def check_pairs(model: Any, pairs: Iterable[TokenPair]) -> None:
+    "That token pairs can be what they say on this model. Raises `ValueError`, which names the pair."
+    config = model.hf.config.get_text_config()
+    longest = None if hasattr(config, "rope_parameters") else getattr(config, "max_position_embeddings", None)  # rotary positions do not end
+    for tp in pairs:
+        n, (first, stop) = len(tp.clean_ids), tp.entity_span
+        if n != len(tp.corrupt_ids): raise ValueError(f"{tp.id}: the clean prompt has {n} tokens and the corrupted one {len(tp.corrupt_ids)}. "
+                                                      "Both must have as many; `align` refuses such a pair.")
+        if not 0 <= first < stop <= n: raise ValueError(f"{tp.id}: the entity span {first} to {stop} does not lie within {n} tokens.")
+        ids = (*tp.clean_ids, *tp.corrupt_ids, tp.clean_target_id, tp.corrupt_target_id)
+        if not 0 <= min(ids) <= max(ids) < model.d_vocab:
+            raise ValueError(f"{tp.id}: a token id is outside 0 to {model.d_vocab - 1}: was it made with this model's tokenizer?")
+        if longest and n > longest: raise ValueError(f"{tp.id} has {n} tokens, and {model.name} has positions for {longest}.")
 
 
 def as_interventions(asked: Edit | Intervention | Iterable[Edit | Intervention]) -> list[Intervention]:
@@ -160,7 +175,9 @@ def passes_of(rows: Sequence[Row], n_base: int, fit: Callable[[int], int]) -> It
         left = left[len(together):]
 
 
-def batches_of(pairs: Sequence[TokenPair], donors: Sequence[TokenPair], max_pairs: int) -> Iterator[list[int]]:
-    "Indices of pairs whose base runs go through the model together: of similar length, at most `max_pairs`."
-    order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i].clean_ids), len(donors[i].clean_ids)))
-    for i in range(0, len(order), max_pairs): yield order[i:i + max_pairs]
+def batches_of(pairs: Sequence[TokenPair], donors: Sequence[TokenPair], max_pairs: int, one_length: bool = False) -> Iterator[list[int]]:
+    "Indices of pairs whose base runs go through the model together: of similar length (or of `one_length`), at most `max_pairs`."
+    def length(i): return len(pairs[i].clean_ids), len(donors[i].clean_ids)
+    order = sorted(range(len(pairs)), key=length)
+    for group in ([list(g) for _, g in groupby(order, length)] if one_length else [order]):
+        for i in range(0, len(group), max_pairs): yield group[i:i + max_pairs]

@@ -21,7 +21,7 @@ from ..model.hooked import PATTERN_SITES, Model, free_bytes
 from .engine import add_given, base_run, in_memory, run_in_memory
 from .interventions import Edit, Intervention, check_site
 from .metrics import METRICS, WHOLE_VOCABULARY, effect, recovery
-from .passes import as_interventions, as_token_pairs, batches_of, passes_of, rows_of
+from .passes import as_interventions, as_token_pairs, batches_of, check_pairs, passes_of, rows_of
 
 # %% auto #0
 __all__ = ['DIRECTIONS', 'SweepViews', 'Sweep', 'sweep']
@@ -149,7 +149,7 @@ def _batches(model, pairs, donors, max_pairs: int, memory: int | None, run) -> I
     runs_each = 2 if all(d is tp for d, tp in zip(donors, pairs)) else 3
     at_once = max(1, _fit(model, longest, runs_each * max_pairs, memory)(longest) // runs_each)
     def halves(index): return [half for half in (index[:len(index) // 2], index[len(index) // 2:]) if len(index) > 1]
-    for index in batches_of(pairs, donors, at_once):
+    for index in batches_of(pairs, donors, at_once, model.length_matters):
         yield from in_memory(index, run, halves, lambda part: f"The runs of {len(part)} pairs")
 
 # %% ../../nbs/library/patch/06_sweep.ipynb #8dff6f7c
@@ -164,6 +164,12 @@ def _check(model, token_pairs, interventions, direction, metrics, donors) -> Non
     if unknown: raise ValueError(f"Unknown metric {sorted(unknown)[0]!r}: use one of {', '.join(METRICS)}.")
     if len(donors) != len(token_pairs):
         raise ValueError(f"{len(donors)} donors for {len(token_pairs)} pairs: give one for each, in the same order.")
+    check_pairs(model, [*token_pairs, *donors])
+    if model.length_matters:
+        for tp, donor in zip(token_pairs, donors):
+            if len(tp.clean_ids) != len(donor.clean_ids):
+                raise ValueError(f"{tp.id} has {len(tp.clean_ids)} tokens and its donor {donor.id} has {len(donor.clean_ids)}; the rotary embedding of "
+                                 f"{model.name} depends on the length of a batch. Use donors of the same length.")
     attention = [e for i in interventions for e in i.edits if e.site in PATTERN_SITES and e.source in ("given", "added")]
     if attention and len(lengths := {len(tp.clean_ids) for tp in token_pairs}) > 1:
         raise ValueError(f"{attention[0]}: what is given has one place for each key, and these prompts have {', '.join(map(str, sorted(lengths)))} "
