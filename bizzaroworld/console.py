@@ -5,7 +5,9 @@
 # %% ../nbs/library/03_console.ipynb #e8430d53
 from __future__ import annotations
 
+import io
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +29,11 @@ def exit_code(error: BaseException) -> int:
 
 @contextmanager
 def reported(debug: bool) -> Iterator[None]:
-    """Turn an error into one message on stderr and an exit code; with `debug`, let it through."""
+    """Turn an error into one message on stderr and an exit code; with `debug`, let it through.
+
+    What the console cannot print (a letter outside cp1252) is printed as a question mark; files have it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="replace")
     try:
         yield
     except (typer.Exit, typer.Abort, BrokenPipeError): raise  # whoever reads what is printed may stop, as `head` does

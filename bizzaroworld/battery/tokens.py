@@ -30,6 +30,7 @@ def get_tokenizer(model_or_tokenizer: Any) -> Any:
     """The fast tokenizer of a model, or the tokenizer itself. Raises `AlignmentError` (`no_offsets`) for a slow one."""
     tok = getattr(model_or_tokenizer, "tokenizer", model_or_tokenizer)
     if getattr(tok, "is_fast", False): return tok
+    if tok is None: raise AlignmentError([("no_tokenizer", "the model has no tokenizer; give one: load_model(model, tokenizer=AutoTokenizer.from_pretrained(name))")])
     raise AlignmentError([("no_offsets", f"{type(tok).__name__} does not say which characters a token stands for; "
                            "load the fast version: AutoTokenizer.from_pretrained(name, use_fast=True)")])
 

@@ -18,6 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge
 
+from .bridge import alone, detach_bridge, forget_lengths, forward, growing, hooks_at, lean, sparing
+
 # %% auto #0
 __all__ = ['SITES', 'HEAD_SITES', 'PATTERN_SITES', 'Shape', 'Readout', 'readout_of', 'ModelFacts', 'ModelTrials', 'Model',
            'free_bytes', 'hook_points']
@@ -153,7 +155,8 @@ class ModelTrials(ModelFacts):
 
     @cached_property
     def length_matters(self) -> bool:
-        "Whether a token is treated otherwise beside a longer prompt: rotary frequencies that follow the longest of a batch."
+        "Whether a token is treated otherwise beside a longer prompt: rotary frequencies that follow the longest, or padding in float64."
+        if self.dtype == torch.float64: return True  # its lowest mask is minus infinity where attention is computed in float32
         config = self.hf.config.get_text_config()
         found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
         kinds = [v.get("rope_type") for v in (found, *found.values()) if isinstance(v, Mapping)]
@@ -191,8 +194,17 @@ class Model(ModelTrials):
     def run(self, ids: Int[Tensor, "batch pos"], cache=None, start: int = 0,
             mask: Int[Tensor, "batch start+pos"] | None = None) -> Float[Tensor, "row d_model"]:
         "Final hidden state (after the last norm) at the last position. `mask` is 0 at padding on the left."
-        if self.length_matters: _forget_lengths(self.hf)
-        with _lean(self.norms): return _forward(self.hf, ids.to(self.device), cache, start, mask)
+        if self.hf.training: self.hf.eval()  # who trains in between finds it in the other mode
+        with alone(self.hf), lean(self.norms):
+            if self.length_matters: forget_lengths(self.hf)
+            return forward(self.hf, ids.to(self.device), cache, start, mask)
+
+    def close(self) -> None:
+        """Take the hooks out of a model that was handed over in memory, and give it back as it was. What was loaded from it cannot be run any more."""
+        detach_bridge(self.hf)
+
+    def __enter__(self) -> Model: return self
+    def __exit__(self, *_) -> None: self.close()
 
     def without(self, sites: Iterable[str]) -> Model:
         "The same model without some of its sites."
@@ -202,110 +214,31 @@ class Model(ModelTrials):
         "fp32 logits of the token that follows each prompt."
         return self.readout(self.run(ids))
 
-    def hooked(self, hooks: Iterable[tuple[str, int, Callable]]):
-        "Attach `(site, layer, function)` hooks while the context lasts."
-        return _hooked(self.points, hooks)
+    @contextmanager
+    def hooked(self, hooks: Iterable[tuple[str, int, Callable]]) -> Iterator[None]:
+        "Attach `(site, layer, function)` hooks while the context lasts; other threads wait."
+        with alone(self.hf), hooks_at(self.points, hooks): yield
 
     def growing(self, counts: Sequence[int]):
         "While the context lasts, block `l` gets masks and position embeddings of the first `counts[l]` rows only."
-        return _growing([self.bridge.blocks[l] for l in range(self.n_layers)], counts)
+        return growing([self.bridge.blocks[l] for l in range(self.n_layers)], counts)
 
-    def sparing(self, tokens: Mapping[int, tuple[Tensor, Tensor]]):
+    @contextmanager
+    def sparing(self, tokens: Mapping[int, tuple[Tensor, Tensor]]) -> Iterator[None]:
         """While the context lasts, the MLP of a layer in `tokens` runs only some tokens: their numbers (in row-major
         order), and for every `row pos` which of those outputs it gets."""
-        return _sparing({self.bridge.blocks[l].mlp: t for l, t in tokens.items()})
+        with alone(self.hf), sparing({self.bridge.blocks[l].mlp: t for l, t in tokens.items()}): yield
 
     @cached_property
     def norms(self) -> tuple[NormalizationBridge, ...]:
         "Every norm of the model."
         return tuple(m for m in self.bridge.modules() if isinstance(m, NormalizationBridge))
 
-# %% ../../nbs/library/model/03_hooked.ipynb #1958aeea
-def _forget_lengths(hf_model) -> None:
-    "Put rotary frequencies back that grew with the longest prompt so far: they are kept until a short one comes."
-    for module in hf_model.modules():
-        if "inv_freq" in dict(module.named_buffers(recurse=False)) and hasattr(module, "max_seq_len_cached"):
-            module.max_seq_len_cached = module.original_max_seq_len
-            module.inv_freq = module.original_inv_freq.to(module.inv_freq.device, copy=True)
-
-
-@torch.no_grad()
-def _forward(hf_model, ids, cache, start: int, mask):
-    "Run the decoder without its unembedding."
-    if mask is None: positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
-    else: positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, start:]
-    decoder = hf_model.base_model if hf_model.base_model is not hf_model else hf_model.model  # Llama 4 misnames its base
-    out = decoder(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                              use_cache=cache is not None)
-    return out.last_hidden_state[:, -1]
-
-
-@contextmanager
-def _hooked(points, hooks) -> Iterator[None]:
-    added = []
-    try:
-        for site, layer, function in hooks:
-            point = points[site, layer]
-            added.append((point, point.add_hook(lambda act, hook, function=function: function(act))))
-        yield
-    finally:
-        for point, handle in added:
-            handle.hook.remove()
-            point.fwd_hooks[:] = [h for h in point.fwd_hooks if h is not handle]
-
-# %% ../../nbs/library/model/03_hooked.ipynb #fbc6d46f
-@contextmanager
-def _lean(norms: Sequence[NormalizationBridge]) -> Iterator[None]:
-    def watched(norm): return any(h.fwd_hooks or h.bwd_hooks for h in (norm.hook_scale, norm.hook_normalized))
-    twice = "_hf_autograd_forward_with_hooks"
-    unwatched = [norm for norm in norms if hasattr(norm, twice) and not watched(norm)]
-    for norm in unwatched: vars(norm)[twice] = norm.original_component
-    try: yield
-    finally:
-        for norm in unwatched: vars(norm).pop(twice, None)
-
 # %% ../../nbs/library/model/03_hooked.ipynb #76339a23
 def free_bytes(device: torch.device) -> int:
     "Memory that is free on a device, in bytes."
     if device.type == "cpu": return psutil.virtual_memory().available
     return torch.accelerator.get_memory_info(device)[0]
-
-# %% ../../nbs/library/model/03_hooked.ipynb #07b5589e
-@contextmanager
-def _growing(blocks, counts: Sequence[int]) -> Iterator[None]:
-    total = counts[-1]
-
-    def cut(value, n: int, name: str = ""):
-        if isinstance(value, tuple): return tuple(cut(v, n) for v in value)
-        if not isinstance(value, Tensor) or value.ndim < 2 or name in ("hidden_states", "position_bias"): return value  # MPT's bias is `head 1 key`
-        if name == "alibi" and len(value) % total == 0: return value[:len(value) // total * n]  # BLOOM's is `row*head 1 key`
-        return value[:n] if len(value) == total else value
-
-    def before(n: int):
-        def hook(block, args, kwargs):
-            return (*args[:1], *(cut(a, n) for a in args[1:])), {k: cut(v, n, k) for k, v in kwargs.items()}
-        return hook
-    handles = [b.register_forward_pre_hook(before(n), with_kwargs=True) for b, n in zip(blocks, counts) if n < total]
-    try: yield
-    finally:
-        for handle in handles: handle.remove()
-
-# %% ../../nbs/library/model/03_hooked.ipynb #f1b0a8d7
-@contextmanager
-def _sparing(tokens: Mapping[Any, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    def before(keep):
-        return lambda mlp, args: (args[0].flatten(0, 1)[keep.to(args[0].device)][None], *args[1:])
-
-    def after(source):
-        def spread(out): return out[0][source.to(out.device)]
-        return lambda mlp, args, out: (spread(out[0]), *out[1:]) if isinstance(out, tuple) else spread(out)
-    handles = []
-    for mlp, (keep, source) in tokens.items():
-        inner = mlp.original_component
-        handles += [inner.register_forward_pre_hook(before(keep)), inner.register_forward_hook(after(source))]
-    try: yield
-    finally:
-        for handle in handles: handle.remove()
 
 # %% ../../nbs/library/model/03_hooked.ipynb #43b22e77
 def hook_points(bridge, n_layers: int) -> dict[tuple[str, int], Any]:

@@ -15,11 +15,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from .adapters import has_adapter, merged
-from .bridge import attach_bridge, bridge_in_memory
+from .bridge import attach_bridge, bridge_in_memory, remember
 from .gguf import GgufFile, gguf_config, gguf_model, gguf_tokenizer, read_gguf
 from .checks import bare_logits, check_kind, explained_kind, gap_of, validate
 from .hooked import Model, Shape, free_bytes, hook_points, readout_of
@@ -137,15 +138,28 @@ def _is_placed(hf_model) -> bool:
     return bool(getattr(hf_model, "is_loaded_in_8bit", False) or getattr(hf_model, "is_loaded_in_4bit", False))
 
 # %% ../../nbs/library/model/08_load.ipynb #a554f4e6
+def _check_files(folder: Path) -> None:
+    "That the weight files of a local folder are whole. Raises `ModelError`, which names the file."
+    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        with file.open("rb") as f: head = f.read(40)
+        if head.startswith(b"version https://git-lfs"):
+            raise ModelError(f"{file} is a pointer of Git LFS, not the weights. Run `git lfs pull` in its folder.")
+        try: safe_open(file, "pt").keys()
+        except SafetensorError as error:
+            raise ModelError(f"{file} is damaged or incomplete ({file.stat().st_size:,} bytes; {error}). Download or write it again.") from error
+
+
 def _from_pretrained(name: str, where: str, tokenizer, device, dtype, revision, trust_remote_code) -> tuple:
     "Weights, tokenizer, SHA-256 and note of a folder or Hub id."
     options = dict(revision=revision, trust_remote_code=trust_remote_code)
     adapted = has_adapter(where, revision)
     config = None if adapted else AutoConfig.from_pretrained(where, **options)
     if config is not None:
+        dtype = dtype or getattr(config.get_text_config(), "dtype", None) or torch.float32
         _check_quantized(name, config, device)
         _check_memory(name, config, dtype, device)
-    hf_model = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=dtype, attn_implementation="eager", **options)
+    _check_files(Path(where))
+    hf_model = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=dtype or torch.float32, attn_implementation="eager", **options)
     if tokenizer is None:
         try: tokenizer = AutoTokenizer.from_pretrained(where, **options)
         except (OSError, ValueError):
@@ -158,24 +172,28 @@ def _from_pretrained(name: str, where: str, tokenizer, device, dtype, revision, 
 
 def _from_gguf(name: str, file: GgufFile, tokenizer, device, dtype) -> tuple:
     "Weights, tokenizer, SHA-256 and note of a GGUF file."
-    config = gguf_config(file)
+    config, dtype = gguf_config(file), dtype or torch.float32
     _check_memory(name, config, dtype, device)
     tokenizer = tokenizer or gguf_tokenizer(file)
     return _moved(gguf_model(file, config, dtype), device), tokenizer, sha256_file(file.path), file.note(dtype)
 
 # %% ../../nbs/library/model/08_load.ipynb #41de2e89
-def _as_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    if isinstance(dtype, torch.dtype): return dtype
+def _as_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
+    "The type asked for; `None` for that of the checkpoint."
+    if isinstance(dtype, torch.dtype) or dtype == "auto": return None if dtype == "auto" else dtype
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in known: raise ModelError(f"Unknown dtype {dtype!r}: use one of {', '.join(known)}.")
+    if dtype not in known: raise ModelError(f"Unknown dtype {dtype!r}: use one of {', '.join([*known, 'auto'])}.")
     return known[dtype]
 
 
 def _as_device(device: torch.device | str | None) -> torch.device:
     "The device asked for, else CUDA's where there is one, else the CPU."
     if device is None: return torch.accelerator.current_accelerator() if torch.cuda.is_available() else torch.device("cpu")
-    try: return torch.device(device)
+    try: asked = torch.device(device)
     except RuntimeError as error: raise ModelError(f"Unknown device {device!r}: use cpu, or e.g. cuda:0.") from error
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(asked.type, lambda: True)()
+    if not there: raise ModelError(f"There is no {asked.type} device here (or this torch, {torch.__version__}, was built without it). Use device='cpu'.")
+    return asked
 
 # %% ../../nbs/library/model/08_load.ipynb #7c1de001
 def _copied(tokenizer):
@@ -188,6 +206,7 @@ def checked(hf_model, tokenizer, name: str, sha: str = "", note: str = "", revis
     """A Hugging Face model with hooks at every site, after `validate`. Raises `ModelError` as that does, and for every kind of
     model that is none to be patched."""
     check_kind(hf_model, name)
+    remember(hf_model)
     with explained_kind(hf_model, name):
         hf_model.config._attn_implementation = "eager"  # the bare model as the hooked one will be: they are compared
         readout, bare = readout_of(hf_model), bare_logits(hf_model)
@@ -206,21 +225,22 @@ def _fetched(name: str, tokenizer, device, dtype, revision, trust_remote_code) -
         return _from_pretrained(name, where, tokenizer, device, dtype, revision, trust_remote_code)
 
 
-def load_model(model: str | torch.nn.Module, *, tokenizer=None, device: torch.device | str | None = None,
+def load_model(model: str | Path | torch.nn.Module | Model, *, tokenizer=None, device: torch.device | str | None = None,
                dtype: torch.dtype | str = torch.float32, revision: str | None = None,
                trust_remote_code: bool = False) -> Model:
     """Load a causal language model with hooks at every site, and check it.
 
     `model` is a model by name (`bizzaro-nano`, `gemma-3-270m`), a local folder, a GGUF file (`model.gguf`, or on the Hub
     `org/repo:model.gguf`), a Hub id (`google/gemma-2b`), or a Hugging Face model or a
-    TransformerBridge in memory, which is used as it is (its device and dtype too) and gets its hooks in place. An adapter in a
-    folder is merged. `device` is CUDA's where there is one, else the CPU, unless another is asked for.
+    TransformerBridge in memory, which is used as it is (its device and dtype too) and gets its hooks in place (`close()` takes
+    them out again). An adapter in a folder is merged. `dtype`: `auto` for that of the checkpoint. `device` is CUDA's where there is one, else the CPU, unless another is asked for.
 
     Raises `ModelError` for an unknown name, a missing license, token or network, a damaged file, too little memory, an
     architecture without hooks, or a model whose logits change when hooks are attached."""
-    if isinstance(model, str):
-        (name,) = called([model])
-        hf_model, tokenizer, sha, note = _fetched(model, tokenizer, _as_device(device), _as_dtype(dtype), revision, trust_remote_code)
+    if isinstance(model, Model): return model
+    if isinstance(model, (str, Path)):
+        (name,) = called([str(model)])
+        hf_model, tokenizer, sha, note = _fetched(str(model), tokenizer, _as_device(device), _as_dtype(dtype), revision, trust_remote_code)
     else:
         hf_model, tokenizer = bridge_in_memory(model, tokenizer)
         name, sha, note = type(hf_model).__name__, sha256_tensors(hf_model), _quantized(hf_model.config)

@@ -109,15 +109,23 @@ def base_run(model: Model, sequences: Sequence[Sequence[int]], n: int,
     return BaseRun(ids[:n, -longest:], kept, cache, first[0][:, -longest:], hidden[:n]), bank, hidden
 
 # %% ../../nbs/library/patch/04_engine.ipynb #5bc3cd0c
-def add_given(bank: Bank, rows: Sequence[Row], values: Mapping[Edit, Tensor], like: Tensor) -> None:
-    "Put the given values into the bank; one vector for an edit of all heads goes to each of them."
+def add_given(bank: Bank, rows: Sequence[Row], values: Mapping[Edit, Tensor], like: Tensor, heads: Mapping[str, int]) -> None:
+    """Put the given values into the bank; one vector for an edit of all heads goes to each of them. `heads`: how many a site has.
+
+    Raises `ValueError` for a value that is missing or has another number of axes or heads."""
     def vector(g):
         value = values[g.edit]
+        by_head = value.ndim == 2 and g.edit.head is None and len(value) == heads.get(g.edit.site, 0)
+        if not (value.ndim == 1 or by_head):
+            each = f", or one for each of {heads[g.edit.site]} heads," if g.edit.site in heads and g.edit.head is None else ""
+            raise ValueError(f"{g.edit}: given as {' x '.join(map(str, value.shape))}, where a vector{each} is needed.")
         return value if g.head is None or g.edit.head is not None or value.ndim == 1 else value[g.head]
     for key, slots in _slots(rows, Given).items():
         for edit in {g.edit for g in slots} - set(values):
             raise ValueError(f"{edit}: no value was given for it. Pass values={{edit: tensor}} to the sweep.")
-        stacked = torch.stack([vector(g) for g in slots]).to(like)
+        vectors = [vector(g) for g in slots]
+        if len(sizes := {len(v) for v in vectors}) > 1: raise ValueError(f"{key[0]} in layer {key[1]}: given as vectors of {' and '.join(map(str, sorted(sizes)))}, where one size is needed.")
+        stacked = torch.stack(vectors).to(like)
         old, banked = bank.get(key, ({}, stacked[:0]))
         bank[key] = {**old, **{g: len(old) + i for g, i in slots.items()}}, torch.cat([banked, stacked])
 
@@ -131,7 +139,8 @@ class PrefixCache(DynamicCache):
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         layer, owner = self.base.layers[layer_idx], self.owner[:len(key_states)]
-        keys, values = (t[owner, :, :self.start] for t in (layer.keys, layer.values))
+        def prefix(t): return t[:, :, :self.start].expand(len(owner), -1, -1, -1) if len(t) == 1 else t[owner, :, :self.start]
+        keys, values = prefix(layer.keys), prefix(layer.values)
         return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
 
     def get_seq_length(self, layer_idx: int = 0) -> int: return self.start
@@ -155,6 +164,8 @@ def _overwrite(site: str, writes: list[tuple[int, Write]], banked):
     def hook(act):
         where = _index(site, [(i, w.position, w.head) for i, w in writes], act.device)
         values = _values([w for _, w in writes], banked, act)
+        if values.ndim and values.shape[-1] != act.shape[-1]:
+            raise ValueError(f"{site} in layer {writes[0][1].layer}: given as a vector of {values.shape[-1]}, where one of {act.shape[-1]} is needed.")
         if len(zeroed): values = torch.where((zeroed.to(act.device)[:, None]) & is_masked(act[where]), act[where], values)
         act[where] = torch.where(on_top.to(act.device)[:, None], act[where] + values, values) if on_top.any() else values
         return act

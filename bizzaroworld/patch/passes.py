@@ -18,8 +18,8 @@ from ..model.hooked import PATTERN_SITES, Shape
 from .interventions import Edit, Intervention, positions_of
 
 # %% auto #0
-__all__ = ['BEFORE_ATTENTION', 'AFTER_MLP', 'as_token_pairs', 'check_pairs', 'as_interventions', 'Donor', 'Given', 'Write', 'Row',
-           'rows_of', 'Pass', 'passes_of', 'batches_of']
+__all__ = ['BEFORE_ATTENTION', 'AFTER_MLP', 'ALIKE', 'SMALL', 'as_token_pairs', 'check_pairs', 'as_interventions', 'Donor',
+           'Given', 'Write', 'Row', 'rows_of', 'Pass', 'passes_of', 'batches_of']
 
 # %% ../../nbs/library/patch/03_passes.ipynb #f46ba7b5
 def as_token_pairs(model_or_tokenizer: Any, pairs: PromptPair | TokenPair | Iterable[PromptPair | TokenPair]) -> list[TokenPair]:
@@ -165,12 +165,17 @@ class Pass:
         return out
 
 # %% ../../nbs/library/patch/03_passes.ipynb #769d0bb7
+ALIKE, SMALL = 0.85, 512  # a share of the longest tail of a pass; tokens
+
+
 def passes_of(rows: Sequence[Row], n_base: int, fit: Callable[[int], int]) -> Iterator[Pass]:
-    "Distribute rows over passes of at most `fit(tail)` rows (base runs not counted)."
+    "Distribute rows over passes of at most `fit(tail)` rows (base runs not counted), of nearly the same tail or few in all."
     left = sorted(rows, key=lambda row: -row.tail)
+    def alike(start): return sum(row.tail >= ALIKE * left[start].tail for row in left[start:])
     while left:
-        tail = left[0].tail
-        together = [row for row in left[:fit(tail)] if 2 * row.tail > tail]
+        tail, n = left[0].tail, alike(0)
+        while n < len(left) and (n + alike(n)) * tail <= SMALL: n += alike(n)
+        together = left[:min(fit(tail), n)]
         yield Pass(tuple(sorted(together, key=lambda row: row.layer)), tail, n_base)
         left = left[len(together):]
 

@@ -118,7 +118,7 @@ def _sweep_batch(model, pairs, donors, interventions, sides: tuple[str, str], me
     prompts = _side(pairs, base_side) + _side(donors, other_side)
     if any(d is not tp for d, tp in zip(donors, pairs)): prompts += _side(pairs, other_side)
     base, bank, hidden = base_run(model, prompts, len(pairs), rows)
-    add_given(bank, rows, values, base.first)
+    add_given(bank, rows, values, base.first, {s: model.shape.heads(s) for s in model.sites if model.shape.heads(s)})
     other_hidden = hidden[-len(pairs):]
     clean_hidden = base.hidden if base_side == "clean" else other_hidden
     targets = torch.tensor([(tp.clean_target_id, tp.corrupt_target_id) for tp in pairs], device=model.device)
@@ -168,8 +168,8 @@ def _check(model, token_pairs, interventions, direction, metrics, donors) -> Non
     if model.length_matters:
         for tp, donor in zip(token_pairs, donors):
             if len(tp.clean_ids) != len(donor.clean_ids):
-                raise ValueError(f"{tp.id} has {len(tp.clean_ids)} tokens and its donor {donor.id} has {len(donor.clean_ids)}; the rotary embedding of "
-                                 f"{model.name} depends on the length of a batch. Use donors of the same length.")
+                raise ValueError(f"{tp.id} has {len(tp.clean_ids)} tokens and its donor {donor.id} has {len(donor.clean_ids)}; {model.name} "
+                                 "depends on the length of a batch. Use donors of the same length.")
     attention = [e for i in interventions for e in i.edits if e.site in PATTERN_SITES and e.source in ("given", "added")]
     if attention and len(lengths := {len(tp.clean_ids) for tp in token_pairs}) > 1:
         raise ValueError(f"{attention[0]}: what is given has one place for each key, and these prompts have {', '.join(map(str, sorted(lengths)))} "
