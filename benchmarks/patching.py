@@ -38,8 +38,10 @@ from bizzaroworld.battery.formats import load_battery
 from bizzaroworld.battery.pairs import PromptPair
 from bizzaroworld.battery.tokens import TokenPair, align
 from bizzaroworld.files import write_json
+from bizzaroworld.model.gguf import gguf_config, gguf_model, read_gguf
 from bizzaroworld.model.hooked import SITES
 from bizzaroworld.model.load import embedded_models, load_model
+from bizzaroworld.model.names import ModelError, locate
 from bizzaroworld.patch.interventions import grid, positions_of
 from bizzaroworld.patch.sweep import sweep
 from bizzaroworld.study.experiments import interventions_of
@@ -49,7 +51,7 @@ QUIET = 0.05  # of all cores, used by other programs
 HERE = Path(__file__).resolve().parent
 OUT = HERE.parent / "data" / "benchmarks"
 NNSIGHT = HERE.parent / ".venv-nnsight"
-GEMMA, NANO = "random Gemma, 18 layers", "bizzaro-nano"
+GEMMA, NANO, REAL = "random Gemma, 18 layers", "bizzaro-nano", "gemma-3-270m"
 # How many times faster than TransformerLens's stock loop the sweep has to be, on two CPU cores.
 BARS = {GEMMA: {"experiment 1 + 2A": 30, "experiment 3 + 2B": 15, "experiment 4": 15, "experiment 4F": 15,
                 "the whole study of one pair": 20}}
@@ -73,17 +75,29 @@ def random_pair(length: int = 12, entity: int = 5) -> TokenPair:
     return TokenPair(words, tuple(clean), tuple(corrupt), 7, 11, (entity, entity + 1))
 
 
-def subjects():
-    """The two models and a pair for each."""
-    nano = load_model(NANO)
-    return {GEMMA: (load_model(random_gemma()), random_pair()), NANO: (nano, align(nano, load_battery()[0]))}
+def real():
+    """The real Gemma without hooks, dequantized, for a contestant that takes a folder."""
+    file = read_gguf(Path(locate(REAL)))
+    return gguf_model(file, gguf_config(file), torch.float32)
+
+
+def subjects(only: str = ""):
+    """The models whose names begin like `only`, with a pair for each, one at a time. The real one is left out where it is not installed."""
+    def of_battery(name):
+        model = load_model(name)
+        return model, align(model, load_battery()[0])
+    if GEMMA.startswith(only): yield GEMMA, (load_model(random_gemma()), random_pair())
+    if NANO.startswith(only): yield NANO, of_battery(NANO)
+    if REAL.startswith(only):
+        try: yield REAL, of_battery(REAL)
+        except ModelError as error: print(f"{REAL} is left out: {error}", flush=True)
 
 
 def tasks(model, pair: TokenPair) -> dict:
     """Interventions by task."""
     sets = {"1 + 2A": ["1", "2A"], "3 + 2B": ["3", "2B"], "4": ["4"], "4F": ["4F"]}
     out = {f"experiment {name}": interventions_of(model, names) for name, names in sets.items()}
-    out["resid_pre, every position"] = grid(model, "resid_pre", range(len(pair.clean_ids)))
+    if model.d_vocab < 2**17: out["resid_pre, every position"] = grid(model, "resid_pre", range(len(pair.clean_ids)))  # else it takes the rivals minutes
     return out | {"the whole study of one pair": interventions_of(model)}
 
 
@@ -195,7 +209,8 @@ def contestants(subject: str):
             folder = embedded_models().get(subject)
             if folder is None:
                 folder = stack.enter_context(tempfile.TemporaryDirectory())
-                random_gemma().save_pretrained(folder)
+                if subject == REAL: real().save_pretrained(folder)
+                else: random_gemma().save_pretrained(folder)
             found["nnsight"] = stack.enter_context(nnsight(folder))
         yield found
 
@@ -253,7 +268,7 @@ def tested(subject: str, model, pair, options) -> dict:
             if options.only not in f"{subject}: {task}": continue
             done = race(running, model, pair, interventions, options)
             print(f"{subject}, {task}: done", flush=True)
-            bar = 10 if subject == NANO else BARS[subject].get(task)
+            bar = 10 if subject == NANO else BARS.get(subject, {}).get(task)
             results[task] = done | {"bar": bar, "floor": floor(model, [pair], interventions, done["seconds"]["sweep"]["median"], can)}
     return {"machine": {k: float(f"{v:.3g}") for k, v in can.items()}, "tasks": results}
 
@@ -293,9 +308,9 @@ def main() -> None:
     versions = {p: version(p) for p in ("torch", "transformers", "transformer-lens")}
     if nnsight_version(): versions["nnsight"] = nnsight_version()
     else: console.print(f"nnsight is left out: there is no environment {NNSIGHT.name} with it (`make bench` makes one).")
-    results = {name: tested(name, model, pair, options) for name, (model, pair) in subjects().items()
-               if name.startswith(options.only.partition(":")[0])}
-    command = f"python benchmarks/patching.py --rounds {options.rounds}" + (" --clock processor" if options.clock == "processor" else "")
+    results = {name: tested(name, model, pair, options) for name, (model, pair) in subjects(options.only.partition(":")[0])}
+    command = (f"python benchmarks/patching.py --rounds {options.rounds}" + (" --clock processor" if options.clock == "processor" else "")
+               + (f" --only '{options.only}'" if options.only else ""))
     out = options.out or OUT / ("patching-cpu.json" if options.clock == "wall" else "patching-processor.json")
     write_json(out, {"command": command, "clock": options.clock, "hardware": hardware(), "versions": versions, "results": results})
     console.print(show(results))

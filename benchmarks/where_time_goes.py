@@ -75,7 +75,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     results = []
-    for subject, (model, pair) in subjects().items():
+    for subject, (model, pair) in subjects():
         for task, interventions in tasks(model, pair).items():
             if task not in TASKS: continue
             def run(): by_sweep(model, pair, interventions)

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 INVOKES = 256  # in one trace; fewer, larger traces are faster until memory is the limit
+LOGITS = 2**29  # numbers in the logits of one trace: a vocabulary of 262,144 leaves room for fewer invokes
 
 
 def load(folder: str) -> TransformersModel:
@@ -24,10 +25,14 @@ def load(folder: str) -> TransformersModel:
 
 
 def activation(model, site: str, layer: int):
-    """The activation of a site of a Gemma; inside a trace only."""
+    """The activation of a site of a Gemma; inside a trace only. Gemma 3 has a norm behind each sublayer."""
     block = model.model.layers[layer]
     if site == "resid_pre": return block.input
     if site == "z": return block.self_attn.o_proj.input
+    if model.config.model_type == "gemma3_text":
+        if site == "attn_out": return block.post_attention_layernorm.output
+        if site == "resid_mid": return block.pre_feedforward_layernorm.input
+        if site == "mlp_out": return block.post_feedforward_layernorm.output
     if site == "attn_out": return block.self_attn.output[0]
     if site == "resid_mid": return block.post_attention_layernorm.input
     if site == "mlp_out": return block.mlp.output
@@ -52,11 +57,11 @@ def patch(model, clean: list[int], corrupt: list[int], targets: list[int], edits
     with model.trace(torch.tensor([corrupt])):
         donors = {}.save()
         for layer, index in wanted: donors[ORDER[index], layer] = activation(model, ORDER[index], layer).clone()
-    out = []
-    for first in range(0, len(edits), INVOKES):
+    out, at_once = [], max(1, min(INVOKES, LOGITS // (len(clean) * model.config.vocab_size)))
+    for first in range(0, len(edits), at_once):
         with model.trace() as tracer:
             values = [].save()
-            for site, layer, position, head in edits[first:first + INVOKES]:
+            for site, layer, position, head in edits[first:first + at_once]:
                 with tracer.invoke(ids):
                     where = part(model, position, head)
                     activation(model, site, layer)[where] = donors[site, layer][where]

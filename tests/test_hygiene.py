@@ -16,7 +16,7 @@ MODULES = sorted(p for p in (REPO / "bizzaroworld").rglob("*.py") if p.name not 
 WINGS = {wing: rooms.split() for wing, rooms in {
     "ground": "files",
     "battery": "pairs layouts formats tokens audit knowing triage facts builder chat",
-    "model": "names bridge hooked identity adapters gguf load catalog",
+    "model": "names bridge hooked identity adapters gguf checks load catalog",
     "patch": "interventions metrics passes engine means sweep",
     "study": "runs experiments controls",
     "results": "estimates effects layers heads correlations summary quantities compare",

@@ -182,7 +182,7 @@ def _sums(seen: Mapping, n_layers: int) -> dict[str, float]:
     "How far the sublayers are from adding up, largest over layers (relative)."
     gaps: dict[str, float] = {}
     def note(name, parts, total):
-        if all(part is not None for part in parts): gaps[name] = max(gaps.get(name, 0.0), gap_of(sum(parts), total))
+        if all(part is not None for part in (*parts, total)): gaps[name] = max(gaps.get(name, 0.0), gap_of(sum(parts), total))
     for l in range(n_layers):
         a = {s: seen.get((s, l)) for s in SITES}
         if a["resid_mid"] is not None:

@@ -21,8 +21,8 @@ from transformer_lens.model_bridge.generalized_components.normalization import N
 from .bridge import alone, detach_bridge, forget_lengths, forward, growing, hooks_at, lean, sparing
 
 # %% auto #0
-__all__ = ['SITES', 'HEAD_SITES', 'PATTERN_SITES', 'Shape', 'Readout', 'readout_of', 'ModelFacts', 'ModelTrials', 'Model',
-           'free_bytes', 'hook_points']
+__all__ = ['SITES', 'HEAD_SITES', 'PATTERN_SITES', 'Shape', 'Readout', 'readout_of', 'ModelFacts', 'ModelTrials', 'ModelBatches',
+           'ModelContexts', 'Model', 'free_bytes', 'hook_points']
 
 # %% ../../nbs/library/model/03_hooked.ipynb #9e33cfdb
 SITES = {
@@ -143,6 +143,22 @@ class ModelTrials(ModelFacts):
         return bool((alone - again).abs().max() < (1e-3 if self.dtype == torch.float32 else 0.1) * alone.abs().max())
 
     @cached_property
+    def mid_is_post(self) -> bool:
+        "Whether a position's resid_post follows from its resid_mid alone. Tried out once: one prompt gets another's at every second token."
+        if "resid_mid" not in self.sites: return False
+        same = []
+        def swap(act): act[0, ::2] = act[1, ::2]
+        def look(act):
+            gap = (act[0] - act[1]).float().abs()
+            same.append(gap[::2].max() < 0.01 * gap[1::2].max())
+        with self.hooked((s, l, f) for l in range(self.n_layers) for s, f in (("resid_mid", swap), ("resid_post", look))):
+            self.run(torch.stack([torch.arange(3, 11), torch.arange(40, 48)]) % self.d_vocab)
+        return all(map(bool, same))
+
+# %% ../../nbs/library/model/03_hooked.ipynb #c4ec9002
+class ModelBatches(ModelTrials):
+    "What a `Model` asks of prompts that run together."
+    @cached_property
     def one_row_serves(self) -> bool:
         "Whether what is made of ids (masks, positions) for one row serves a batch whose rows join later. Tried out once."
         ids = torch.stack([torch.arange(3, 11), torch.arange(40, 48)]) % self.d_vocab
@@ -162,22 +178,34 @@ class ModelTrials(ModelFacts):
         kinds = [v.get("rope_type") for v in (found, *found.values()) if isinstance(v, Mapping)]
         return bool({"dynamic", "longrope"} & set(kinds))
 
-    @cached_property
-    def mid_is_post(self) -> bool:
-        "Whether a position's resid_post follows from its resid_mid alone. Tried out once: one prompt gets another's at every second token."
-        if "resid_mid" not in self.sites: return False
-        same = []
-        def swap(act): act[0, ::2] = act[1, ::2]
-        def look(act):
-            gap = (act[0] - act[1]).float().abs()
-            same.append(gap[::2].max() < 0.01 * gap[1::2].max())
-        with self.hooked((s, l, f) for l in range(self.n_layers) for s, f in (("resid_mid", swap), ("resid_post", look))):
-            self.run(torch.stack([torch.arange(3, 11), torch.arange(40, 48)]) % self.d_vocab)
-        return all(map(bool, same))
+# %% ../../nbs/library/model/03_hooked.ipynb #c4ec9003
+class ModelContexts(ModelBatches):
+    "What a `Model` does while a context lasts, and how it is given back."
+    @contextmanager
+    def hooked(self, hooks: Iterable[tuple[str, int, Callable]]) -> Iterator[None]:
+        "Attach `(site, layer, function)` hooks while the context lasts; other threads wait."
+        with alone(self.hf), hooks_at(self.points, hooks): yield
+
+    def growing(self, counts: Sequence[int]):
+        "While the context lasts, block `l` gets masks and position embeddings of the first `counts[l]` rows only."
+        return growing([self.bridge.blocks[l] for l in range(self.n_layers)], counts)
+
+    @contextmanager
+    def sparing(self, tokens: Mapping[int, tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """While the context lasts, the MLP of a layer in `tokens` runs only some tokens: their numbers (in row-major
+        order), and for every `row pos` which of those outputs it gets."""
+        with alone(self.hf), sparing({self.bridge.blocks[l].mlp: t for l, t in tokens.items()}): yield
+
+    def close(self) -> None:
+        """Take the hooks out of a model that was handed over in memory, and give it back as it was. What was loaded from it cannot be run any more."""
+        detach_bridge(self.hf)
+
+    def __enter__(self) -> Model: return self
+    def __exit__(self, *_) -> None: self.close()
 
 # %% ../../nbs/library/model/03_hooked.ipynb #d0e6f0e6
 @dataclass(frozen=True, eq=False, repr=False)
-class Model(ModelTrials):
+class Model(ModelContexts):
     "A causal language model with hooks at every site. Made by `load_model`."
     bridge: Any
     tokenizer: Any
@@ -199,13 +227,6 @@ class Model(ModelTrials):
             if self.length_matters: forget_lengths(self.hf)
             return forward(self.hf, ids.to(self.device), cache, start, mask)
 
-    def close(self) -> None:
-        """Take the hooks out of a model that was handed over in memory, and give it back as it was. What was loaded from it cannot be run any more."""
-        detach_bridge(self.hf)
-
-    def __enter__(self) -> Model: return self
-    def __exit__(self, *_) -> None: self.close()
-
     def without(self, sites: Iterable[str]) -> Model:
         "The same model without some of its sites."
         return replace(self, points={key: point for key, point in self.points.items() if key[0] not in set(sites)})
@@ -213,21 +234,6 @@ class Model(ModelTrials):
     def logits(self, ids: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch d_vocab"]:
         "fp32 logits of the token that follows each prompt."
         return self.readout(self.run(ids))
-
-    @contextmanager
-    def hooked(self, hooks: Iterable[tuple[str, int, Callable]]) -> Iterator[None]:
-        "Attach `(site, layer, function)` hooks while the context lasts; other threads wait."
-        with alone(self.hf), hooks_at(self.points, hooks): yield
-
-    def growing(self, counts: Sequence[int]):
-        "While the context lasts, block `l` gets masks and position embeddings of the first `counts[l]` rows only."
-        return growing([self.bridge.blocks[l] for l in range(self.n_layers)], counts)
-
-    @contextmanager
-    def sparing(self, tokens: Mapping[int, tuple[Tensor, Tensor]]) -> Iterator[None]:
-        """While the context lasts, the MLP of a layer in `tokens` runs only some tokens: their numbers (in row-major
-        order), and for every `row pos` which of those outputs it gets."""
-        with alone(self.hf), sparing({self.bridge.blocks[l].mlp: t for l, t in tokens.items()}): yield
 
     @cached_property
     def norms(self) -> tuple[NormalizationBridge, ...]:

@@ -191,8 +191,9 @@ def _as_device(device: torch.device | str | None) -> torch.device:
     if device is None: return torch.accelerator.current_accelerator() if torch.cuda.is_available() else torch.device("cpu")
     try: asked = torch.device(device)
     except RuntimeError as error: raise ModelError(f"Unknown device {device!r}: use cpu, or e.g. cuda:0.") from error
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(asked.type, lambda: True)()
-    if not there: raise ModelError(f"There is no {asked.type} device here (or this torch, {torch.__version__}, was built without it). Use device='cpu'.")
+    there = {"cpu", "meta"} | ({torch.accelerator.current_accelerator().type} if torch.accelerator.is_available() else set())
+    if asked.type not in there:
+        raise ModelError(f"There is no {asked.type} device here (or this torch, {torch.__version__}, was built without it). Use device='cpu'.")
     return asked
 
 # %% ../../nbs/library/model/08_load.ipynb #7c1de001

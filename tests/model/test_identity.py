@@ -103,6 +103,7 @@ def test_an_adapter_is_refused_without_peft(folder, adapted, monkeypatch):
 
 def test_the_device_is_never_mps_unless_asked_for(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *a, **k: torch.device("mps"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert load._as_device(None) == torch.device("cpu") and load._as_device("mps") == torch.device("mps")
 

@@ -128,15 +128,36 @@ def test_options_are_checked(option, says):
 def test_a_model_whose_logits_change_under_hooks_is_refused():
     model, ids = tiny_model("gemma"), torch.arange(3, 11)[None]
     good = model.logits(ids)
-    assert validate(model, good, ids).limits == ()
-    with pytest.raises(ModelError, match="differ from the bare model's"): validate(model, good + torch.randn_like(good), ids)
+    assert validate(model, good).limits == ()
+    with pytest.raises(ModelError, match="differ from the bare model's"): validate(model, good + torch.randn_like(good))
 
 
 def test_a_silent_hook_is_noticed():
     model, ids = tiny_model("gemma"), torch.arange(3, 11)[None]
     from transformer_lens.hook_points import HookPoint
-    deaf = Model(model.bridge, None, "deaf", model.shape, model.readout, model.points | {("z", 1): HookPoint()})
-    with pytest.raises(ModelError, match="hooks of z"): validate(deaf, model.logits(ids), ids)
+    deaf = validate(Model(model.bridge, None, "deaf", model.shape, model.readout, model.points | {("z", 1): HookPoint()}), model.logits(ids))
+    assert deaf.limits == ("no z: layer 1 has none of its own",) and deaf.sites == tuple(s for s in model.sites if s != "z")
+    with pytest.raises(ModelError, match="has no mlp_out in layer 1"):
+        validate(Model(model.bridge, None, "deaf", model.shape, model.readout, model.points | {("mlp_out", 1): HookPoint()}), model.logits(ids))
+
+
+@pytest.mark.parametrize("site", ["attn_out", "z", "q", "k", "v", "pattern", "scores", "mlp_out", "resid_pre", "resid_mid", "resid_post"])
+def test_a_hook_that_listens_and_does_not_act_is_noticed(site, monkeypatch):
+    """A hook point that hands a copy to its hooks, and goes on with what it had."""
+    model, ids = tiny_model("gemma"), torch.arange(3, 11)[None]
+    for layer in range(model.n_layers):
+        point = model.points[site, layer]
+        add = point.add_hook
+        def listening(hook, add=add, **options):
+            def copied(act, hook_point):
+                hook(act.clone(), hook_point)
+                return None
+            return add(lambda act, hook: copied(act, hook), **options)
+        monkeypatch.setattr(point, "add_hook", listening)
+    deaf = Model(model.bridge, None, "deaf", model.shape, model.readout, model.points)
+    if site == "resid_pre":
+        with pytest.raises(ModelError): validate(deaf, model.logits(ids))
+    else: assert f"no {site}: its hook listens, and what is written there changes nothing" in validate(deaf, model.logits(ids)).limits
 
 
 def test_the_readout_by_columns_equals_the_whole_vocabulary():
@@ -160,4 +181,4 @@ def test_one_stream_is_found_out_not_assumed():
     assert model.one_stream
     apart = Model(model.bridge, None, "apart", model.shape, model.readout,
                   model.points | {("resid_post", 0): model.points["resid_post", 1]})
-    assert not validate(apart, model.logits(ids), ids).one_stream
+    assert not validate(apart, model.logits(ids)).one_stream
