@@ -52,7 +52,7 @@ setup(
     package_dir={"bizzaroworld.data": "data", "bizzaroworld.data.paper": "nbs"},
     package_data={
         "bizzaroworld": ["__init__.pyi", "py.typed"],
-        "bizzaroworld.data": ["*.json", "facts/*", "models/*", "models/*/*", "benchmarks/*", "published/*", "drift/*", "explorer/*",
+        "bizzaroworld.data": ["*.json", "facts/*", "models/*", "models/*/*", "benchmarks/*", "published/*", "drift/*", "explorer/*", "architectures/*",
                               "runs/*/*", "runs/seeds/*/*"],
         "bizzaroworld.data.paper": ["study/*.ipynb", "references.bib"],
     },

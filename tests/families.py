@@ -280,3 +280,23 @@ def bare(name: str, seed: int = 0):
     with torch.no_grad():
         for p in model.parameters(): p.add_(torch.randn_like(p) * 0.1)
     return model
+
+
+def described(name: str) -> dict:
+    """One row of the table of the site: what becomes of a family when it is loaded."""
+    from bizzaroworld.model.load import load_model
+    from bizzaroworld.model.names import ModelError
+    hf = bare(name)
+    row = {"family": name, "class": type(hf).__name__}
+    try: model = load_model(hf)
+    except ModelError as error: return row | {"sites": 0, "without": "", "why": str(error).split(" (", 1)[-1].replace(f"{type(hf).__name__}) ", "", 1)[:160]}
+    gone = [limit.removeprefix("no ").split(": ", 1) for limit in model.limits if limit.startswith("no ")]
+    return row | {"sites": len(model.sites), "without": ", ".join(site for site, _ in gone), "why": "; ".join(dict.fromkeys(why for _, why in gone))}
+
+
+if __name__ == "__main__":
+    import pandas as pd
+    from bizzaroworld.files import data_path, write_table
+    folder = data_path("facts").parent / "architectures"
+    folder.mkdir(exist_ok=True)
+    write_table(folder / "families.csv", pd.DataFrame([described(name) for name in FAMILIES]))

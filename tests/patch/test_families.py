@@ -5,13 +5,15 @@ from functools import cache
 from itertools import cycle
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from families import FAMILIES, LAYERS, LOADED, PER_HEAD, REFUSED, bare
+from families import FAMILIES, LAYERS, LOADED, PER_HEAD, REFUSED, bare, described
 from tiny import random_pair
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from bizzaroworld.files import data_path
 from bizzaroworld.model.hooked import SITES
 from bizzaroworld.model.load import load_model
 from bizzaroworld.model.names import ModelError
@@ -355,3 +357,10 @@ def test_a_site_that_the_bare_model_has_no_place_for_has_effects(name, site):
     for i in own + [Intervention(Edit(site, layer, "all", source="zero")) for layer in range(LAYERS)]:
         changed = sweep(model, [tp], i, progress=False)
         assert np.abs(changed.patched - changed.clean[:, None]).max() > 1e-4, f"{i} changes nothing"
+
+
+def test_the_table_of_the_site_is_what_these_families_are():
+    """Made by `python tests/families.py`. That a family has a row with sites and none of its cases here is left out is what `agrees` on the page rests on."""
+    found = pd.DataFrame([described(name) for name in FAMILIES])
+    pd.testing.assert_frame_equal(found, pd.read_csv(data_path("architectures", "families.csv"), keep_default_na=False))
+    assert set(found.family[found.sites > 0]) == set(RUN)
