@@ -263,6 +263,7 @@ def race(running: dict, model, pair, interventions, options) -> dict:
 def tested(subject: str, model, pair, options) -> dict:
     """The tasks of a subject, with their bars and floors."""
     can, results = machine(model), {}
+    if subject == REAL: options = argparse.Namespace(**vars(options) | {"rounds": 1})  # the rivals take minutes
     with contestants(subject) as running:
         for task, interventions in tasks(model, pair).items():
             if options.only not in f"{subject}: {task}": continue

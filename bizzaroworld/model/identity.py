@@ -41,6 +41,7 @@ def sha256_tensors(hf_model) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if type(tensor.data) is not torch.Tensor and hasattr(tensor, "dequantize"): tensor = tensor.dequantize()  # torchao's have no bytes of their own
         try: digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         except (RuntimeError, TypeError, NotImplementedError) as error:
             raise ModelError(f"{name} is a {type(tensor).__name__}, whose bytes cannot be read, so nothing that is measured could be told from another "

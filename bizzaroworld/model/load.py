@@ -104,7 +104,8 @@ def _quantized(config) -> str:
     if not found: return ""
     found = found if isinstance(found, dict) else found.to_dict()
     bits = next((f" {n}-bit" for n in (4, 8) if found.get(f"load_in_{n}bit") or found.get("bits") == n), "")
-    return f"quantized with {found.get('quant_method') or 'an unnamed method'}{bits}"
+    method = found.get("quant_method") or "an unnamed method"
+    return f"quantized with {getattr(method, 'value', method)}{bits}"
 
 
 def _check_quantized(name: str, config, device) -> None:

@@ -14,8 +14,8 @@ import torch
 from transformers.initialization import no_init_weights
 
 from ..battery.tokens import TokenPair
-from ..model.hooked import Model
-from ..model.load import checked
+from ..model.bridge import attach_bridge
+from ..model.hooked import Model, hook_points, readout_of
 from ..patch.interventions import grid
 from ..patch.sweep import sweep
 from .experiments import EXPERIMENTS, interventions_of, label
@@ -77,14 +77,15 @@ def sweep_shuffled(model: Model, positions: dict[str, int], direction: str, max_
 
 # %% ../../nbs/library/study/02_controls.ipynb #673fb3ad
 def untrained(model: Model, seed: int = 0) -> Model:
-    "A model of the same architecture, device and dtype with random weights, and the same tokenizer."
+    "A model of the same architecture, device and dtype with random weights, and the same tokenizer; what was checked of the one holds of the other."
     hf = model.hf
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with no_init_weights(): fresh = type(hf)(hf.config)  # torch's own draws would be drawn over
         fresh.init_weights()
-        twin = checked(fresh.to(device=model.device, dtype=model.dtype), None, f"untrained {model.name}")
-    return replace(twin, tokenizer=model.tokenizer)
+        bridge = attach_bridge(fresh.to(device=model.device, dtype=model.dtype), None)
+    points = {key: point for key, point in hook_points(bridge, model.n_layers).items() if key in model.points}
+    return replace(model, bridge=bridge, name=f"untrained {model.name}", readout=readout_of(fresh), points=points, weights_sha256="")
 
 
 def sweep_untrained(model: Model, direction: str, max_rows: int) -> Sweeper:
