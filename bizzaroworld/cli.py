@@ -14,8 +14,8 @@ import typer
 
 from . import __version__
 from .console import print_frame, print_table, progress, reported, save
-from .options import (BatteryFile, Chat, Debug, Device, Direction, Dtype, ModelName, Revision, RunName,
-                                  RunNames, TableFile)
+from .options import (BatteryFile, Bos, Chat, Debug, Device, Direction, Dtype, ModelName, MultiToken, Revision,
+                                  RunName, RunNames, TableFile)
 
 # %% auto #0
 __all__ = ['app', 'study', 'triage', 'audit', 'battery', 'models', 'claims', 'compare', 'report', 'view', 'main']
@@ -49,6 +49,7 @@ def study(model: ModelName = "bizzaro-nano", battery: BatteryFile = None,
           out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", file_okay=False,
                                                    help="The run folder. Default: runs/ and the model's name.")] = None,
           device: Device = None, dtype: Dtype = "float32", revision: Revision = None, direction: Direction = "noising", chat: Chat = False,
+          bos: Bos = None, multi_token: MultiToken = False,
           controls: Annotated[Literal["default", "all", "none"], typer.Option(metavar="WHICH", help=(
               "default: unrelated donors, shuffled positions and, below a billion parameters, an untrained twin; all; none."))] = "default",
           report: Annotated[bool, typer.Option("--report/--no-report", help="Write the paper about the run at the end.")] = True,
@@ -71,7 +72,7 @@ def study(model: ModelName = "bizzaro-nano", battery: BatteryFile = None,
         chosen = {"default": None, "all": ("unrelated", "shuffled", "untrained"), "none": ()}[controls]
         with progress(Path(model).name) as advance:
             folder = run_study(model, battery=battery, out=out, device=device, dtype=dtype, revision=revision,
-                               direction=direction, chat=chat, controls=chosen, max_rows=rows, progress=advance)
+                               direction=direction, chat=chat, bos=bos, multi_token=multi_token, controls=chosen, max_rows=rows, progress=advance)
         try:
             if report: _report(str(folder))
         finally:
@@ -90,7 +91,8 @@ def _pairs(battery: Path | None) -> tuple[list, list]:
 def triage(model: ModelName = "bizzaro-nano", battery: BatteryFile = None,
            out: TableFile = None,
            top: Annotated[int, typer.Option(metavar="N", min=0, help="How many pairs to print.")] = 15,
-           device: Device = None, dtype: Dtype = "float32", revision: Revision = None, debug: Debug = False) -> None:
+           device: Device = None, dtype: Dtype = "float32", revision: Revision = None, bos: Bos = None, multi_token: MultiToken = False,
+           debug: Debug = False) -> None:
     """Rank the pairs by how strongly the model tells their two answers apart.
 
     TotalSwing is the clean run's logit difference minus the corrupted run's. Below the table: how many pairs could not be
@@ -106,7 +108,7 @@ def triage(model: ModelName = "bizzaro-nano", battery: BatteryFile = None,
         from bizzaroworld.battery.tokens import notes_lines
         from bizzaroworld.battery.triage import triage as run_triage
         from bizzaroworld.model.load import load_model
-        result = run_triage(load_model(model, device=device, dtype=dtype, revision=revision), pairs, spares)
+        result = run_triage(load_model(model, device=device, dtype=dtype, revision=revision), pairs, spares, bos=bos, multi_token=multi_token)
         print_frame(result.table.head(top), ["rank", "total_swing", "ld_clean", "ld_corrupt", "pair_id"])
         typer.echo(f"{len(result.table)} pairs ranked, {len(result.excluded)} excluded. {result.line}")
         for line in notes_lines(result.table.warnings): typer.echo(line)
@@ -116,7 +118,7 @@ def triage(model: ModelName = "bizzaro-nano", battery: BatteryFile = None,
 @app.command()
 def audit(names: Annotated[list[str], typer.Argument(metavar="NAME...", help=(
               "Tokenizers: embedded models, local folders or Hub names."))],
-          battery: BatteryFile = None, out: TableFile = None, debug: Debug = False) -> None:
+          battery: BatteryFile = None, out: TableFile = None, bos: Bos = None, multi_token: MultiToken = False, debug: Debug = False) -> None:
     """Count the pairs that each tokenizer can use, with the reason for each refusal.
 
     Patching needs prompts of equal length and answers of one token. What one tokenizer keeps, another may drop;
@@ -133,7 +135,7 @@ def audit(names: Annotated[list[str], typer.Argument(metavar="NAME...", help=(
         from bizzaroworld.model.load import load_tokenizer
         from bizzaroworld.model.names import called
         tokenizers = dict(zip(called(names), map(load_tokenizer, names)))
-        report = run_audit(tokenizers, pairs, spares)
+        report = run_audit(tokenizers, pairs, spares, bos=bos, multi_token=multi_token)
         print_frame(report.summary(), ["tokenizer", "pairs", "usable", "dropped", "replaced", "reasons"])
         for name in tokenizers:
             if len(dropped := report.dropped(name)):

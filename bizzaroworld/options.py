@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 import typer
 
 # %% auto #0
-__all__ = ['ModelName', 'BatteryFile', 'Device', 'Dtype', 'Revision', 'Direction', 'Chat', 'Debug', 'TableFile', 'RunName',
-           'RunNames']
+__all__ = ['ModelName', 'BatteryFile', 'Device', 'Dtype', 'Revision', 'Direction', 'Chat', 'Bos', 'MultiToken', 'Debug',
+           'TableFile', 'RunName', 'RunNames']
 
 # %% ../nbs/library/04_options.ipynb #5faddf73
 ModelName = Annotated[str, typer.Option("--model", "-m", metavar="NAME",
@@ -26,6 +26,9 @@ Revision = Annotated[str | None, typer.Option(metavar="NAME", help="A branch, ta
 Direction = Annotated[Literal["noising", "denoising"], typer.Option(
     metavar="NAME", help="noising: corrupted into clean (is it needed?); denoising: clean into corrupted (is it enough?).")]
 Chat = Annotated[bool, typer.Option("--chat", help="Put each prompt into the model's chat template, as the beginning of its answer.")]
+Bos = Annotated[bool | None, typer.Option("--bos/--no-bos", help="Begin prompts with a BOS, or not. Default: where the tokenizer has one.")]
+MultiToken = Annotated[bool, typer.Option("--multi-token", help=(
+    "Compare answers of several tokens at the first token in which they differ, instead of refusing them."))]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback when something fails.")]
 
 # %% ../nbs/library/04_options.ipynb #c0623ab6

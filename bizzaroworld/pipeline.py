@@ -49,10 +49,10 @@ def describe(model: Model) -> dict:
             "d_vocab": shape.d_vocab, "limits": list(model.limits)} | ({"weights_note": model.weights_note} if model.weights_note else {})
 
 
-def run_info(model: Model, pairs: Sequence[PromptPair], spares: Sequence[PromptPair], direction: str, chat: bool = False) -> dict:
-    "The contents of `run.json`: the first three entries are the identity of the run."
+def run_info(model: Model, pairs: Sequence[PromptPair], spares: Sequence[PromptPair], direction: str, chat: bool = False, **aligned) -> dict:
+    "The contents of `run.json`: the first three entries are the identity of the run. `aligned`: how pairs were, where not as usual."
     options = {"direction": direction, "experiments": list(EXPERIMENTS), "metrics": ["ld"],
-               "spares_sha256": battery_sha256(spares)} | ({"chat": INSTRUCTION} if chat else {})
+               "spares_sha256": battery_sha256(spares)} | ({"chat": INSTRUCTION} if chat else {}) | aligned
     environment = {"python": platform.python_version(), "device": str(model.device)}
     return {"model": describe(model), "battery_sha256": battery_sha256(pairs), "options": options,
             "n_pairs": len(pairs), "versions": {"bizzaroworld": __version__} | {p: version(p) for p in PACKAGES}, "environment": environment}
@@ -109,23 +109,25 @@ def _controls(model: Model, token_pairs: Sequence[TokenPair], names: Sequence[st
 # %% ../nbs/library/02_pipeline.ipynb #d76af055
 def run_study(model: str | Model, *, battery: str | Path | None = None, out: str | Path | None = None,
               device: str | None = None, dtype: str = "float32", revision: str | None = None,
-              direction: str = "noising", chat: bool = False, controls: Sequence[str] | None = None, max_rows: int = 1024,
+              direction: str = "noising", chat: bool = False, bos: bool | None = None, multi_token: bool = False,
+              controls: Sequence[str] | None = None, max_rows: int = 1024,
               progress: Advance | None = None) -> Path:
     """Run the whole study on a model; return the run folder.
 
     `model`: a name for `load_model`, or a loaded model. `battery`: a file of pairs (else the shipped 60, with the
     shipped spares for those that the tokenizer drops). `chat`: each prompt begins the answer of an instruction-tuned model.
-    `out`: the folder (else `runs/NAME`). `controls`: names of controls (else `default_controls`; none: `()`). `progress` is called with (pairs done, pairs, a note).
+    `bos`, `multi_token`: as in `align`. `out`: the folder (else `runs/NAME`). `controls`: names of controls (else `default_controls`; none: `()`). `progress` is called with (pairs done, pairs, a note).
 
     Raises `ModelError`, `BatteryError`, `ValueError` for an unknown control, or `RunError` if the folder holds another run
     or no pair is left."""
     if not isinstance(model, Model): model = load_model(model, device=device, dtype=dtype, revision=revision)
     pairs, spares = load_battery(battery), load_spares() if battery is None else []
     folder = Path(out) if out is not None else Path("runs") / Path(model.name).name.replace(":", "-")
-    info = run_info(model, pairs, spares, direction, chat)
+    aligned = ({} if bos is None else {"bos": bos}) | ({"multi_token": True} if multi_token else {})
+    info = run_info(model, pairs, spares, direction, chat, **aligned)
     if chat: pairs, spares = in_chat(model, pairs), in_chat(model, spares)
     claim(folder, info)
-    result = triage(model, pairs, spares)
+    result = triage(model, pairs, spares, **aligned)
     result.save(folder)
     names = default_controls(model) if controls is None else controls
     possible = _controls(model, result.golden("C"), names, folder, direction, max_rows)

@@ -77,7 +77,7 @@ def test_study_passes_every_option_on_and_prints_the_closing_lines(stand_in, tmp
     assert callable(options.pop("progress"))
     assert (name, options) == ("google/gemma-2b", dict(
         battery=battery, out=tmp_path / "run", device="cpu", dtype="bfloat16", revision="main", direction="denoising", chat=False,
-        controls=(), max_rows=7))
+        bos=None, multi_token=False, controls=(), max_rows=7))
     assert done.stdout.splitlines() == ["60 pairs swept", f"Files: {tmp_path / 'run'}"]
     assert done.stderr == "", "no progress bar where there is no terminal"
 
@@ -155,7 +155,7 @@ def table() -> pd.DataFrame:
 
 def test_triage_prints_the_top_and_writes_everything(stand_in, table, tmp_path):
     stand_in("model.load", load_model=lambda name, **options: (name, options))
-    stand_in("battery.triage", triage=lambda model, pairs, spares: SimpleNamespace(table=table, excluded=table.head(1), line="The model prefers 2."))
+    stand_in("battery.triage", triage=lambda model, pairs, spares, **aligned: SimpleNamespace(table=table, excluded=table.head(1), line="The model prefers 2."))
     out = tmp_path / "new" / "triage.csv"
     done = run("triage", "--top", "2", "--out", str(out))
     assert done.exit_code == 0, done.output
@@ -173,7 +173,7 @@ def test_audit_prints_the_counts_and_the_reasons(stand_in, tmp_path):
     seen = []
     (tmp_path / "one").mkdir()
     stand_in("model.load", load_tokenizer=lambda name: f"tokenizer of {name}")
-    stand_in("battery.audit", audit=lambda *args: (seen.append(args), report)[1])
+    stand_in("battery.audit", audit=lambda *args, **aligned: (seen.append(args), report)[1])
     done = run("audit", str(tmp_path / "one"), "--out", str(tmp_path / "audit.csv"))
     assert done.exit_code == 0, done.output
     (tokenizers, pairs, spares), = seen
@@ -291,3 +291,26 @@ def test_battery_writes_a_battery_that_triage_reads(tmp_path):
     assert nothing.exit_code == 2 and "--swing" in nothing.output and not (tmp_path / "none.json").exists()
     ranked = run("triage", "--battery", str(out), "--out", str(tmp_path / "t.csv"))
     assert ranked.exit_code == 0 and (pd.read_csv(tmp_path / "t.csv").total_swing >= 2).all()
+
+
+def test_the_beginning_of_prompts_and_answers_of_several_tokens_can_be_chosen(tmp_path):
+    """Without a BOS another study; an answer of several tokens is compared where it differs, and the run says so."""
+    battery = tmp_path / "pairs.csv"
+    battery.write_text("id,category,relation,clean_prompt,corrupt_prompt,clean_target,corrupt_target,clean_entity,corrupt_entity\n"
+                       "a,c,r,The capital of Germany is the city of,The capital of Russia is the city of, Berlin city, Moscow city,Germany,Russia\n"
+                       "b,c,r,The capital of Spain is the city of,The capital of Japan is the city of, Madrid, Tokyo,Spain,Japan\n", "utf-8")
+    def ranked(*options):
+        out = tmp_path / "out.csv"
+        done = run("triage", "--battery", str(battery), "--out", str(out), *options)
+        assert done.exit_code == 0, done.output
+        return pd.read_csv(out).set_index("pair_id")
+    plain, without, several = ranked(), ranked("--no-bos"), ranked("--multi-token")
+    assert list(plain.index) == list(without.index) == ["b"] and abs(plain.total_swing["b"] - without.total_swing["b"]) > 0.01
+    assert set(several.index) == {"a", "b"} and several.total_swing["b"] == pytest.approx(plain.total_swing["b"], abs=1e-4)
+    folder = tmp_path / "run"
+    done = run("study", "--battery", str(battery), "--out", str(folder), "--no-bos", "--multi-token", "--controls", "none", "--no-report")
+    assert done.exit_code == 0, done.output
+    options = json.loads((folder / "run.json").read_text("utf-8"))["options"]
+    assert options["bos"] is False and options["multi_token"] is True and set(pd.read_csv(folder / "triage.csv").pair_id) == {"a", "b"}
+    other = run("study", "--battery", str(battery), "--out", str(folder), "--controls", "none", "--no-report")
+    assert other.exit_code == 2 and "bos" in other.output

@@ -168,7 +168,8 @@ def _summary(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame([row(m) for m in "ABC"], columns=["mode", "pairs", *DEGREES, "verdicts", "mean_total_swing"])
 
 # %% ../../nbs/library/battery/07_triage.ipynb #cd9d746f
-def triage(model: Any, pairs: Sequence[PromptPair], spares: Sequence[PromptPair] = (), batch_size: int = 32) -> Triage:
+def triage(model: Any, pairs: Sequence[PromptPair], spares: Sequence[PromptPair] = (), batch_size: int = 32, *, bos: bool | None = None,
+           multi_token: bool = False, mend: bool = True) -> Triage:
     """Run both sides of every pair and rank the pairs by TotalSwing.
 
     Parameters
@@ -176,12 +177,13 @@ def triage(model: Any, pairs: Sequence[PromptPair], spares: Sequence[PromptPair]
     model : from `load_model`.
     spares : take the places of pairs that the model's tokenizer cannot align.
     batch_size : how many prompts share a pass; it bounds the memory and changes results by no more than rounding.
+    bos, multi_token, mend : as in `align`.
 
     Raises
     ------
     ValueError : no pair can be used, or the model's logits are not finite.
     """
-    found = audit({"model": model}, pairs, spares)
+    found = audit({"model": model}, pairs, spares, bos=bos, multi_token=multi_token, mend=mend)
     excluded = found.dropped("model")
     entries = [e for e in found.entries["model"] if e.used is not None]
     if not entries:
