@@ -16,7 +16,6 @@ import pandas as pd
 
 from ..battery.knowing import VERDICT_SWING, pairs_that
 from ..files import data_path, write_json
-from ..patch.metrics import recovery
 
 # %% auto #0
 __all__ = ['IDENTITY', 'AGAIN', 'TEXT', 'FOLLOWS', 'RunError', 'DamagedError', 'claim', 'read_info', 'pair_file', 'is_done',
@@ -125,7 +124,8 @@ def filled(effects: pd.DataFrame) -> pd.DataFrame:
     if "effect" in effects or "patched" not in effects: return effects
     out = effects.astype({c: "float64" for c in ("clean", "corrupt", "patched")} | {c: str for c in effects.select_dtypes("category")})
     base = out.clean.where(out.direction == "noising", out.corrupt)
-    return out.assign(effect=out.patched - base, recovery=recovery(out.patched, out.clean, out.corrupt))
+    span = out.clean - out.corrupt
+    return out.assign(effect=out.patched - base, recovery=(out.patched - out.corrupt) / span.where(span != 0))  # patch.metrics.recovery, without torch
 
 # %% ../../nbs/library/study/03_runs.ipynb #dbb650a5
 @dataclass(frozen=True)
