@@ -243,12 +243,12 @@ def check_equal(values: dict[str, list[float]]) -> float:
     return gap
 
 
-def race(running: dict, model, pair, interventions, options) -> dict:
+def race(running: dict, model, pair, interventions, rounds: int, options) -> dict:
     """Times and ratios of one task, after a check that all contestants agree."""
     values, seconds, others = {}, {name: [] for name in running}, 0.0
     for contestant in running.values(): contestant(model, pair, interventions[:2])
     by_sweep(model, pair, interventions)
-    for _ in range(options.rounds):
+    for _ in range(rounds):
         for name, contestant in running.items():
             values[name], took, busy = timed(lambda: contestant(model, pair, interventions), options.clock, options.tries)
             seconds[name].append(took)
@@ -263,11 +263,11 @@ def race(running: dict, model, pair, interventions, options) -> dict:
 def tested(subject: str, model, pair, options) -> dict:
     """The tasks of a subject, with their bars and floors."""
     can, results = machine(model), {}
-    if subject == REAL: options = argparse.Namespace(**vars(options) | {"rounds": 1})  # the rivals take minutes
+    rounds = 1 if subject == REAL else options.rounds  # the rivals take minutes there
     with contestants(subject) as running:
         for task, interventions in tasks(model, pair).items():
             if options.only not in f"{subject}: {task}": continue
-            done = race(running, model, pair, interventions, options)
+            done = race(running, model, pair, interventions, rounds, options)
             print(f"{subject}, {task}: done", flush=True)
             bar = 10 if subject == NANO else BARS.get(subject, {}).get(task)
             results[task] = done | {"bar": bar, "floor": floor(model, [pair], interventions, done["seconds"]["sweep"]["median"], can)}

@@ -142,7 +142,7 @@ def run_study(model: str | Model, *, battery: str | Path | None = None, out: str
 
 # %% ../nbs/library/02_pipeline.ipynb #e7434512
 FILES = {"triage.csv": "every pair, ranked by TotalSwing", "effects.parquet": "every intervention, one row each",
-         "controls.parquet": "the same patches with unrelated donors, at other tokens, in an untrained model",
+         "controls.parquet": "some of these patches with unrelated donors, at other tokens, in an untrained model",
          "summary.json": "the numbers behind these lines, with intervals", "figures": "the curves and heatmaps", "report.html": "the paper about this run, in one file"}
 
 

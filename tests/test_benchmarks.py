@@ -45,7 +45,7 @@ def test_no_time_is_given_when_numbers_differ(programs):
     interventions = p.tasks(model, pair)["experiment 4"]
     def wrong(*task): return [v + 0.01 * (i == 3) for i, v in enumerate(p.by_sweep(*task))]
     def short(*task): return p.by_sweep(*task)[:-1]
-    def against(other): return p.race({"sweep": p.by_sweep, "plain_loop": other}, model, pair, interventions, OPTIONS)
+    def against(other): return p.race({"sweep": p.by_sweep, "plain_loop": other}, model, pair, interventions, OPTIONS.rounds, OPTIONS)
     with pytest.raises(SystemExit, match="disagree"): against(wrong)
     with pytest.raises(ValueError): against(short)
 

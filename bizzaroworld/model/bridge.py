@@ -36,6 +36,7 @@ def attach_bridge(hf_model, tokenizer) -> TransformerBridge:
     if architecture not in SUPPORTED_ARCHITECTURES:
         raise ModelError(f"TransformerLens has no hooks for {architecture}. "
                          "See transformer_lens.model_bridge.supported_architectures for what it knows.")
+    remember(hf_model)
     hf_model.config._attn_implementation = "eager"
     names = tuple(hf_model.state_dict())
     bridge = build_bridge_from_module(hf_model.eval(), architecture, hf_config=hf_model.config, tokenizer=tokenizer)
@@ -160,8 +161,8 @@ BEFORE = "_bizzaroworld_before"
 
 
 def remember(hf_model) -> None:
-    "Note how a model was when it came, unless that is known."
-    vars(hf_model).setdefault(BEFORE, (hf_model.training, hf_model.config._attn_implementation))
+    "Note how a model was when it came, unless that is known or somebody else has put hooks in."
+    if BRIDGE not in vars(hf_model): vars(hf_model).setdefault(BEFORE, (hf_model.training, hf_model.config._attn_implementation))
 
 
 def _put_back(module) -> None:
@@ -172,16 +173,15 @@ def _put_back(module) -> None:
 
 
 def detach_bridge(hf_model) -> None:
-    "Take the hooks out of a model, and leave it as it was before `remember`; nothing where there are none."
-    if BRIDGE not in vars(hf_model): return
-    _, names = vars(hf_model).pop(BRIDGE)
+    "Take our hooks out of a model, and leave it as it was before `remember`. Where there are none, or somebody else's, nothing is done."
+    if not {BRIDGE, BEFORE} <= set(vars(hf_model)): return
+    (_, names), (training, attention) = vars(hf_model).pop(BRIDGE), vars(hf_model).pop(BEFORE)
     _put_back(hf_model)
     for name in set(hf_model.state_dict()) - set(names):  # a bias of zeros that TransformerLens gave the head
         owner, _, own = name.rpartition(".")
         module = hf_model.get_submodule(owner)
         delattr(module, own)
         module.register_parameter(own, None)
-    training, attention = vars(hf_model).pop(BEFORE, (False, "eager"))
     hf_model.train(training).config._attn_implementation = attention
 
 

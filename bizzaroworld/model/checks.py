@@ -40,7 +40,7 @@ def explained_kind(hf_model: Any, name: str) -> Iterator[None]:
     try: yield
     except (ModelError, torch.OutOfMemoryError): raise
     except Exception as error:
-        raise ModelError(f"{name!r} ({type(hf_model).__name__}) cannot be hooked: {type(error).__name__}: {error}. "
+        raise ModelError(f"{name!r} ({type(hf_model).__name__}) cannot be hooked: {type(error).__name__}: {str(error).rstrip('.')}. "
                          "Its architecture is not understood; please report it.") from error
 
 # %% ../../nbs/library/model/07_checks.ipynb #c4ec0008
@@ -78,8 +78,10 @@ def _check_blocks(model: Model, seen: Seen) -> None:
     needed = [(s, l) for l in range(model.n_layers) for s in ("resid_pre", "attn_out", "mlp_out", "resid_post")]
     if missing := [key for key in needed if key not in seen]:
         site, layer = missing[0]
-        raise ModelError(f"{model.name!r} ({type(model.hf).__name__}) has no {site} in layer {layer}: not every block is attention and an MLP. "
-                         "State-space, convolutional and linear-attention layers (mamba, conv, linear_attn) keep a recurrent state, which is not patched by position.")
+        why = ("The layer is not made of attention and an MLP, as a state-space, convolutional or linear-attention layer (mamba, conv, linear_attn) is not, "
+               "which keeps a recurrent state and cannot be patched by position." if site in ("attn_out", "mlp_out") else
+               "TransformerLens's hooks do not fit its blocks, so its residual stream cannot be reached.")
+        raise ModelError(f"{model.name!r} ({type(model.hf).__name__}) has no {site} in layer {layer}. {why} Use another model.")
 
 
 def _misshapen(model: Model, seen: Seen) -> dict[str, str]:

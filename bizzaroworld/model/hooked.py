@@ -197,7 +197,8 @@ class ModelContexts(ModelBatches):
         with alone(self.hf), sparing({self.bridge.blocks[l].mlp: t for l, t in tokens.items()}): yield
 
     def close(self) -> None:
-        """Take the hooks out of a model that was handed over in memory, and give it back as it was. What was loaded from it cannot be run any more."""
+        """Take the hooks out of a model that was handed over in memory, and give it back as it was; a TransformerBridge keeps its own. What was
+        loaded from the model cannot be run any more."""
         detach_bridge(self.hf)
 
     def __enter__(self) -> Model: return self

@@ -14,15 +14,16 @@ from typing import Any
 import pandas as pd
 
 from ..figures.captions import about, conventions, conventions_beside
-from ..results.effects import MIN_SWING, AnalysisError
+from ..results.effects import MIN_SWING, AnalysisError, peak
 from ..results.estimates import Estimate, number
+from ..results.heads import concentration, head_table, top_head
 from ..results.summary import NOTHING
 from ..study.runs import Run, RunError, open_run, shipped_runs
 
 # %% auto #0
 __all__ = ['DPI', 'PAPER', 'WIDE', 'INSTRUMENTS', 'plain', 'Text', 'say', 'bullets', 'listed', 'percent', 'count', 'cell',
-           'interval', 'table', 'Picture', 'note', 'how_to_read', 'named', 'beside', 'side_by_side', 'LeftOut',
-           'leave_out', 'needs_swing']
+           'interval', 'table', 'Picture', 'note', 'how_to_read', 'named', 'beside', 'side_by_side', 'strongest',
+           'strongest_head', 'heads_for_half', 'LeftOut', 'leave_out', 'needs_swing']
 
 # %% ../../nbs/library/paper/01_chapters.ipynb #9bfce416
 def plain(text: object) -> str:
@@ -147,6 +148,24 @@ def side_by_side(runs: Sequence[Run], rows: Mapping[str, Callable[[Run], Any]]) 
         except (RunError, AnalysisError): return None
     columns = {f"{run.model_name}, {len(run.triage)} pairs": run for run in runs}
     return table(pd.DataFrame([{"": label, **{title: value(of, run) for title, run in columns.items()}} for label, of in rows.items()], dtype=object))
+
+# %% ../../nbs/library/paper/01_chapters.ipynb #86211bc5
+def strongest(run: Run, experiment: str, site: str) -> str:
+    "The layer whose site moves most, with its share of TotalSwing: *84% [77%, 94%], layer 12*."
+    found = peak(run, experiment, site)
+    return f"{interval(found, spec='.0%')}, layer {found['layer']}"
+
+
+def strongest_head(run: Run, experiment: str = "4F") -> str:
+    "The head that moves most, with its share of TotalSwing: *54% [47%, 62%], L12H2*."
+    found = top_head(run, experiment)
+    return f"{interval(found, spec='.0%')}, {found['name']}"
+
+
+def heads_for_half(run: Run, experiment: str = "4F") -> str | None:
+    "How few heads hold half of the summed sizes of effects: *4 of 72*; nothing where none has any."
+    found = concentration(head_table(run, experiment))
+    return f"{found.heads} of {found.of}" if found else None
 
 # %% ../../nbs/library/paper/01_chapters.ipynb #6b37b315
 class LeftOut(Exception):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformer_lens.model_bridge.sources import build_bridge_from_module
 from tiny import random_pair, tiny_hf, tiny_model
 
 from bizzaroworld.battery.formats import load_battery
@@ -41,6 +42,14 @@ def test_a_model_is_given_back_as_it_was(name, tmp_path):
     assert torch.allclose(again.logits(IDS), logits[:, -1].float(), atol=1e-5)
     again.close()
     again.close()
+
+
+def test_a_bridge_that_somebody_else_made_keeps_its_hooks():
+    bridge = build_bridge_from_module(tiny_hf("gpt2"), "GPT2LMHeadModel", hf_config=tiny_hf("gpt2").config, tokenizer=None)
+    keys = list(bridge.original_model.state_dict())
+    with load_model(bridge) as model: before = model.logits(IDS)
+    assert list(bridge.original_model.state_dict()) == keys and any("_original_component" in k for k in keys)
+    assert torch.equal(load_model(bridge).logits(IDS), before)
 
 
 def test_two_threads_get_what_one_gets():
