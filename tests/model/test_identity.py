@@ -2,10 +2,11 @@
 import hashlib
 import json
 import shutil
+import tempfile
 
 import pytest
 import torch
-from tiny import BUILDERS, tiny_hf
+from tiny import BUILDERS, random_pair, tiny_hf
 from transformers import AutoTokenizer
 
 from bizzaroworld.model import adapters, load
@@ -125,3 +126,18 @@ def test_quantized_checkpoints_are_refused_by_name(tmp_path):
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="bitsandbytes 4-bit, which runs on a CUDA device only.*GGUF"): load_model(str(tmp_path), device="cpu")
+
+
+def test_a_model_that_torchao_quantized_in_memory_is_swept_and_told_apart():
+    """Eight bits, through transformers: the numbers are near those of the model that it was, and its name and hash say that it is another."""
+    torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    from transformers import AutoModelForCausalLM, TorchAoConfig
+    from bizzaroworld.patch.interventions import Edit
+    from bizzaroworld.patch.sweep import sweep
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_hf("llama").save_pretrained(folder)
+        quantized = load_model(AutoModelForCausalLM.from_pretrained(folder, quantization_config=TorchAoConfig(torchao.Int8WeightOnlyConfig()), dtype=torch.float32))
+    whole, edits = load_model(tiny_hf("llama")), [Edit("resid_pre", 1, "final"), Edit("z", 1, "entity", 0)]
+    assert quantized.weights_note == "quantized with torchao" and quantized.weights_sha256 != whole.weights_sha256
+    one, other = (sweep(m, [random_pair(1), random_pair(2, 11)], edits, progress=False).patched for m in (quantized, whole))
+    assert 0 < abs(one - other).max() < 0.05 * abs(other).max()

@@ -449,3 +449,11 @@ def test_the_shipped_runs_get_a_verdict_on_every_claim():
     assert not any(kind(v) == LACKING for v in verdicts.values())
     assert verdicts["drift"].value.value == 10
     assert all(v.value.low <= v.value.value <= v.value.high for v in verdicts.values() if not v.claim.exact)
+
+
+@pytest.mark.slow
+def test_a_real_gemma_decides_most_claims():
+    """Of the 29, at least 24 get a verdict on Gemma 3 270M: by the study's number of pairs, or by as many as the model knows."""
+    few, many = check_claims(open_run("gemma-3-270m"), [open_run(name) for name in ("bizzaro-nano", "bizzaro-micro")]), check_claims(open_run("gemma-3-270m-wide"), [])
+    decided = {v.claim.key for v in (*few, *many) if v.verdict in ("replicates", "does not replicate")}
+    assert len({v.claim.key for v in few}) == 29 and len(decided) >= 24, sorted({v.claim.key for v in few} - decided)
