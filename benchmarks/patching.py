@@ -106,7 +106,7 @@ def ld(pair: TokenPair):
 
 
 def where(pair: TokenPair, edit) -> tuple:
-    position = positions_of(edit.position, len(pair.clean_ids), pair.entity_span)[0]
+    position = positions_of(edit.position, pair)[0]
     return (slice(None), position) + (() if edit.head is None else (edit.head,))
 
 

@@ -117,6 +117,9 @@ class TokenPair:
     corrupt_target_id: int
     entity_span: tuple[int, int]   # positions [start, stop), the same in both prompts
     notes: tuple[str, ...] = ()    # keys of NOTES: what was mended or chosen
+    places: tuple[tuple[str, tuple[int, ...]], ...] = ()  # positions that a task names, the same in both prompts: (("S2", (9,)), ...)
+    clean_answers: tuple[int, ...] = ()    # where several tokens answer: metrics then speak of both sets, not of the two targets
+    corrupt_answers: tuple[int, ...] = ()
 
     @property
     def id(self) -> str: return self.pair.id
@@ -124,6 +127,10 @@ class TokenPair:
     def entity(self) -> int: return self.entity_span[1] - 1
     @property
     def final(self) -> int: return len(self.clean_ids) - 1
+    @property
+    def answers(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        "The tokens that answer the clean and the corrupted prompt: the targets, unless the pair names sets."
+        return self.clean_answers or (self.clean_target_id,), self.corrupt_answers or (self.corrupt_target_id,)
     @property
     def differing(self) -> tuple[int, ...]:
         return tuple(i for i, (a, b) in enumerate(zip(self.clean_ids, self.corrupt_ids)) if a != b)

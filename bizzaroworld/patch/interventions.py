@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..battery.tokens import TokenPair
 from ..model.hooked import SITES, Model
 
 # %% auto #0
@@ -33,8 +34,6 @@ class Edit:
     source: str = "donor"
 
     def __post_init__(self):
-        if isinstance(self.position, str) and self.position not in POSITIONS:
-            raise ValueError(f"Unknown position {self.position!r}: use {', '.join(POSITIONS)}, or an index.")
         if self.source not in SOURCES:
             raise ValueError(f"Unknown source {self.source!r}: use {', '.join(SOURCES)}.")
 
@@ -67,17 +66,18 @@ class Intervention:
         return values.pop() if len(values) == 1 else None
 
 # %% ../../nbs/library/patch/01_interventions.ipynb #df322372
-def positions_of(position: str | int, length: int, entity_span: tuple[int, int]) -> tuple[int, ...]:
-    """The token indices that a position stands for, in a prompt of `length` tokens.
+def positions_of(position: str | int, tp: TokenPair) -> tuple[int, ...]:
+    """The token indices that a position stands for in a pair's prompts: an index, one of `POSITIONS`, or a place that the pair names.
 
-    Raises `ValueError` if an index lies outside the prompt."""
-    start, stop = entity_span
-    named = {"final": (length - 1,), "entity": (stop - 1,), "entity_first": (start,),
-             "entity_span": tuple(range(start, stop)),
-             "all": tuple(range(length))}
-    if isinstance(position, str): return named[position]
+    Raises `ValueError` for another name, or an index outside the prompt."""
+    (start, stop), length = tp.entity_span, len(tp.clean_ids)
+    if isinstance(position, str):
+        named = {"final": (length - 1,), "entity": (stop - 1,), "entity_first": (start,), "entity_span": tuple(range(start, stop)),
+                 "all": tuple(range(length)), **dict(tp.places)}
+        if position in named: return named[position]
+        raise ValueError(f"Unknown position {position!r} in {tp.id}: use {', '.join(named)}, or an index.")
     if not -length <= position < length:
-        raise ValueError(f"Position {position} lies outside a prompt of {length} tokens.")
+        raise ValueError(f"Position {position} lies outside {tp.id}, a prompt of {length} tokens.")
     return (position % length,)
 
 # %% ../../nbs/library/patch/01_interventions.ipynb #68010f69

@@ -41,9 +41,11 @@ def check_pairs(model: Any, pairs: Iterable[TokenPair]) -> None:
         if n != len(tp.corrupt_ids): raise ValueError(f"{tp.id}: the clean prompt has {n} tokens and the corrupted one {len(tp.corrupt_ids)}. "
                                                       "Both must have as many; `align` refuses such a pair.")
         if not 0 <= first < stop <= n: raise ValueError(f"{tp.id}: the entity span {first} to {stop} does not lie within {n} tokens.")
-        ids = (*tp.clean_ids, *tp.corrupt_ids, tp.clean_target_id, tp.corrupt_target_id)
+        ids = (*tp.clean_ids, *tp.corrupt_ids, tp.clean_target_id, tp.corrupt_target_id, *tp.clean_answers, *tp.corrupt_answers)
         if not 0 <= min(ids) <= max(ids) < model.d_vocab:
             raise ValueError(f"{tp.id}: a token id is outside 0 to {model.d_vocab - 1}: was it made with this model's tokenizer?")
+        for name, where in tp.places:
+            if not where or not 0 <= min(where) <= max(where) < n: raise ValueError(f"{tp.id}: its place {name!r} does not lie within {n} tokens.")
         if longest and n > longest: raise ValueError(f"{tp.id} has {n} tokens, and {model.name} has positions for {longest}.")
 
 
@@ -97,7 +99,7 @@ class Row(NamedTuple):
 def _places(tp: TokenPair, donor: TokenPair, e: Edit) -> Iterator[tuple[int, int]]:
     "The positions of an edit in a pair and in its donor, from their ends."
     n, m = len(tp.clean_ids), len(donor.clean_ids)
-    here, there = positions_of(e.position, n, tp.entity_span), positions_of(e.position, m, donor.entity_span)
+    here, there = positions_of(e.position, tp), positions_of(e.position, donor)
     if e.source == "donor" and len(here) != len(there):
         raise ValueError(f"{e}: {e.position!r} is {len(here)} tokens in {tp.id} and {len(there)} in its donor {donor.id}. "
                          "Use a position that is one token in both, such as 'final'.")

@@ -19,7 +19,7 @@ from ..battery.pairs import PromptPair
 from ..battery.tokens import TokenPair
 from ..model.hooked import PATTERN_SITES, Model, free_bytes
 from .engine import add_given, base_run, in_memory, run_in_memory
-from .interventions import Edit, Intervention, check_site
+from .interventions import Edit, Intervention, check_site, positions_of
 from .metrics import METRICS, WHOLE_VOCABULARY, effect, recovery
 from .passes import as_interventions, as_token_pairs, batches_of, check_pairs, passes_of, rows_of
 
@@ -165,6 +165,8 @@ def _check(model, token_pairs, interventions, direction, metrics, donors) -> Non
     if len(donors) != len(token_pairs):
         raise ValueError(f"{len(donors)} donors for {len(token_pairs)} pairs: give one for each, in the same order.")
     check_pairs(model, [*token_pairs, *donors])
+    for position in {e.position for i in interventions for e in i.edits}:
+        for tp in (*token_pairs, *donors): positions_of(position, tp)
     if model.length_matters:
         for tp, donor in zip(token_pairs, donors):
             if len(tp.clean_ids) != len(donor.clean_ids):

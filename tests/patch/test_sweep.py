@@ -36,7 +36,7 @@ def stock(model, tp, edits, direction):
     """One run per edit, by TransformerLens. Without gradients: with them it patches a copy, which misses resid_mid."""
     base, donor = sides(direction)
     _, cache = model.bridge.run_with_cache(ids(tp, donor))
-    rows = pd.DataFrame([{"layer": e.layer, "pos": positions_of(e.position, len(tp.clean_ids), tp.entity_span)[0],
+    rows = pd.DataFrame([{"layer": e.layer, "pos": positions_of(e.position, tp)[0],
                           "head": -1 if e.head is None else e.head} for e in edits])
 
     def set_value(act, index, other):
@@ -198,7 +198,8 @@ def test_half_precision_keeps_fp32_differences():
 def test_what_does_not_fit_is_refused(gemma):
     tp, pythia = random_pair(1), tiny_model("pythia")
     with pytest.raises(ValueError, match="no resid_mid.*Use resid_pre or resid_post"): grid(pythia, ["resid_mid"])
-    with pytest.raises(ValueError, match="outside a prompt of 9 tokens"): sweep(gemma, [tp], grid(gemma, ["resid_pre"], 9))
+    with pytest.raises(ValueError, match="outside pair-1, a prompt of 9 tokens"): sweep(gemma, [tp], grid(gemma, ["resid_pre"], 9))
+    with pytest.raises(ValueError, match="Unknown position .last. in pair-1: use final.*or an index"): sweep(gemma, [tp], Edit("resid_pre", 0, "last"))
     with pytest.raises(ValueError, match="z has 4 heads"): sweep(gemma, [tp], [Intervention((Edit("z", 0, "final", 4),))])
     with pytest.raises(ValueError, match="Unknown direction"): sweep(gemma, [tp], grid(gemma, ["z"]), "sideways")
     with pytest.raises(ValueError, match="Unknown metric"): sweep(gemma, [tp], grid(gemma, ["z"]), metrics=["loss"])
