@@ -139,9 +139,13 @@ class PrefixCache(DynamicCache):
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         layer, owner = self.base.layers[layer_idx], self.owner[:len(key_states)]
-        def prefix(t): return t[:, :, :self.start].expand(len(owner), -1, -1, -1) if len(t) == 1 else t[owner, :, :self.start]
-        keys, values = prefix(layer.keys), prefix(layer.values)
-        return torch.cat([keys, key_states], -2), torch.cat([values, value_states], -2)
+        def whole(base, own):
+            if len(base) == 1: return torch.cat([base[:, :, :self.start].expand(len(owner), -1, -1, -1), own], -2)
+            if self.start < own.shape[-2]: return torch.cat([base[owner, :, :self.start], own], -2)
+            out = base[owner]  # one copy of a long prefix, not two
+            out[:, :, self.start:] = own
+            return out
+        return whole(layer.keys, key_states), whole(layer.values, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int: return self.start
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:

@@ -120,16 +120,24 @@ def _writes(shape: Shape, pair: int, tp: TokenPair, donor: TokenPair, interventi
                 yield Write(e.site, e.layer, position, head, value)
 
 
-def rows_of(shape: Shape, pairs: Sequence[TokenPair], donors: Sequence[TokenPair],
-            interventions: Sequence[Intervention]) -> list[Row]:
-    "One row for each intervention on each pair."
+def _telling(writes: Sequence[Write], n: int, m: int, shared: int) -> tuple[Write, ...]:
+    "The writes that can change a run of `n` tokens whose first `shared` are those of its donor, of `m` tokens."
+    other = min((w.position for w in writes if not isinstance(w.value, Donor)), default=0)
+    def there_already(w): return isinstance(w.value, Donor) and n + w.position == m + w.value.position < shared and w.position < other
+    return tuple(w for w in writes if not there_already(w))
+
+
+def rows_of(shape: Shape, pairs: Sequence[TokenPair], donors: Sequence[TokenPair], interventions: Sequence[Intervention],
+            shared: Sequence[int] | None = None) -> list[Row]:
+    "One row for each intervention on each pair that it can change. `shared`: with how many tokens each pair's run and its donor's begin alike."
     rows = []
     for b, (tp, donor) in enumerate(zip(pairs, donors)):
         for i, intervention in enumerate(interventions):
             writes = tuple(_writes(shape, b, tp, donor, intervention))
             if len({(w.site, w.layer, w.position, w.head) for w in writes}) < len(writes):
                 raise ValueError(f"{intervention}: in {tp.id} two of these edits are of the same activation. Name it once.")
-            rows.append(Row(b, i, writes, intervention.first_layer, -min(w.position for w in writes)))
+            writes = _telling(writes, len(tp.clean_ids), len(donor.clean_ids), shared[b]) if shared else writes
+            if writes: rows.append(Row(b, i, writes, min(w.layer for w in writes), -min(w.position for w in writes)))
     return rows
 
 # %% ../../nbs/library/patch/03_passes.ipynb #c27a93b6

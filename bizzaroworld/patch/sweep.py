@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from os.path import commonprefix
 
 import numpy as np
 import pandas as pd
@@ -114,8 +115,9 @@ def _fit(model: Model, length: int, most: int, memory: int | None) -> Callable[[
 def _sweep_batch(model, pairs, donors, interventions, sides: tuple[str, str], metrics, values, max_rows, memory):
     "Sweep a batch of pairs: metrics of the base run, of the other run, and of each intervention."
     base_side, other_side = sides
-    rows = rows_of(model.shape, pairs, donors, interventions)
     prompts = _side(pairs, base_side) + _side(donors, other_side)
+    shared = [len(commonprefix(runs)) for runs in zip(prompts, prompts[len(pairs):])]
+    rows = rows_of(model.shape, pairs, donors, interventions, shared)
     if any(d is not tp for d, tp in zip(donors, pairs)): prompts += _side(pairs, other_side)
     base, bank, hidden = base_run(model, prompts, len(pairs), rows)
     add_given(bank, rows, values, base.first, {s: model.shape.heads(s) for s in model.sites if model.shape.heads(s)})
@@ -123,13 +125,14 @@ def _sweep_batch(model, pairs, donors, interventions, sides: tuple[str, str], me
     clean_hidden = base.hidden if base_side == "clean" else other_hidden
     targets = torch.tensor([(tp.clean_target_id, tp.corrupt_target_id) for tp in pairs], device=model.device)
     def measure(hidden, pair): return _measure(model, hidden, targets[pair], clean_hidden[pair], metrics).cpu()
-    patched = torch.empty(len(pairs), len(interventions), len(metrics))
+    everyone = torch.arange(len(pairs), device=model.device)
+    unpatched = measure(base.hidden, everyone)
+    patched = unpatched[:, None].repeat(1, len(interventions), 1)
     for planned in passes_of(rows, len(pairs), _fit(model, base.ids.shape[1], max_rows, memory)):
         for the_pass, hidden in run_in_memory(model, base, planned, bank):
             pair, column = (torch.tensor(x) for x in zip(*((row.pair, row.intervention) for row in the_pass.rows)))
             patched[pair, column] = measure(hidden, pair.to(model.device))
-    everyone = torch.arange(len(pairs), device=model.device)
-    return measure(base.hidden, everyone), measure(other_hidden, everyone), patched
+    return unpatched, measure(other_hidden, everyone), patched
 
 # %% ../../nbs/library/patch/06_sweep.ipynb #cdf135b7
 def _same_as(model: Model, intervention: Intervention) -> Intervention:
@@ -182,7 +185,7 @@ def _check(model, token_pairs, interventions, direction, metrics, donors) -> Non
 def sweep(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPair | TokenPair],
           interventions: Edit | Intervention | Iterable[Edit | Intervention], direction: str = "noising", *,
           metrics: Sequence[str] = ("ld",), donors: Iterable[PromptPair | TokenPair] | None = None,
-          values: Mapping[Edit, Tensor] | None = None, max_rows: int = 1024, max_pairs: int = 64,
+          values: Mapping[Edit, Tensor] | None = None, max_rows: int = 2048, max_pairs: int = 64,
           memory: int | None = None, progress: bool = True) -> Sweep:
     """Apply every intervention to every pair, exactly, and measure the prediction.
 
