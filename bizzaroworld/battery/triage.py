@@ -158,7 +158,8 @@ class Triage:
     @property
     def line(self) -> str:
         "How many pairs are in each set, as a sentence."
-        return (f"The model {known_words(counts(self.table), len(self.table))}; {len(pairs_that(self.table))} have both answers preferred and a "
+        n = len(pairs_that(self.table))
+        return (f"The model {known_words(counts(self.table), len(self.table))}; {n} {'has' if n == 1 else 'have'} both answers preferred and a "
                 f"TotalSwing of {VERDICT_SWING:g} logits or more.")
     def save(self, folder: str | Path) -> Path:
         "Write `triage.csv`, `excluded.csv` and `golden_A.csv`, `golden_B.csv`, `golden_C.csv`; returns the folder."

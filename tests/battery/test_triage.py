@@ -147,6 +147,10 @@ def test_a_tie_is_not_knowledge():
     assert t.clean_target_rank == 1 and not t.knows_clean and not t.sign_ok and t.top1 and not t.known
 
 
+def test_one_pair_has_and_two_have():
+    assert "; 1 has both answers" in triage(Table(LOGITS), PAIRS[:1]).line and "; 2 have both answers" in triage(Table(LOGITS), PAIRS).line
+
+
 def test_golden_pairs():
     t = triage(Table(LOGITS), PAIRS)
     def ids(mode, **options): return [tp.id for tp in t.golden(mode, **options)]
