@@ -112,7 +112,7 @@ def _ask_hub(repo: str, file: str, revision: str | None) -> None:
     if any(isinstance(try_to_load_from_cache(repo, one, revision=revision), str) for one in (file, "adapter_config.json")): return
     try: get_hf_file_metadata(hf_hub_url(repo, file, revision=revision))
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, ConnectionError, ValueError): raise
-    except OSError: return  # it answers, and has no such file or is busy: what follows tells
+    except (OSError, errors.EntryNotFoundError): return  # it answers, and has no such file or is busy: what follows tells
     except Exception as error: raise ConnectionError(str(error)) from error  # of the HTTP library, whichever it is
 
 
