@@ -79,6 +79,8 @@ def study(model: ModelName = "bizzaro-nano", battery: BatteryFile = None,
             for line in closing_lines(folder): typer.echo(line)
 
 # %% ../nbs/library/05_cli.ipynb #27b87c7e
+def _count(n: int, thing: str) -> str: return f"{n} {thing}{'s' * (n != 1)}"
+
 def _pairs(battery: Path | None) -> tuple[list, list]:
     "The pairs of a battery file (or the shipped battery), and the shipped spares that are not among them."
     from bizzaroworld.battery.formats import load_battery, load_spares
@@ -91,8 +93,8 @@ def _pairs(battery: Path | None) -> tuple[list, list]:
 def triage(model: ModelName = "bizzaro-nano", battery: BatteryFile = None,
            out: TableFile = None,
            top: Annotated[int, typer.Option(metavar="N", min=0, help="How many pairs to print.")] = 15,
-           device: Device = None, dtype: Dtype = "float32", revision: Revision = None, bos: Bos = None, multi_token: MultiToken = False,
-           debug: Debug = False) -> None:
+           device: Device = None, dtype: Dtype = "float32", revision: Revision = None, chat: Chat = False, bos: Bos = None,
+           multi_token: MultiToken = False, debug: Debug = False) -> None:
     """Rank the pairs by how strongly the model tells their two answers apart.
 
     TotalSwing is the clean run's logit difference minus the corrupted run's. Below the table: how many pairs could not be
@@ -105,12 +107,15 @@ def triage(model: ModelName = "bizzaro-nano", battery: BatteryFile = None,
     """
     with reported(debug):
         pairs, spares = _pairs(battery)
+        from bizzaroworld.battery.chat import in_chat
         from bizzaroworld.battery.tokens import notes_lines
         from bizzaroworld.battery.triage import triage as run_triage
         from bizzaroworld.model.load import load_model
-        result = run_triage(load_model(model, device=device, dtype=dtype, revision=revision), pairs, spares, bos=bos, multi_token=multi_token)
+        loaded = load_model(model, device=device, dtype=dtype, revision=revision)
+        if chat: pairs, spares = in_chat(loaded, pairs), in_chat(loaded, spares)
+        result = run_triage(loaded, pairs, spares, bos=bos, multi_token=multi_token)
         print_frame(result.table.head(top), ["rank", "total_swing", "ld_clean", "ld_corrupt", "pair_id"])
-        typer.echo(f"{len(result.table)} pairs ranked, {len(result.excluded)} excluded. {result.line}")
+        typer.echo(f"{_count(len(result.table), 'pair')} ranked, {len(result.excluded)} excluded. {result.line}")
         for line in notes_lines(result.table.warnings): typer.echo(line)
         if out: save(result.table, out)
 
@@ -173,7 +178,7 @@ def battery(out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", dir
         built.save(out)
         notes.unlink(missing_ok=True)
         print_frame(built.summary(), ["degree", "pairs"])
-        typer.echo(f"{len(built.pairs)} pairs of {built.table.relation.nunique()} relations. Wrote {out}")
+        typer.echo(f"{_count(len(built.pairs), 'pair')} of {_count(built.table.relation.nunique(), 'relation')}. Wrote {out}")
 
 # %% ../nbs/library/05_cli.ipynb #d8bdcfc4
 @app.command()

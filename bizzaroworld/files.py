@@ -5,6 +5,7 @@
 # %% ../nbs/library/01_files.ipynb #0b46e935
 from __future__ import annotations
 
+import csv
 import json
 import os
 from collections.abc import Iterator
@@ -40,10 +41,17 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def _quoting(frame: pd.DataFrame) -> int:
+    "How the texts of a CSV are quoted: all of them where one has a carriage return, which would end a row; else where they have to be."
+    texts = frame.select_dtypes(exclude=["number", "bool"])
+    returns = any(isinstance(text, str) and "\r" in text for name in texts for text in texts[name])
+    return csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL
+
+
 def write_table(path: Path, frame: pd.DataFrame) -> None:
     "Write a table: Parquet or CSV, by the name of the file."
     with replacing(path) as tmp:
-        if path.suffix == ".csv": frame.to_csv(tmp, index=False, lineterminator="\n")
+        if path.suffix == ".csv": frame.to_csv(tmp, index=False, lineterminator="\n", quoting=_quoting(frame))
         else: frame.to_parquet(tmp, index=False)
 
 # %% ../nbs/library/01_files.ipynb #526a0d45

@@ -165,6 +165,30 @@ def test_triage_prints_the_top_and_writes_everything(stand_in, table, tmp_path):
     assert [p.name for p in out.parent.iterdir()] == ["triage.csv"], "no temporary file is left"
 
 
+def test_one_pair_is_not_pairs(stand_in, table):
+    stand_in("model.load", load_model=lambda name, **options: name)
+    stand_in("battery.triage", triage=lambda *args, **aligned: SimpleNamespace(table=table.head(1), excluded=table, line="It is so."))
+    assert "1 pair ranked, 3 excluded. It is so." in run("triage").stdout
+
+
+def test_triage_in_chat(stand_in, table):
+    seen = []
+    def triage(model, pairs, spares, **aligned):
+        seen.append((pairs, spares))
+        return SimpleNamespace(table=table, excluded=table, line="")
+    stand_in("model.load", load_model=lambda name, **options: name)
+    stand_in("battery.triage", triage=triage)
+    stand_in("battery.chat", in_chat=lambda model, pairs: [f"in the chat of {model}: {pair.id}" for pair in pairs])
+    assert run("triage", "--chat").exit_code == run("triage").exit_code == 0
+    (chat, spares), (bare, others) = seen
+    assert chat == [f"in the chat of bizzaro-nano: {pair.id}" for pair in bare] and spares == [f"in the chat of bizzaro-nano: {pair.id}" for pair in others]
+
+
+def test_triage_in_chat_needs_a_template():
+    done = run("triage", "--chat")
+    assert done.exit_code == 2 and "no chat template" in done.stderr
+
+
 def test_audit_prints_the_counts_and_the_reasons(stand_in, tmp_path):
     summary = pd.DataFrame({"tokenizer": ["one"], "pairs": [60], "usable": [59], "dropped": [1], "replaced": [1],
                             "reasons": ["length_differs 1"]})

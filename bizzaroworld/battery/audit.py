@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import pandas as pd
@@ -50,19 +51,23 @@ def _substitutes(dropped: Sequence[PromptPair], spares: Sequence[TokenPair]) -> 
 # %% ../../nbs/library/battery/05_audit.ipynb #4d08d375
 @dataclass(frozen=True, eq=False)
 class Audit:
-    """What several tokenizers make of a battery; made by `audit`."""
+    """What tokenizers make of a battery; made by `audit`. Where there is one, it need not be named."""
     entries: Mapping[str, tuple[Entry, ...]]
     spares_usable: Mapping[str, int]
 
-    def usable(self, name: str) -> list[TokenPair]:
+    def _name(self, name: str | None) -> str:
+        if name is None and len(self.entries) == 1: return next(iter(self.entries))
+        if name in self.entries: return name
+        raise ValueError(f"no tokenizer {name!r} was audited; name one of {', '.join(map(repr, self.entries))}")
+    def usable(self, name: str | None = None) -> list[TokenPair]:
         "The battery's own pairs that tokenizer `name` aligns."
-        return [e.used for e in self.entries[name] if e.error is None]
-    def selection(self, name: str) -> list[TokenPair]:
+        return [e.used for e in self.entries[self._name(name)] if e.error is None]
+    def selection(self, name: str | None = None) -> list[TokenPair]:
         "The pairs to run under `name`, each spare in the place of the pair it replaces."
-        return [e.used for e in self.entries[name] if e.used is not None]
-    def dropped(self, name: str) -> pd.DataFrame:
+        return [e.used for e in self.entries[self._name(name)] if e.used is not None]
+    def dropped(self, name: str | None = None) -> pd.DataFrame:
         "The refused pairs: `pair_id, battery_idx, reason, message, replaced_by`."
-        t = self.table[(self.table.tokenizer == name) & ~self.table.usable]
+        t = self.table[(self.table.tokenizer == self._name(name)) & ~self.table.usable]
         return t[["pair_id", "battery_idx", "reason", "message", "replaced_by"]].reset_index(drop=True)
     @property
     def table(self) -> pd.DataFrame: return _table(self)
@@ -104,13 +109,20 @@ def _summary(audit: Audit) -> pd.DataFrame:
     return pd.DataFrame([row(*item) for item in audit.entries.items()], columns=columns)
 
 # %% ../../nbs/library/battery/05_audit.ipynb #b565923d
-def audit(tokenizers: Mapping[str, Any], pairs: Sequence[PromptPair], spares: Sequence[PromptPair] = (), *,
+def _named(given: Any) -> Mapping[str, Any]:
+    """Tokenizers by name; one alone by its own: the model's, or the last part of where it came from."""
+    if isinstance(given, Mapping): return given
+    where = getattr(given, "name", None) or getattr(get_tokenizer(given), "name_or_path", "")
+    return {PurePath(where).name or "tokenizer": given}
+
+
+def audit(tokenizers: Mapping[str, Any] | Any, pairs: Sequence[PromptPair], spares: Sequence[PromptPair] = (), *,
           bos: bool | None = None, multi_token: bool = False, mend: bool = True) -> Audit:
-    """Align a battery under several tokenizers and find a spare for each pair that is refused.
+    """Align a battery under one tokenizer or several and find a spare for each pair that is refused.
 
     Parameters
     ----------
-    tokenizers : name to fast tokenizer, or to a model that has one.
+    tokenizers : a fast tokenizer or a model that has one; or several, name to each.
     bos, multi_token, mend : as in `align`.
 
     Raises
@@ -120,7 +132,7 @@ def audit(tokenizers: Mapping[str, Any], pairs: Sequence[PromptPair], spares: Se
     if twice := [i for i, n in Counter(p.id for p in [*pairs, *spares]).items() if n > 1]:
         raise ValueError(f"pairs and spares share ids ({', '.join(twice[:5])}); give each pair an id of its own")
     entries, spares_usable = {}, {}
-    for name, tok in ((name, get_tokenizer(t)) for name, t in tokenizers.items()):
+    for name, tok in ((name, get_tokenizer(t)) for name, t in _named(tokenizers).items()):
         own = [_try_align(tok, p, bos, multi_token, mend) for p in pairs]
         extra = [s for s in (_try_align(tok, p, bos, multi_token, mend) for p in spares) if isinstance(s, TokenPair)]
         found = _substitutes([p for p, o in zip(pairs, own) if isinstance(o, AlignmentError)], extra)

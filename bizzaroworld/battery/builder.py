@@ -24,7 +24,7 @@ from .formats import BatteryError
 from .knowing import DEGREES, VERDICT_SWING
 from .pairs import PromptPair, Span, entity_spans
 from .tokens import AlignmentError, align, continuation, encode, get_tokenizer, token_span
-from .triage import batches_by_length
+from .triage import batches_by_length, check_ids
 from ..files import write_json, write_text
 
 # %% auto #0
@@ -97,6 +97,7 @@ def ask(model: Any, asked: Sequence[Asked], answers: Sequence[int], size: int = 
     "The logits of these answers (token ids) after each question, and whether its own answer is the first of the whole vocabulary."
     logits, first = np.empty((len(asked), len(answers)), np.float32), np.zeros(len(asked), bool)
     columns = torch.tensor(list(answers), device=model.device)
+    for a in asked: check_ids(model, repr(a.question.prompt), (*a.ids, a.target))
     for index in batches_by_length([len(a.ids) for a in asked], size):
         found = model.logits(torch.tensor([asked[i].ids for i in index], device=model.device)).float()
         logits[index] = found[:, columns].cpu().numpy()

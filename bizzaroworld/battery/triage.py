@@ -5,7 +5,7 @@
 # %% ../../nbs/library/battery/07_triage.ipynb #18c5fcb4
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from .tokens import TokenPair
 from ..files import write_table
 
 # %% auto #0
-__all__ = ['STUDY_COLUMNS', 'OWN_COLUMNS', 'read_targets', 'kinds', 'kind_ranks', 'TriageError', 'batches_by_length', 'baselines',
-           'Triage', 'triage']
+__all__ = ['STUDY_COLUMNS', 'OWN_COLUMNS', 'read_targets', 'kinds', 'kind_ranks', 'TriageError', 'batches_by_length',
+           'VocabularyError', 'check_ids', 'baselines', 'Triage', 'triage']
 
 # %% ../../nbs/library/battery/07_triage.ipynb #2e26cf99
 def read_targets(logits: Float[Tensor, "row d_vocab"], targets: Int[Tensor, "row 2"]) -> dict[str, Tensor]:
@@ -67,6 +67,15 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[
         same = [i for i, length in enumerate(lengths) if length == n]
         yield from (same[i:i + batch_size] for i in range(0, len(same), batch_size))
 
+class VocabularyError(ValueError):
+    """A token that the model has no embedding for."""
+
+def check_ids(model: Any, whose: str, ids: Iterable[int]) -> None:
+    """That the model has an embedding for these tokens. Raises `VocabularyError`, which names the one whose they are."""
+    if wrong := [i for i in ids if not 0 <= i < model.d_vocab]:
+        raise VocabularyError(f"{whose}: a token id is outside 0 to {model.d_vocab - 1}: {wrong[0]}. Give the model its own tokenizer "
+                              "(load_model(model, tokenizer=...)); if tokens were added to that, hf_model.resize_token_embeddings(len(tokenizer)) makes room.")
+
 def _check_finite(logits: Tensor, ids: Sequence[str]) -> None:
     bad = [i for i, ok in zip(ids, logits.isfinite().all(-1).tolist()) if not ok]
     if bad: raise ValueError(f"the model's logits are not finite on {', '.join(bad[:3])}; load it with dtype='float32'")
@@ -74,6 +83,7 @@ def _check_finite(logits: Tensor, ids: Sequence[str]) -> None:
 @torch.no_grad()
 def baselines(model: Any, token_pairs: Sequence[TokenPair], batch_size: int = 32) -> list[tuple[dict, dict]]:
     """The clean and the corrupted run of each pair, as `read_targets` describes them, in plain numbers; with `kind_rank`, among the `of_kind` answers of `kinds`."""
+    for tp in token_pairs: check_ids(model, tp.id, (*tp.clean_ids, *tp.corrupt_ids, tp.clean_target_id, tp.corrupt_target_id))
     kind = kinds(token_pairs)
     runs = [(tp, side) for tp in token_pairs for side in ("clean_ids", "corrupt_ids")]
     out: list[dict] = [{}] * len(runs)
@@ -148,7 +158,8 @@ class Triage:
     @property
     def line(self) -> str:
         "How many pairs are in each set, as a sentence."
-        return (f"The model {known_words(counts(self.table), len(self.table))}; {len(pairs_that(self.table))} have both answers preferred and a "
+        n = len(pairs_that(self.table))
+        return (f"The model {known_words(counts(self.table), len(self.table))}; {n} {'has' if n == 1 else 'have'} both answers preferred and a "
                 f"TotalSwing of {VERDICT_SWING:g} logits or more.")
     def save(self, folder: str | Path) -> Path:
         "Write `triage.csv`, `excluded.csv` and `golden_A.csv`, `golden_B.csv`, `golden_C.csv`; returns the folder."
@@ -181,7 +192,7 @@ def triage(model: Any, pairs: Sequence[PromptPair], spares: Sequence[PromptPair]
 
     Raises
     ------
-    ValueError : no pair can be used, or the model's logits are not finite.
+    ValueError : no pair can be used, one has a token that the model has no embedding for, or the model's logits are not finite.
     """
     found = audit({"model": model}, pairs, spares, bos=bos, multi_token=multi_token, mend=mend)
     excluded = found.dropped("model")

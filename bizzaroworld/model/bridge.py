@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import RLock
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize, ref
 
 import torch
 from torch import Tensor
@@ -22,16 +22,17 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 from .names import ModelError
 
 # %% auto #0
-__all__ = ['BRIDGE', 'BEFORE', 'attach_bridge', 'bare_state', 'bridge_in_memory', 'forget_lengths', 'forward', 'hooks_at', 'lean',
-           'growing', 'sparing', 'remember', 'detach_bridge', 'alone']
+__all__ = ['BRIDGE', 'BEFORE', 'attach_bridge', 'bridge_of', 'bare_state', 'bridge_in_memory', 'forget_lengths', 'forward',
+           'hooks_at', 'lean', 'growing', 'sparing', 'remember', 'detach_bridge', 'alone']
 
 # %% ../../nbs/library/model/02_bridge.ipynb #1290a501
 BRIDGE = "_bizzaroworld_bridge"
 
 
 def attach_bridge(hf_model, tokenizer) -> TransformerBridge:
-    "Put TransformerLens's hooks into a Hugging Face model (in place); one that has them keeps them."
-    if BRIDGE in vars(hf_model): return vars(hf_model)[BRIDGE][0]
+    "Put TransformerLens's hooks into a Hugging Face model (in place) for as long as the bridge is held; one that has them keeps them."
+    if (bridge := bridge_of(hf_model)) is not None: return bridge
+    if BRIDGE in vars(hf_model): detach_bridge(hf_model)  # a copy, whose bridge is the other's
     architecture = type(hf_model).__name__
     if architecture not in SUPPORTED_ARCHITECTURES:
         raise ModelError(f"TransformerLens has no hooks for {architecture}. "
@@ -40,8 +41,16 @@ def attach_bridge(hf_model, tokenizer) -> TransformerBridge:
     hf_model.config._attn_implementation = "eager"
     names = tuple(hf_model.state_dict())
     bridge = build_bridge_from_module(hf_model.eval(), architecture, hf_config=hf_model.config, tokenizer=tokenizer)
-    vars(hf_model)[BRIDGE] = bridge, names  # not an attribute that torch would take for a part of the model
+    vars(hf_model)[BRIDGE] = record = ref(bridge), names  # not an attribute that torch would take for a part of the model
+    finalize(bridge, _let_go, ref(hf_model), record).atexit = False
     return bridge
+
+
+def bridge_of(hf_model) -> TransformerBridge | None:
+    "The bridge of a model, if it is alive and this model's own: ours lives while somebody uses it, somebody else's is kept."
+    held = vars(hf_model).get(BRIDGE, (None,))[0]
+    bridge = held() if isinstance(held, ref) else held
+    return bridge if bridge is not None and bridge.original_model is hf_model else None
 
 
 def _names(hf_model) -> tuple[str, ...]:
@@ -162,7 +171,16 @@ BEFORE = "_bizzaroworld_before"
 
 def remember(hf_model) -> None:
     "Note how a model was when it came, unless that is known or somebody else has put hooks in."
-    if BRIDGE not in vars(hf_model): vars(hf_model).setdefault(BEFORE, (hf_model.training, hf_model.config._attn_implementation))
+    if BRIDGE in vars(hf_model): return
+    modes = {name: module.training for name, module in hf_model.named_modules()}
+    attentions = [config._attn_implementation for config in _configs(hf_model.config)]
+    vars(hf_model).setdefault(BEFORE, (tuple(hf_model.state_dict()), modes, attentions))
+
+
+def _configs(config) -> list:
+    "A configuration and those inside it."
+    inside = [getattr(config, name, None) for name in getattr(config, "sub_configs", ())]
+    return [config, *(c for one in inside if one is not None for c in _configs(one))]
 
 
 def _put_back(module) -> None:
@@ -174,15 +192,22 @@ def _put_back(module) -> None:
 
 def detach_bridge(hf_model) -> None:
     "Take our hooks out of a model, and leave it as it was before `remember`. Where there are none, or somebody else's, nothing is done."
-    if not {BRIDGE, BEFORE} <= set(vars(hf_model)): return
-    (_, names), (training, attention) = vars(hf_model).pop(BRIDGE), vars(hf_model).pop(BEFORE)
+    if BEFORE not in vars(hf_model): return
+    names, modes, attentions = vars(hf_model).pop(BEFORE)
+    vars(hf_model).pop(BRIDGE, None)
     _put_back(hf_model)
     for name in set(hf_model.state_dict()) - set(names):  # a bias of zeros that TransformerLens gave the head
         owner, _, own = name.rpartition(".")
         module = hf_model.get_submodule(owner)
         delattr(module, own)
         module.register_parameter(own, None)
-    hf_model.train(training).config._attn_implementation = attention
+    for name, module in hf_model.named_modules(): module.training = modes.get(name, module.training)
+    for config, attention in zip(_configs(hf_model.config), attentions): config._attn_implementation = attention
+
+
+def _let_go(model: ref, record: tuple) -> None:
+    "Give a model back whose bridge nobody holds any more, unless it is nobody's either, or has other hooks by now."
+    if (hf_model := model()) is not None and vars(hf_model).get(BRIDGE) is record: detach_bridge(hf_model)
 
 
 _LOCKS: WeakKeyDictionary = WeakKeyDictionary()

@@ -198,7 +198,7 @@ class ModelContexts(ModelBatches):
 
     def close(self) -> None:
         """Take the hooks out of a model that was handed over in memory, and give it back as it was; a TransformerBridge keeps its own. What was
-        loaded from the model cannot be run any more."""
+        loaded from the model cannot be run any more. The garbage collector does the same when nothing that was loaded from it is left."""
         detach_bridge(self.hf)
 
     def __enter__(self) -> Model: return self

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from .adapters import has_adapter, merged
-from .bridge import attach_bridge, bridge_in_memory, remember
+from .bridge import attach_bridge, bridge_in_memory, bridge_of, detach_bridge, remember
 from .gguf import GgufFile, gguf_config, gguf_model, gguf_tokenizer, read_gguf
 from .checks import bare_logits, check_kind, explained_kind, gap_of, validate
 from .hooked import Model, Shape, free_bytes, hook_points, readout_of
@@ -204,12 +204,22 @@ def _copied(tokenizer):
     return deepcopy(tokenizer, shared)
 
 
+@contextmanager
+def _given_back_if_refused(hf_model) -> Iterator[None]:
+    "A model that is not hooked yet is left as it was if the context fails."
+    new = bridge_of(hf_model) is None
+    remember(hf_model)
+    try: yield
+    except BaseException:
+        if new: detach_bridge(hf_model)
+        raise
+
+
 def checked(hf_model, tokenizer, name: str, sha: str = "", note: str = "", revision: str | None = None) -> Model:
     """A Hugging Face model with hooks at every site, after `validate`. Raises `ModelError` as that does, and for every kind of
     model that is none to be patched."""
     check_kind(hf_model, name)
-    remember(hf_model)
-    with explained_kind(hf_model, name):
+    with explained_kind(hf_model, name), _given_back_if_refused(hf_model):
         hf_model.config._attn_implementation = "eager"  # the bare model as the hooked one will be: they are compared
         readout, bare = readout_of(hf_model), bare_logits(hf_model)
         bridge = attach_bridge(hf_model, _copied(tokenizer))  # TransformerLens may give its tokenizer another BOS
@@ -235,7 +245,7 @@ def load_model(model: str | Path | torch.nn.Module | Model, *, tokenizer=None, d
     `model` is a model by name (`bizzaro-nano`, `gemma-3-270m`), a local folder, a GGUF file (`model.gguf`, or on the Hub
     `org/repo:model.gguf`), a Hub id (`google/gemma-2b`), or a Hugging Face model or a
     TransformerBridge in memory, which is used as it is (its device and dtype too) and gets its hooks in place (`close()` takes
-    them out again). An adapter in a folder is merged. `dtype`: `auto` for that of the checkpoint. `device` is CUDA's where there is one, else the CPU, unless another is asked for.
+    them out again; so does the garbage collector). An adapter in a folder is merged. `dtype`: `auto` for that of the checkpoint. `device` is CUDA's where there is one, else the CPU, unless another is asked for.
 
     Raises `ModelError` for an unknown name, a missing license, token or network, a damaged file, too little memory, an
     architecture without hooks, or a model whose logits change when hooks are attached."""

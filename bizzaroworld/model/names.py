@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -103,10 +104,23 @@ def _gguf_in(folder: Path) -> Path:
     raise ModelError(f"{folder} holds {len(files)} GGUF files. Name the one to load: " + ", ".join(str(f) for f in files))
 
 
+def _ask_hub(repo: str, file: str, revision: str | None) -> None:
+    """Ask the Hub once for a file that is not on this machine: its client asks twelve times before it says that there is no network.
+
+    Raises what the Hub says of the repository, and `ConnectionError` where it says nothing."""
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    if any(isinstance(try_to_load_from_cache(repo, one, revision=revision), str) for one in (file, "adapter_config.json")): return
+    try: get_hf_file_metadata(hf_hub_url(repo, file, revision=revision))
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, ConnectionError, ValueError): raise
+    except (OSError, errors.EntryNotFoundError): return  # it answers, and has no such file or is busy: what follows tells
+    except Exception as error: raise ConnectionError(str(error)) from error  # of the HTTP library, whichever it is
+
+
 def _gguf_on_hub(name: str, revision: str | None) -> Path:
     "The file `org/repo:file.gguf`, downloaded if it is not on this machine."
     from huggingface_hub import hf_hub_download
     repo, _, file = name.partition(":")
+    _ask_hub(repo, file, revision)
     return Path(hf_hub_download(repo, file, revision=revision))
 
 # %% ../../nbs/library/model/01_names.ipynb #44b3ca09
@@ -125,6 +139,9 @@ def locate(name: str, revision: str | None = None) -> str:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.lower().endswith(".gguf"):
         raise ModelError(f"There is no folder or file {name!r}. Give one that exists, a Hub id such as 'google/gemma-2b', a file on the "
                          f"Hub ('org/repo:file.gguf'), or a model by name: {', '.join([*known, *PACKAGED])}.")
+    if "/" not in name and (near := get_close_matches(name.lower(), [*known, *PACKAGED], cutoff=0.75)):
+        raise ModelError(f"There is no model {name!r}. Did you mean {' or '.join(near)}?")
+    _ask_hub(name, "config.json", revision)
     return name
 
 # %% ../../nbs/library/model/01_names.ipynb #da1a8b2a

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from ..battery.pairs import PromptPair
 from ..battery.tokens import TokenPair, align, notes_lines
+from ..battery.triage import check_ids
 from ..model.hooked import PATTERN_SITES, Shape
 from .interventions import Edit, Intervention, positions_of
 
@@ -42,8 +43,7 @@ def check_pairs(model: Any, pairs: Iterable[TokenPair]) -> None:
                                                       "Both must have as many; `align` refuses such a pair.")
         if not 0 <= first < stop <= n: raise ValueError(f"{tp.id}: the entity span {first} to {stop} does not lie within {n} tokens.")
         ids = (*tp.clean_ids, *tp.corrupt_ids, tp.clean_target_id, tp.corrupt_target_id, *tp.clean_answers, *tp.corrupt_answers)
-        if not 0 <= min(ids) <= max(ids) < model.d_vocab:
-            raise ValueError(f"{tp.id}: a token id is outside 0 to {model.d_vocab - 1}: was it made with this model's tokenizer?")
+        check_ids(model, tp.id, ids)
         for name, where in tp.places:
             if not where or not 0 <= min(where) <= max(where) < n: raise ValueError(f"{tp.id}: its place {name!r} does not lie within {n} tokens.")
         if longest and n > longest: raise ValueError(f"{tp.id} has {n} tokens, and {model.name} has positions for {longest}.")

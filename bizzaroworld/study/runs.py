@@ -79,7 +79,7 @@ AGAIN = "Delete the folder and run the study again."
 # %% ../../nbs/library/study/03_runs.ipynb #1b1b4cf9
 def pair_file(folder: Path, pair_id: str, part: str = "pairs") -> Path:
     "Where the effects of a pair are kept; `part` is another folder for each control."
-    name = re.sub(r'[%/\\:*?"<>|\0]', lambda m: f"%{ord(m[0]):02X}", pair_id)  # an id may hold anything
+    name = re.sub(r'[%/\\:*?"<>|\0-\x1f]', lambda m: f"%{ord(m[0]):02X}", pair_id)  # an id may hold anything
     return folder / part / f"{name}.parquet"
 
 
@@ -227,7 +227,10 @@ def open_run(folder: str | Path | Run) -> Run:
 
     Raises `RunError` if the folder is not a run, or the study in it was not finished."""
     if isinstance(folder, Run): return folder
-    folder = _locate(folder)
+    try: folder = _locate(folder)
+    except TypeError as error:
+        raise RunError(f"A {type(folder).__name__} is no run. Give a run folder, or the name of one that comes along: "
+                       f"{', '.join(shipped_runs()) or 'none'}.") from error
     info = read_info(folder)
     if not (folder / "effects.parquet").is_file():
         raise RunError(f"The study in {folder} is not finished. Run the same command again: it does only what is missing.")

@@ -36,6 +36,7 @@ class Oracle:
         tok.pre_tokenizer = pre_tokenizers.Whitespace()
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<bos>", unk_token="<unk>")
         self.vocabulary, self.known, self.templates, self.asked = vocabulary, known, templates, 0
+        self.d_vocab = len(vocabulary)
 
     def logits(self, ids):
         self.asked += len(ids)
@@ -210,6 +211,12 @@ def test_what_is_saved_is_a_battery(tmp_path):
     built = build_battery(Oracle({"Peru": 5.0, "Cuba": 4.0}), EVERY)
     built.save(tmp_path / "mine.json")
     assert tuple(load_battery(tmp_path / "mine.json")) == built.pairs
+
+
+def test_a_question_with_a_token_that_the_model_has_no_embedding_for_is_named():
+    model = Oracle({"Peru": 5.0, "Cuba": 4.0})
+    model.d_vocab -= 1
+    with pytest.raises(ValueError, match=f"is.*: a token id is outside 0 to {model.d_vocab - 1}: {model.d_vocab}"): build_battery(model, EVERY)
 
 
 def test_two_pairs_about_the_same_entities_have_ids_of_their_own(tmp_path):

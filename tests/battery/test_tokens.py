@@ -2,7 +2,9 @@ import os
 from collections import Counter
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -399,6 +401,18 @@ def pair(name, entity, category="capitals", relation="capital", target=" Santiag
 
 
 GOOD, LONG, CUT = pair("good", "Cuba"), pair("long", "Bolivia"), pair("cut", "Cuba", target=" Havana")
+
+
+def test_audit_takes_one_tokenizer_or_model_as_triage_does():
+    several = audit({"toy": TOY}, [GOOD, LONG, CUT])
+    for given, name in ((TOY, "tokenizer"), (SimpleNamespace(tokenizer=TOY, name="here"), "here"), (SimpleNamespace(tokenizer=TOY, name="a/here"), "here")):
+        a = audit(given, [GOOD, LONG, CUT])
+        assert list(a.entries) == [name] == list(a.summary().tokenizer)
+        assert a.usable() == a.usable(name) == several.usable("toy") and a.selection() == several.selection()
+        pd.testing.assert_frame_equal(a.dropped(), several.dropped("toy"))
+    for found, asked in ((several, "other"), (audit({"a": TOY, "b": TOY}, [GOOD]), None)):
+        for method in (found.usable, found.selection, found.dropped):
+            with pytest.raises(ValueError, match=f"no tokenizer {asked!r} was audited; name one of '(toy|a', 'b)'"): method(asked)
 
 
 def test_audit_counts_and_reasons():

@@ -29,7 +29,7 @@ ID = {w: i for i, w in enumerate(WORDS)}
 
 class Table:
     """A stand-in whose logits are looked up by the name in the prompt: `{name: {token: logit}}`, others 0."""
-    tokenizer, device = TOK, torch.device("cpu")
+    tokenizer, device, d_vocab = TOK, torch.device("cpu"), len(WORDS)
 
     def __init__(self, logits, dtype=torch.float32):
         self.answers, self.dtype, self.batches = logits, dtype, []
@@ -147,6 +147,10 @@ def test_a_tie_is_not_knowledge():
     assert t.clean_target_rank == 1 and not t.knows_clean and not t.sign_ok and t.top1 and not t.known
 
 
+def test_one_pair_has_and_two_have():
+    assert "; 1 has both answers" in triage(Table(LOGITS), PAIRS[:1]).line and "; 2 have both answers" in triage(Table(LOGITS), PAIRS).line
+
+
 def test_golden_pairs():
     t = triage(Table(LOGITS), PAIRS)
     def ids(mode, **options): return [tp.id for tp in t.golden(mode, **options)]
@@ -254,7 +258,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 class Real:
     """A random Gemma behind the interface that triage uses."""
-    tokenizer, device = TOK, torch.device("cpu")
+    tokenizer, device, d_vocab = TOK, torch.device("cpu"), len(WORDS)
 
     def __init__(self):
         torch.manual_seed(0)
@@ -286,6 +290,19 @@ def test_against_one_run_at_a_time():
         assert row.ld_corrupt == pytest.approx((corrupt[a] - corrupt[b]).item(), abs=1e-5)
         assert row.p_corrupt_target_on_corrupt == pytest.approx(corrupt.softmax(-1)[b].item(), abs=1e-6)
         assert row.clean_target_rank == (clean > clean[a]).sum().item() + 1
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_told_with_the_pair():
+    known = triage(Table(LOGITS), PAIRS)
+    model = Table(LOGITS)
+    model.d_vocab = ID["teal"]  # the last answers, teal and rust, have no row
+    said = rf"p3: a token id is outside 0 to {ID['gray']}: {ID['teal']}\. Give the model its own tokenizer"
+    for run in (lambda: triage(model, PAIRS), lambda: baselines(model, known.token_pairs)):
+        with pytest.raises(ValueError, match=said): run()
+    assert not model.batches, "it is told before anything is run"
+    assert len(triage(model, PAIRS[:3]).table) == 3
+    model.d_vocab = ID["rust"] + 1
+    pd.testing.assert_frame_equal(triage(model, PAIRS).table, known.table)
 
 
 def test_baselines_come_in_the_order_of_the_pairs():

@@ -63,6 +63,7 @@ def test_a_file_on_the_hub(tmp_path, monkeypatch):
         asked.append((repo, file, revision))
         return str(write_gguf(tmp_path / file, "llama"))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda url: None)
     model = load_model("someone/tiny-GGUF:tiny.Q8_0.gguf", device="cpu", revision="v1")
     assert asked == [("someone/tiny-GGUF", "tiny.Q8_0.gguf", "v1")] and model.name == "someone/tiny-GGUF:tiny.Q8_0.gguf"
 

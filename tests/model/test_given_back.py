@@ -1,8 +1,11 @@
 """A model that is handed over comes back as it was; two threads do not see each other's patches; what is not understood is said."""
+import copy
+import gc
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +45,140 @@ def test_a_model_is_given_back_as_it_was(name, tmp_path):
     assert torch.allclose(again.logits(IDS), logits[:, -1].float(), atol=1e-5)
     again.close()
     again.close()
+
+
+# --- without close: the garbage collector -----------------------------------------------------------------------------
+
+def told(hf):
+    "All that a caller could tell a change by."
+    config = hf.config
+    parts = [config, *(getattr(config, k) for k in config.sub_configs)]
+    return {"tensors": {k: v.clone() for k, v in hf.state_dict().items()}, "owners": [(k, id(p), p.requires_grad) for k, p in hf.named_parameters()],
+            "buffers": [k for k, _ in hf.named_buffers()], "modules": [(k, isinstance(m, torch.nn.ModuleList) or id(m), m.training) for k, m in hf.named_modules()],
+            "attention": [p._attn_implementation for p in parts], "config": config.to_dict(), "own": sorted(vars(hf)),
+            "hooks": [k for k, m in hf.named_modules() if m._forward_hooks or m._forward_pre_hooks]}
+
+
+def assert_told(hf, before):
+    now = told(hf)
+    assert same(now.pop("tensors"), before["tensors"])
+    for key, value in now.items(): assert value == before[key], key
+
+
+def handed(name="gemma3"):
+    "A model that somebody trains: most of it in one mode, some of it in the other."
+    hf = tiny_hf(name).train()
+    hf.set_attn_implementation("sdpa")
+    list(hf.children())[-1].eval()
+    list(hf.parameters())[0].requires_grad_(False)
+    return hf
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma3-multimodal", "gpt2", "llama", "pythia"])
+def test_the_garbage_collector_gives_a_model_back_as_it_was(name, tmp_path):
+    hf = handed(name)
+    before = told(hf)
+    model = load_model(hf)
+    sweep(model, random_pair(1), Edit("resid_pre", 1, "final"), progress=False)
+    model.bridge.run_with_hooks(IDS, fwd_hooks=[("blocks.1.hook_resid_pre", lambda act, hook: act)])
+    assert len(hf.state_dict()) > len(before["tensors"])
+    del model
+    gc.collect()
+    assert_told(hf, before)
+    with load_model(hf) as again: assert len(hf.state_dict()) > len(before["tensors"]) and again.logits(IDS).isfinite().all()
+    assert_told(hf, before)
+    hf.save_pretrained(tmp_path)
+    assert same(type(hf).from_pretrained(tmp_path).state_dict(), before["tensors"])
+
+
+def test_a_model_stays_hooked_while_anything_made_of_it_is_alive():
+    hf = handed()
+    before, first = told(hf), load_model(hf)
+    expected, last = first.logits(IDS), [load_model(hf), first.without(["z"]), first.bridge]
+    assert last[0].bridge is first.bridge
+    del first
+    while last:
+        gc.collect()
+        assert len(hf.state_dict()) > len(before["tensors"]) and not hf.training
+        model = load_model(hf) if len(last) == 1 else last[0]
+        found = []
+        with model.hooked([("resid_pre", 1, lambda act: found.append(act.shape))]): assert torch.equal(model.logits(IDS), expected)
+        assert found
+        del model, last[0]
+    gc.collect()
+    assert_told(hf, before)
+
+
+def test_closing_and_then_dropping_is_dropping():
+    hf = handed()
+    before, model = told(hf), load_model(hf)
+    model.close()
+    assert_told(hf, before)
+    again = load_model(hf)
+    del model
+    gc.collect()
+    assert len(hf.state_dict()) > len(before["tensors"]), "the one that was closed took the hooks of the next"
+    again.close()
+    del again
+    gc.collect()
+    assert_told(hf, before)
+
+
+@pytest.mark.parametrize("load", [lambda: load_model("bizzaro-nano"), lambda: load_model(tiny_hf("gemma3"))])
+def test_a_model_that_nobody_else_holds_is_freed(load):
+    model = load()
+    model.logits(IDS)
+    refs = [weakref.ref(x) for x in (model, model.hf, model.bridge, model.readout.head.weight)]
+    del model
+    gc.collect()
+    assert [r() for r in refs] == [None] * 4
+
+
+def test_a_bridge_that_somebody_else_made_outlives_what_was_loaded_from_it():
+    hf = tiny_hf("gpt2")
+    bridge = build_bridge_from_module(hf, "GPT2LMHeadModel", hf_config=hf.config, tokenizer=None)
+    keys, expected = list(hf.state_dict()), bridge(IDS)
+    model = load_model(bridge)
+    del model
+    gc.collect()
+    assert list(hf.state_dict()) == keys and torch.equal(bridge(IDS), expected)
+
+
+@pytest.mark.parametrize("step", ["load.bare_logits", "bridge.build_bridge_from_module", "load.validate"])
+def test_a_model_that_is_refused_is_given_back_at_once(step, monkeypatch):
+    hf = handed()
+    before = told(hf)
+    monkeypatch.setattr(f"bizzaroworld.model.{step}", lambda *_, **__: 1 / 0)
+    with pytest.raises(ModelError, match="ZeroDivision"): load_model(hf)
+    assert_told(hf, before)
+
+
+def test_a_refusal_leaves_what_was_loaded_before(monkeypatch):
+    hf = handed()
+    model = load_model(hf)
+    expected = model.logits(IDS)
+    monkeypatch.setattr("bizzaroworld.model.load.validate", lambda *_: 1 / 0)
+    with pytest.raises(ModelError): load_model(hf)
+    with model.hooked([("resid_pre", 1, lambda act: act * 0)]): assert not torch.equal(model.logits(IDS), expected)
+
+
+def test_a_copy_of_a_hooked_model_is_a_model_of_its_own():
+    hf = handed()
+    before, model = told(hf), load_model(hf)
+    twin = copy.deepcopy(hf)
+    other = load_model(twin)
+    assert other.hf is twin and other.bridge is not model.bridge and torch.equal(other.logits(IDS), model.logits(IDS))
+    with other.hooked([("resid_pre", 0, lambda act: act * 0)]): assert not torch.equal(other.logits(IDS), model.logits(IDS))
+    other.close()
+    assert same(twin.state_dict(), before["tensors"]) and twin.training and len(hf.state_dict()) > len(before["tensors"])
+
+
+def test_the_end_of_a_program_is_quiet():
+    code = ("import sys; sys.path.insert(0, 'tests'); from tiny import tiny_hf; from bizzaroworld.model.load import load_model\n"
+            "hf = tiny_hf('gpt2'); model = load_model(hf); ring = [model]; ring.append(ring)\n"
+            "other = load_model('bizzaro-nano'); gone = load_model(tiny_hf('llama')); del gone; print('end')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0 and done.stdout == "end\n" and not any(w in done.stderr for w in ("Traceback", "ignored")), done.stderr
 
 
 def test_a_bridge_that_somebody_else_made_keeps_its_hooks():

@@ -1,5 +1,8 @@
 """Loading: what is accepted, what is refused, and that the checks can fail."""
 import hashlib
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -85,6 +88,7 @@ def test_each_failure_has_its_own_remedy(monkeypatch, cause, token, says):
     def fail(*args, **kwargs): raise OSError("wrapped by transformers") from cause()
     if "torn" in says: fail = lambda *a, **k: (_ for _ in ()).throw(cause())
     monkeypatch.setattr(models.AutoConfig, "from_pretrained", fail)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: None)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: token)
     with pytest.raises(ModelError) as raised: load_model("google/gemma-2b")
     assert says in str(raised.value) and "hf_secret" not in str(raised.value)
@@ -92,6 +96,58 @@ def test_each_failure_has_its_own_remedy(monkeypatch, cause, token, says):
 
 def test_offline_and_not_here():
     with pytest.raises(ModelError, match="Hub could not be reached"): load_model("google/gemma-2b")
+
+
+def test_the_hub_is_asked_once_before_its_client_asks_again_and_again(monkeypatch):
+    def answer(error):
+        def ask(url):
+            asked.append(url)
+            if error: raise error
+        return ask
+    unknown, gated, busy = (_hub_error(kind, status) for kind, status in (
+        (errors.RepositoryNotFoundError, 404), (errors.GatedRepoError, 403), (errors.HfHubHTTPError, 503)))
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_secret")
+    for error, says in ((unknown, "misspelt"), (gated, "Accept its license"), (httpx.ConnectError("no route"), "Hub could not be reached"),
+                        (httpx.ReadTimeout("slow"), "Hub could not be reached")):
+        asked = []
+        monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", answer(error))
+        for name, file in (("google/gemma-2b", "config.json"), ("google/gemma-2b:x.gguf", "x.gguf")):
+            with pytest.raises(ModelError, match=says): load_model(name)
+            assert asked.pop().endswith(f"/google/gemma-2b/resolve/main/{file}") and not asked
+    for error in (None, busy, errors.EntryNotFoundError("an adapter has no config.json")):
+        monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", answer(error))
+        assert models.locate("google/gemma-2b") == "google/gemma-2b"
+
+
+def test_what_is_on_this_machine_is_not_asked_for(monkeypatch, tmp_path):
+    for folder, file in (("models--a--whole", "config.json"), ("models--a--adapter", "adapter_config.json"), ("models--a--file", "x.gguf")):
+        there = tmp_path / folder / "snapshots" / ("0" * 40)
+        there.mkdir(parents=True)
+        (there / file).write_text("{}")
+        (tmp_path / folder / "refs").mkdir()
+        (tmp_path / folder / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert [models.locate(name) for name in ("a/whole", "a/adapter")] == ["a/whole", "a/adapter"]
+    assert models.locate("a/file:x.gguf").endswith("x.gguf")
+    with pytest.raises(errors.OfflineModeIsEnabled): models.locate("a/other")
+
+
+def test_without_a_network_the_answer_comes_at_once():
+    code = ("import time; from bizzaroworld.model.load import load_model\nstart = time.monotonic()\ntry: load_model('google/gemma-2b')\n"
+            "except ValueError as error: print(error, '|', time.monotonic() - start)")
+    env = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    said, seconds = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env).stdout.split("|")
+    assert "Hub could not be reached" in said and float(seconds) < 8  # the client's own waits add up to 46
+
+
+@pytest.mark.parametrize("name, near", [("bizzaro-nanno", "bizzaro-nano"), ("Bizzaro-Micro", "bizzaro-micro"), ("gemma-3-270", "gemma-3-270m")])
+def test_a_slip_in_a_name_is_told_at_once(name, near):
+    with pytest.raises(ModelError, match=f"no model '{name}'. Did you mean {near}"): load_model(name)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "distilgpt2", "gemma-2b", "google/gemma-3-270m"])
+def test_other_names_go_to_the_hub(name):
+    with pytest.raises(ModelError, match="Hub could not be reached"): load_model(name)
 
 
 @pytest.mark.parametrize("name, says", [("./nowhere", "no folder"), ("a/b/c", "no folder")])

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from bizzaroworld.files import data_path, replacing, write_json, write_table
-from bizzaroworld.study.runs import (Run, RunError, claim, control_run, filled, is_done, open_run, output, pair_file, read_info,
+from bizzaroworld.study.runs import (Run, RunError, _read, claim, control_run, filled, is_done, open_run, output, pair_file, read_info,
                                       shipped_runs, slim)
 
 from planted import planted_run, steps
@@ -32,6 +32,22 @@ def test_tables_survive_the_round_trip(tmp_path):
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "t.parquet"), frame)
     write_table(tmp_path / "t.csv", frame)
     assert pd.read_csv(tmp_path / "t.csv").effect.tolist() == frame.effect.tolist()
+
+
+@pytest.mark.parametrize("text", ["a\rb", "a\r\nb", "\r", 'a\r"b, c"', "a\nb", "plain"])
+def test_text_with_line_ends_survives_a_csv(tmp_path, text):
+    frame = pd.DataFrame({"pair_id": ["1", text, "NA"], "clean_prompt": [text, "x", "y\r"], "rank": [1, 2, 3], "p": [0.5, None, 1e-9], "known": [True, False, True],
+                          "first": pd.array([True, None, False], "boolean")})
+    write_table(tmp_path / "triage.csv", frame)
+    write_table(tmp_path / "triage.parquet", frame)
+    found, whole = _read(tmp_path / "triage.csv"), _read(tmp_path / "triage.parquet")
+    for name in frame: assert found[name].astype(object).where(found[name].notna(), None).tolist() == whole[name].astype(object).where(whole[name].notna(), None).tolist()
+    assert found.known.dtype == bool and found["rank"].dtype == "int64"
+
+
+@pytest.mark.parametrize("given", [None, 3, pd.DataFrame()])
+def test_what_is_no_run_is_told_what_to_give(given):
+    with pytest.raises(RunError, match=f"A {type(given).__name__} is no run. Give a run folder.*bizzaro-nano"): open_run(given)
 
 
 def test_a_folder_is_one_run(tmp_path):
