@@ -158,7 +158,7 @@ PLACE = ("corruption", "metric", "direction", "site", "position")
 
 def _interval(drawn: np.ndarray, n: int) -> dict[str, np.ndarray]:
     "The middle 95% of resamples, column by column."
-    low, high = np.quantile(drawn, (0.025, 0.975), axis=0) if n > 2 else np.full((2, *drawn.shape[1:]), np.nan)
+    low, high = np.quantile(drawn, (0.025, 0.975), axis=0, method="nearest") if n > 2 else np.full((2, *drawn.shape[1:]), np.nan)
     return {"low": low, "high": high}
 
 
