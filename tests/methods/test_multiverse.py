@@ -169,6 +169,7 @@ def test_a_window_of_one_is_its_layer_and_pairs_are_common():
     same = window_sums(pd.concat([t, t[t.window == 1].assign(window=1.0)]).drop_duplicates())
     np.testing.assert_allclose(same[same.layer == 5]["sum"], bump(7)[4:7].sum())
     assert (window_sums(t[(t.window == 1) | (t.pair_id != "p3")]).n == 19).all()
+    assert (window_sums(t[(t.window == 3) | (t.pair_id != "p3")]).n == 19).all(), "only the pairs that have both"
     with pytest.raises(ValueError, match="layer 6"): window_sums(t[(t.window != 1) | (t.layer != 6)])
     with pytest.raises(ValueError, match="window"): window_sums(t[t.window == 1])
 
