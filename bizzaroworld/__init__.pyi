@@ -3,6 +3,8 @@ from .battery.formats import load_battery as load_battery
 from .battery.pairs import PromptPair as PromptPair
 from .battery.tokens import align as align
 from .battery.triage import triage as triage
+from .methods.detections import detection_table as detection_table, detections as detections, warnings_of as warnings_of
+from .methods.multiverse import multiverse as multiverse, variance_explained as variance_explained
 from .model.load import load_model as load_model
 from .paper.report import report as report
 from .patch.interventions import Edit as Edit, Intervention as Intervention, grid as grid

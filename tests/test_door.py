@@ -10,8 +10,8 @@ import pytest
 
 import bizzaroworld as bw
 
-NAMES = ("Edit Intervention PromptPair align audit claims compare grid load_battery load_model mean_values open_run report run_study sweep "
-         "triage").split()
+NAMES = ("Edit Intervention PromptPair align audit claims compare detection_table detections grid load_battery load_model mean_values "
+         "multiverse open_run report run_study sweep triage variance_explained warnings_of").split()
 
 
 def test_the_names():

@@ -18,17 +18,18 @@ WINGS = {wing: rooms.split() for wing, rooms in {
     "battery": "pairs layouts formats tokens audit knowing triage facts builder chat",
     "model": "names bridge hooked identity adapters gguf checks load catalog",
     "patch": "interventions metrics passes engine means sweep",
+    "methods": "detections multiverse",
     "study": "runs experiments controls",
     "results": "estimates effects layers heads correlations summary quantities compare",
     "replication": "published numbers claims verdicts",
-    "figures": "style captions layers pairs comparisons sweeps run_figures comparison_figures",
+    "figures": "style captions layers pairs comparisons sweeps run_figures comparison_figures methods_figures",
     "views": "lens_and_attention explorer explorer_state circuitsvis widgets",
     "paper": "chapters pages report",
     "zoo": "corpus training nano micro",
     "top": "pipeline console options cli"}.items()}
 FLOW = [room if wing in ("ground", "top") else f"{wing}.{room}" for wing, rooms in WINGS.items() for room in rooms]
 # What `--help` and a reader of the battery wait for; and all that reads a run, which needs no model.
-TORCHLESS = {"files", "console", "options", "cli", "battery.pairs", "battery.layouts", "battery.formats", "battery.knowing", "battery.facts", "model.names", "model.catalog", "study.runs", "paper.pages", "views.explorer",
+TORCHLESS = {"files", "console", "options", "cli", "battery.pairs", "battery.layouts", "battery.formats", "battery.knowing", "battery.facts", "model.names", "model.catalog", "methods.detections", "methods.multiverse", "study.runs", "paper.pages", "views.explorer",
              *(name for name in FLOW if name.partition(".")[0] in ("results", "replication", "figures"))}
 # The one exception to the flow: `Sweep.plot` draws when it is called, as pandas does.
 UPWARD = {("patch.sweep", "figures.sweeps")}
