@@ -17,7 +17,7 @@ WINGS = {wing: rooms.split() for wing, rooms in {
     "ground": "files",
     "battery": "pairs layouts formats tokens audit knowing triage facts builder chat",
     "model": "names bridge hooked identity adapters gguf checks load catalog",
-    "patch": "interventions metrics passes engine means sweep",
+    "patch": "interventions metrics noise passes engine means sweep",
     "methods": "detections multiverse",
     "study": "runs experiments controls",
     "results": "estimates effects layers heads correlations summary quantities compare",
