@@ -85,15 +85,16 @@ def _drawn(tokenizer: Any, cell: Cell, rng: Random, seen: set, apart: bool = Fal
             if not _prompts(tp, apart) & seen: return tp
     return refused
 
-# %% ../../nbs/library/tasks/02_recipes.ipynb #db4d63c6
+# %% ../../nbs/library/tasks/02_recipes.ipynb #8e38685b
 def collect(tokenizer: Any, cells: Sequence[Cell], n: int, seed: str, *, even: bool = True, apart: bool = False) -> list[TokenPair]:
     """`n` pairs with distinct clean prompts, drawn from the cells in turn; the same ones for the same tokenizer and seed.
 
-    `even`: every cell has its share; otherwise one that has no more is passed over. `apart`: nor does a corrupted prompt come twice, or as the clean one of another pair.
+    `even`: every cell has its share; otherwise one that has no more is passed over.
+    `apart`: nor does a corrupted prompt come twice, or as the clean one of another pair.
     Raises `ValueError` where the tokenizer can write no pair at all, or fewer than `n` distinct ones."""
-    first = [_drawn(tokenizer, cell, Random(f"try {seed}"), set()) for cell in cells]
-    usable = [cell for cell, found in zip(cells, first) if isinstance(found, TokenPair)]
-    if not usable: raise ValueError(f"This tokenizer cannot write the task: {first[0]}. Use another task or model.")
+    first = [(cell, _drawn(tokenizer, cell, Random(f"try {seed}"), set())) for cell in cells] if even else []
+    usable = [cell for cell, found in first if isinstance(found, TokenPair)] if even else list(cells)
+    refused = next((found for _, found in first if not isinstance(found, TokenPair)), None)
     rng, seen, out, turn = Random(seed), set(), [], 0
     while len(out) < n and usable:
         cell = usable[turn % len(usable)]
@@ -103,7 +104,8 @@ def collect(tokenizer: Any, cells: Sequence[Cell], n: int, seed: str, *, even: b
             out.append(tp)
             turn += 1
         elif even: break
-        else: usable.remove(cell)
+        else: usable, refused = [c for c in usable if c is not cell], tp or refused
+    if not out: raise ValueError(f"This tokenizer cannot write the task: {refused}. Use another task or model.")
     if len(out) < n: raise ValueError(f"With this tokenizer the task has {len(out)} distinct pairs{' in even shares of its wordings' * even}, not {n}. "
                                       f"Ask for n={len(out)} or fewer.")
     return out

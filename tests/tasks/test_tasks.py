@@ -59,7 +59,7 @@ def check(tok, task):
     assert sum(counts) == len(task) and (task.name in UNEVEN or max(counts) - min(counts) <= 1)
 
 
-@pytest.mark.parametrize("name, choice", EACH, ids=" ".join)
+@pytest.mark.parametrize("name, choice", EACH)
 def test_what_every_task_promises(tok, name, choice):
     @settings(max_examples=3)
     @given(SEEDS)
@@ -81,11 +81,12 @@ def test_a_seed_is_a_set_of_pairs(tok, name):
     assert one.pairs == make_task(name, tok, 30, 1).pairs[:10] or name in UNEVEN, "more pairs are the same ones, and others behind"
 
 
-@pytest.mark.parametrize("name, choice", EACH, ids=" ".join)
+@pytest.mark.parametrize("name, choice", EACH)
 def test_sixty_pairs(tok, name, choice):
     assert len(make_task(name, tok, 60, 0, choice)) == 60
 
 
+@pytest.mark.slow
 def test_it_is_the_same_in_another_process():
     """Nothing hangs on the order of a set."""
     code = ("from bizzaroworld.model.load import load_tokenizer\nfrom bizzaroworld.tasks.registry import TASKS, make_task\nimport hashlib\n"
@@ -239,7 +240,7 @@ def test_the_subject_has_a_first_a_last_and_what_lies_between(tok, name):
         assert at["subject"] == tuple(range(*tp.entity_span)) == tuple(dict.fromkeys((*first, *middle, *last)))
         assert text_at(tok, tp.clean_ids, at["subject"]) == tp.pair.clean_entity and ("subject_middle" in at) == (len(at["subject"]) > 2)
         lengths.add(len(at["subject"]))
-    assert len(lengths) > 1
+    assert name == "facts" or len(lengths) > 1  # most subjects of the battery are one token
 
 
 def test_facts_are_the_battery_and_fewer_are_spread_over_the_categories():
@@ -275,6 +276,7 @@ def test_the_table_shows_every_task_or_why_not(tok):
     assert list(zip(table.task, table.corruption)) == EACH and (table.pairs == 4).all() and (table.problem == "").all()
 
 
+@pytest.mark.slow
 def test_the_table_says_what_is_wrong():
     table = task_table(load_tokenizer("bizzaro-nano"), n=121).set_index(["task", "corruption"])
     row = table.loc[("facts", "subject")]
