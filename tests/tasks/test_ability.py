@@ -17,7 +17,7 @@ VOCAB = len(TOK)
 
 class Planted:
     """A model whose logits are looked up by the prompt: `{ids: {token: logit}}`, others 0."""
-    name, tokenizer, device = "planted", TOK, torch.device("cpu")
+    name, tokenizer, device, d_vocab = "planted", TOK, torch.device("cpu"), VOCAB
 
     def __init__(self, table): self.table = table
 
@@ -120,6 +120,12 @@ def test_a_model_with_broken_logits_is_refused():
     broken = planted(task, 4)
     broken.table[task.pairs[2].corrupt_ids] = {task.pairs[2].clean_target_id: float("nan")}
     with pytest.raises(ValueError, match="not finite"): ability(broken, task)
+
+
+def test_a_token_that_the_model_lacks_is_named():
+    task, model = make_task("ioi", TOK, 4), Planted({})
+    model.d_vocab = 10
+    with pytest.raises(ValueError, match=f"{task.pairs[0].id}: a token id is outside 0 to 9"): ability(model, task)
 
 
 def test_it_reads_what_triage_reads():
