@@ -17,6 +17,7 @@ WINGS = {wing: rooms.split() for wing, rooms in {
     "ground": "files",
     "battery": "pairs layouts formats tokens audit knowing triage facts builder chat",
     "model": "names bridge hooked identity adapters gguf checks load catalog",
+    "tasks": "drafts recipes ioi greater_than docstring arithmetic choices recall registry ability",
     "patch": "interventions metrics noise passes engine means sweep",
     "methods": "detections multiverse",
     "study": "runs experiments controls",

@@ -87,7 +87,7 @@ def _keepers(bank: Bank, rows: Sequence[Row], first: int) -> list[tuple[str, int
         return hook
     return [(*key, keep(*key, slots)) for key, slots in _slots(rows, Donor).items()]
 
-
+# %% ../../nbs/library/patch/05_engine.ipynb #5e1f0e02
 def donor_run(model: Model, sequences: Sequence[Sequence[int]], rows: Sequence[Row]) -> Bank:
     "Run the donors; return the vectors that the rows will write."
     (ids, mask), bank = _padded(sequences, model.device), {}
