@@ -66,16 +66,18 @@ def widths_of(n_layers: int, asked: Sequence[int | float] = WIDTHS) -> list[int]
 
 
 def places_of(model: Model, widths: Sequence[int | float] = WIDTHS, named: Sequence[str] = (), few: bool = False) -> list[Place]:
-    """Everything that a part of the grid patches; with `few`, what noise and controls are made of: heads at all positions and windows of the MLPs.
+    """Everything that a part of the grid patches. With `few`, what every draw of noise and every control is made of: heads at all
+    positions, and the MLPs at the entity in the narrowest and the middle window.
 
     `named`: places of the task at which single MLPs are patched as well, for the map of layers and positions."""
-    found = each_head(model, "all")
-    if "mlp_out" in model.sites: found += [p for w in widths_of(model.n_layers, widths) for p in windows(model, "mlp_out", "entity", w)]
+    found, all_widths = each_head(model, "all"), widths_of(model.n_layers, widths)
+    some = sorted({all_widths[0], all_widths[len(all_widths) // 2]}) if few else all_widths
+    if "mlp_out" in model.sites: found += [p for w in some for p in windows(model, "mlp_out", "entity", w)]
     if few: return found
     found += each_head(model, "entity") + each_head(model, "final")
     for site in (s for s in LAYER_SITES if s in model.sites):
         for position in ("entity", "final"):
-            wide = widths_of(model.n_layers, widths) if site != "resid_pre" else [1]
+            wide = all_widths if site != "resid_pre" else [1]
             found += [p for w in wide if (site, position) != ("mlp_out", "entity") for p in windows(model, site, position, w)]
     return found + [p for name in named for p in windows(model, "mlp_out", name, 1)]
 

@@ -74,20 +74,26 @@ class Readout:
     head: torch.nn.Module
     scale: float = 1.0
     softcap: float | None = None
-    slice_rows: int = 32_768
+    slice_rows: int = 8192
 
     def __call__(self, hidden: Float[Tensor, "row d_model"],
                  columns: Int[Tensor, "row col"] | None = None) -> Float[Tensor, "row out"]:
         "fp32 logits: of `columns` (token ids, a set for each row), or of the whole vocabulary."
-        hidden, weight = hidden.float(), self.head.weight
-        bias = getattr(self.head, "bias", None)
-        if columns is None:
-            logits = torch.cat([hidden @ w.float().T for w in weight.split(self.slice_rows)], dim=-1)
-            if bias is not None: logits = logits + bias.float()
-        else:
-            logits = einsum(hidden, weight[columns].float(), "row d, row col d -> row col")
-            if bias is not None: logits = logits + bias[columns].float()
-        logits = logits * self.scale
+        if columns is None: return torch.cat(list(self.slices(hidden)), dim=-1)
+        weight, bias = self.head.weight, getattr(self.head, "bias", None)
+        logits = einsum(hidden.float(), weight[columns].float(), "row d, row col d -> row col")
+        return self._scaled(logits if bias is None else logits + bias[columns].float())
+
+    def slices(self, hidden: Float[Tensor, "row d_model"]) -> Iterator[Float[Tensor, "row part"]]:
+        "fp32 logits of the whole vocabulary in order, a part at a time: all of them at once may be gigabytes."
+        hidden, bias = hidden.float(), getattr(self.head, "bias", None)
+        parts = [None] * len(self.head.weight) if bias is None else bias.float().split(self.slice_rows)
+        for weight, part in zip(self.head.weight.split(self.slice_rows), parts):
+            logits = hidden @ weight.float().T
+            yield self._scaled(logits if part is None else logits + part)
+
+    def _scaled(self, logits: Tensor) -> Tensor:
+        if self.scale != 1.0: logits = logits * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 # %% ../../nbs/library/model/03_hooked.ipynb #bef5e85c

@@ -5,66 +5,68 @@
 # %% ../../nbs/library/patch/02_metrics.ipynb #059b2745
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..battery.tokens import TokenPair
+from ..model.hooked import Readout
 
 # %% auto #0
-__all__ = ['METRICS', 'WHOLE_VOCABULARY', 'LESS_IS_BETTER', 'OF_MEAN', 'answer_logits', 'logit_difference', 'log_probability',
-           'probability', 'probability_difference', 'rank', 'kl_divergence', 'answers_of', 'check_metrics', 'measured',
-           'effect', 'recovery']
+__all__ = ['Values', 'METRICS', 'WHOLE_VOCABULARY', 'LESS_IS_BETTER', 'OF_MEAN', 'Readings', 'logit_difference',
+           'log_probability', 'probability', 'probability_difference', 'rank', 'kl_divergence', 'answers_of',
+           'check_metrics', 'answer_logits', 'Reader', 'measured', 'effect', 'recovery']
 
 # %% ../../nbs/library/patch/02_metrics.ipynb #8e3b4172
-def answer_logits(logits: Float[Tensor, "row col"], answer: Int[Tensor, "row token"]) -> Float[Tensor, "row"]:
-    "The logit of an answer: of its token, or the logarithm of the sum of exponentials over its tokens (-1 is no token)."
-    return logits.gather(-1, answer.clamp_min(0)).masked_fill(answer < 0, float("-inf")).logsumexp(-1)
+Values = Float[Tensor, "row"]
 
 
-def logit_difference(logits: Float[Tensor, "row col"], clean: Int[Tensor, "row token"], corrupt: Int[Tensor, "row token"],
-                     clean_run: Float[Tensor, "row col"] | None = None) -> Float[Tensor, "row"]:
+@dataclass(frozen=True, eq=False)
+class Readings:
+    "What metrics are made of, for each run; the last four only where a metric needs the whole vocabulary."
+    clean: Values                # the logit of the clean answer
+    corrupt: Values              # of the corrupted answer
+    total: Values | None = None  # log of the sum of exponentials of all logits
+    above: Values | None = None  # how many tokens have a larger logit than the clean answer's best
+    cross: Values | None = None  # this run's logits, weighted by the clean run's probabilities
+    own: Values | None = None    # the clean run's log-probabilities, weighted likewise
+
+
+def logit_difference(run: Readings) -> Values:
     "Logit of the clean answer minus logit of the corrupt answer (in logits)."
-    return answer_logits(logits, clean) - answer_logits(logits, corrupt)
+    return run.clean - run.corrupt
 
 # %% ../../nbs/library/patch/02_metrics.ipynb #52682ae0
-def log_probability(logits: Float[Tensor, "row d_vocab"], clean: Int[Tensor, "row token"], corrupt: Int[Tensor, "row token"],
-                    clean_run: Float[Tensor, "row d_vocab"] | None = None) -> Float[Tensor, "row"]:
+def log_probability(run: Readings) -> Values:
     "Logarithm of the probability of the clean answer, in nats."
-    return answer_logits(logits, clean) - logits.logsumexp(-1)
+    return run.clean - run.total
 
 
-def probability(logits: Float[Tensor, "row d_vocab"], clean: Int[Tensor, "row token"], corrupt: Int[Tensor, "row token"],
-                clean_run: Float[Tensor, "row d_vocab"] | None = None) -> Float[Tensor, "row"]:
+def probability(run: Readings) -> Values:
     "Probability of the clean answer, in [0, 1]."
-    return log_probability(logits, clean, corrupt).exp()
+    return (run.clean - run.total).exp()
 
 
-def probability_difference(logits: Float[Tensor, "row d_vocab"], clean: Int[Tensor, "row token"], corrupt: Int[Tensor, "row token"],
-                           clean_run: Float[Tensor, "row d_vocab"] | None = None) -> Float[Tensor, "row"]:
+def probability_difference(run: Readings) -> Values:
     "Probability of the clean answer minus that of the corrupt answer, in [-1, 1]."
-    return probability(logits, clean, corrupt) - probability(logits, corrupt, clean)
+    return (run.clean - run.total).exp() - (run.corrupt - run.total).exp()
 
 # %% ../../nbs/library/patch/02_metrics.ipynb #a8a0c718
-def rank(logits: Float[Tensor, "row d_vocab"], clean: Int[Tensor, "row token"], corrupt: Int[Tensor, "row token"],
-         clean_run: Float[Tensor, "row d_vocab"] | None = None) -> Float[Tensor, "row"]:
+def rank(run: Readings) -> Values:
     "How many tokens have a larger logit than the clean answer (than the best token of a set); 0: it comes first."
-    best = logits.gather(-1, clean.clamp_min(0)).masked_fill(clean < 0, float("-inf")).amax(-1, keepdim=True)
-    return (logits > best).sum(-1).to(logits.dtype)
+    return run.above
 
 
-def kl_divergence(logits: Float[Tensor, "row d_vocab"], clean: Int[Tensor, "row token"], corrupt: Int[Tensor, "row token"],
-                  clean_run: Float[Tensor, "row d_vocab"]) -> Float[Tensor, "row"]:
+def kl_divergence(run: Readings) -> Values:
     "KL(clean run || this run) over the next token, in nats; 0 on the clean run itself."
-    p, q = clean_run.log_softmax(-1), logits.log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
+    return (run.own - run.cross + run.total).clamp_min(0)
 
 # %% ../../nbs/library/patch/02_metrics.ipynb #4b4601ae
-METRICS: dict[str, Callable[..., Float[Tensor, "row"]]] = {
-    "ld": logit_difference, "prob": probability, "logprob": log_probability, "prob_diff": probability_difference, "rank": rank,
-    "kl": kl_divergence}
+METRICS: dict[str, Callable] = {"ld": logit_difference, "prob": probability, "logprob": log_probability, "prob_diff": probability_difference,
+                                "rank": rank, "kl": kl_divergence}
 WHOLE_VOCABULARY = tuple(name for name in METRICS if name != "ld")
 LESS_IS_BETTER = ("rank", "kl")  # of these, a run that answers as the clean one has a small value
 
@@ -85,39 +87,70 @@ def check_metrics(metrics: Sequence[str]) -> None:
             raise ValueError(f"Unknown metric {name!r}: use one of {', '.join(METRICS)}, or one of these with {OF_MEAN!r} at its end.")
 
 # %% ../../nbs/library/patch/02_metrics.ipynb #a8a0c724
-def _read(readout, hidden, answers, clean_hidden, metrics, of_mean: bool) -> Float[Tensor, "row metric"]:
-    "The metrics of a few rows; `clean_hidden` holds their clean runs, several draws of each, as `hidden` does."
-    def logits_of(states, columns=None):
-        out = readout(states.flatten(0, 1), None if columns is None else columns.repeat_interleave(states.shape[1], 0)).unflatten(0, states.shape[:2])
-        return out.mean(1) if of_mean else out.flatten(0, 1)
-    if not of_mean: answers = answers.repeat_interleave(hidden.shape[1], 0)
-    if set(metrics) & set(WHOLE_VOCABULARY): logits, (clean, corrupt) = logits_of(hidden), answers.unbind(1)
-    else:
-        columns = answers.flatten(1)
-        here = torch.arange(columns.shape[1], device=columns.device).expand_as(columns).masked_fill(columns < 0, -1)
-        states = hidden if of_mean else hidden.flatten(0, 1)[:, None]
-        logits, (clean, corrupt) = logits_of(states, columns.clamp_min(0)), here.view_as(answers).unbind(1)
-    clean_run = None
-    if "kl" in metrics:  # the clean run of a pair is read once, however many of its rows are here
-        once, back = clean_hidden.unique(dim=0, return_inverse=True)
-        clean_run = logits_of(once).unflatten(0, (len(once), -1))[back].flatten(0, 1)
-    values = torch.stack([METRICS[m](logits, clean, corrupt, clean_run) for m in metrics], -1)
-    return values if of_mean else values.unflatten(0, hidden.shape[:2]).mean(1)
+def answer_logits(columns: Float[Tensor, "row token"], answer: Int[Tensor, "row token"]) -> Values:
+    "The logit of an answer: of its token, or the logarithm of the sum of exponentials over its tokens (-1 is no token)."
+    return columns.masked_fill(answer < 0, float("-inf")).logsumexp(-1)
+
+
+class Reader:
+    """Gathers the readings of runs while their logits pass by in parts.
+
+    `columns`: the logits of their `answers` (row, clean or corrupted, token). `clean_run`: probabilities of the clean runs (run, d_vocab),
+    for KL; `of`: which of them each row is held against."""
+    def __init__(self, columns, answers, clean_run=None, of=None):
+        self.answer, self.clean_run, self.of = answers[:, 0], clean_run, of
+        self.clean, self.corrupt = (answer_logits(columns[:, i], answers[:, i]) for i in (0, 1))
+        self.best = columns[:, 0].masked_fill(self.answer < 0, float("-inf")).amax(-1, keepdim=True)
+        self.total, self.above, self.cross = torch.full_like(self.clean, float("-inf")), torch.zeros_like(self.clean), torch.zeros_like(self.clean)
+        self.start = 0
+
+    def add(self, logits: Float[Tensor, "row part"]) -> None:
+        "The next part of the vocabulary."
+        stop = self.start + logits.shape[1]
+        self.total = torch.logaddexp(self.total, logits.logsumexp(-1))
+        own = logits.gather(-1, (self.answer - self.start).clamp(0, logits.shape[1] - 1)) > self.best
+        self.above += (logits > self.best).sum(-1) - (own & (self.answer >= self.start) & (self.answer < stop)).sum(-1)
+        for run in () if self.of is None else self.of.unique():
+            self.cross[self.of == run] += logits[self.of == run] @ self.clean_run[run, self.start:stop]
+        self.start = stop
+
+    def readings(self) -> Readings:
+        own = None if self.of is None else torch.special.xlogy(self.clean_run, self.clean_run).sum(-1)[self.of]
+        return Readings(self.clean, self.corrupt, self.total, self.above, self.cross, own)
 
 # %% ../../nbs/library/patch/02_metrics.ipynb #a8a0c725
-def measured(readout: Callable, hidden: Float[Tensor, "row draw d_model"], answers: Int[Tensor, "row 2 token"],
-             clean_hidden: Float[Tensor, "row draw d_model"], metrics: Sequence[str], at_once: int = 128) -> Float[Tensor, "row metric"]:
+def _read(readout, hidden, answers, clean_hidden, means: Sequence[bool], metrics: set[str]) -> list[Readings]:
+    "The readings of each draw of a few rows, or of the mean over their draws, for each of `means`."
+    rows, draws = hidden.shape[:2]
+    def shaped(logits, mean): return logits.unflatten(0, (rows, draws)).mean(1) if mean else logits
+    columns = readout(hidden.flatten(0, 1), answers.flatten(1).clamp_min(0).repeat_interleave(draws, 0)).unflatten(1, answers.shape[1:])
+    asked = {mean: answers if mean else answers.repeat_interleave(draws, 0) for mean in means}
+    if not metrics & set(WHOLE_VOCABULARY):
+        return [Readings(*(answer_logits(shaped(columns, mean)[:, i], asked[mean][:, i]) for i in (0, 1))) for mean in means]
+    clean_run = of = None
+    if "kl" in metrics:  # a clean run is the same in all draws, and is read once however many rows are of it
+        once, of = clean_hidden[:, 0].unique(dim=0, return_inverse=True)
+        clean_run = readout(once).softmax(-1)
+    readers = {mean: Reader(shaped(columns, mean), asked[mean], clean_run, of if mean or of is None else of.repeat_interleave(draws)) for mean in means}
+    for part in readout.slices(hidden.flatten(0, 1)):
+        for mean, reader in readers.items(): reader.add(shaped(part, mean))
+    return [reader.readings() for reader in readers.values()]
+
+
+def measured(readout: Readout, hidden: Float[Tensor, "row draw d_model"], answers: Int[Tensor, "row 2 token"],
+             clean_hidden: Float[Tensor, "row draw d_model"], metrics: Sequence[str], at_once: int = 512) -> Float[Tensor, "row metric"]:
     """The metrics of each row, over its draws of noise (one, where there is no noise), in the order of their names.
 
-    `readout` maps hidden states to logits; `clean_hidden` are those of each row's clean run; `at_once`: hidden states that are read together."""
-    out = torch.empty(len(hidden), len(metrics), device=hidden.device)
-    size = max(1, at_once // hidden.shape[1])
-    for of_mean in (False, True):
-        names = [m for m in metrics if m.endswith(OF_MEAN) == of_mean]
-        if not names: continue
-        plain = [m.removesuffix(OF_MEAN) for m in names]
-        parts = zip(*(x.split(size) for x in (hidden, answers, clean_hidden)))
-        out[:, [metrics.index(m) for m in names]] = torch.cat([_read(readout, *part, plain, of_mean) for part in parts])
+    `clean_hidden` are the hidden states of each row's clean run; `at_once`: how many hidden states are read together."""
+    plain, of_mean = ([m for m in metrics if m.endswith(OF_MEAN) == mean] for mean in (False, True))
+    means, needed = [mean for mean, names in ((False, plain), (True, of_mean)) if names], {m.removesuffix(OF_MEAN) for m in metrics}
+    out, size = torch.empty(len(hidden), len(metrics), device=hidden.device), max(1, at_once // hidden.shape[1])
+    for i in range(0, len(hidden), size):
+        some = slice(i, i + size)
+        for mean, readings in zip(means, _read(readout, hidden[some], answers[some], clean_hidden[some], means, needed)):
+            for m in of_mean if mean else plain:
+                values = METRICS[m.removesuffix(OF_MEAN)](readings)
+                out[some, metrics.index(m)] = values if mean else values.unflatten(0, (-1, hidden.shape[1])).mean(1)
     return out
 
 # %% ../../nbs/library/patch/02_metrics.ipynb #e59c5626

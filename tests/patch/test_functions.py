@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import random_pair, tiny_model
 
+from bizzaroworld.model.hooked import Readout
 from bizzaroworld.patch.interventions import Edit, Intervention, grid
 from bizzaroworld.patch.means import mean_values
 from bizzaroworld.patch.metrics import METRICS, answers_of, measured
@@ -94,7 +95,13 @@ def test_a_donors_value_undoes_what_came_before():
 
 # --- metrics
 
-def as_logits(x, columns=None): return x if columns is None else x.gather(-1, columns)
+class Given(Readout):
+    """Hidden states are the logits, and pass by in parts of five."""
+    def __call__(self, x, columns=None): return x if columns is None else x.gather(-1, columns)
+    def slices(self, x): yield from x.split(5, -1)
+
+
+READOUT = Given(None)
 
 
 def direct(logits, clean, corrupt, reference):
@@ -114,11 +121,11 @@ def test_metrics_of_sets(seed, a, b):
     tp = replace(random_pair(1), clean_answers=tuple(order[:a]), corrupt_answers=tuple(order[a:a + b]))
     single = replace(random_pair(2), clean_target_id=order[0], corrupt_target_id=order[1])
     names = list(METRICS)
-    found = measured(as_logits, logits[:, None], answers_of([tp, single]), clean_run[:, None], names)
+    found = measured(READOUT, logits[:, None], answers_of([tp, single]), clean_run[:, None], names)
     for row, (clean, corrupt) in zip(range(2), (tp.answers, single.answers)):
         wanted = direct(logits[row], clean, corrupt, clean_run[row])
         assert found[row].tolist() == pytest.approx([float(wanted[m]) for m in names], abs=1e-4, rel=1e-4)
-    only = measured(as_logits, logits[:, None], answers_of([tp, single]), clean_run[:, None], ["ld"])
+    only = measured(READOUT, logits[:, None], answers_of([tp, single]), clean_run[:, None], ["ld"])
     assert torch.allclose(only[:, 0], found[:, names.index("ld")], atol=1e-5), "two columns and the whole vocabulary disagree"
     assert found[1, names.index("ld")].item() == pytest.approx((logits[1, order[0]] - logits[1, order[1]]).item(), abs=1e-5)
 
