@@ -27,7 +27,7 @@ WINGS = {wing: rooms.split() for wing, rooms in {
     "views": "lens_and_attention explorer explorer_state circuitsvis widgets",
     "paper": "chapters pages report",
     "zoo": "corpus training nano micro",
-    "top": "pipeline console options cli"}.items()}
+    "top": "pipeline console options methods_run methods_command cli"}.items()}
 FLOW = [room if wing in ("ground", "top") else f"{wing}.{room}" for wing, rooms in WINGS.items() for room in rooms]
 # What `--help` and a reader of the battery wait for; and all that reads a run, which needs no model.
 TORCHLESS = {"files", "console", "options", "cli", "battery.pairs", "battery.layouts", "battery.formats", "battery.knowing", "battery.facts", "model.names", "model.catalog", "methods.detections", "methods.multiverse", "study.runs", "paper.pages", "views.explorer",

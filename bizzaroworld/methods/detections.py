@@ -16,7 +16,7 @@ __all__ = ['BETTER', 'NEAR_ZERO', 'RUN', 'METHOD', 'VALUES', 'NO_ROOM', 'support
            'warnings_of']
 
 # %% ../../nbs/library/methods/04_detections.ipynb #4b9f9377
-BETTER = {"ld": 1, "logprob": 1, "prob": 1, "kl": -1, "rank": -1}
+BETTER = {"ld": 1, "logprob": 1, "prob": 1, "prob_diff": 1, "kl": -1, "rank": -1}
 
 
 def support(table: pd.DataFrame) -> pd.Series:
@@ -24,7 +24,7 @@ def support(table: pd.DataFrame) -> pd.Series:
 
     Denoising: patched - corrupt; noising: clean - patched; times -1 for metrics of which less is better. A metric that `BETTER`
     does not list needs a column `better` (1 or -1). Raises `ValueError` for an unknown metric or direction."""
-    better = table["better"] if "better" in table else table["metric"].map(BETTER)
+    better = table["better"] if "better" in table else table["metric"].str.removesuffix("_of_mean").map(BETTER)
     if better.isna().any():
         raise ValueError(f"Is more of {table['metric'][better.isna()].iloc[0]!r} better? Give the table a column `better`, 1 or -1.")
     if not (known := table["direction"].isin(["noising", "denoising"])).all():
