@@ -14,5 +14,8 @@ from .pipeline import run_study as run_study
 from .replication.verdicts import claims as claims
 from .results.compare import compare as compare
 from .study.runs import open_run as open_run
+from .tasks.ability import ability as ability, only_right as only_right
+from .tasks.recipes import Task as Task
+from .tasks.registry import make_task as make_task
 
 __version__: str

@@ -10,8 +10,8 @@ import pytest
 
 import bizzaroworld as bw
 
-NAMES = ("Edit Intervention PromptPair align audit claims compare detection_table detections grid load_battery load_model mean_values "
-         "multiverse open_run report run_study sweep triage variance_explained warnings_of").split()
+NAMES = ("Edit Intervention PromptPair Task ability align audit claims compare detection_table detections grid load_battery load_model make_task "
+         "mean_values multiverse only_right open_run report run_study sweep triage variance_explained warnings_of").split()
 
 
 def test_the_names():
@@ -68,7 +68,7 @@ def test_all_names_load_at_once():
 
 def test_names_survive_the_loading_of_modules_called_like_them():
     """There is a module `battery.audit` and one `patch.sweep`; the door hands out the functions."""
-    for name in ("audit", "triage", "sweep", "compare", "report"): assert inspect.isfunction(getattr(bw, name))
+    for name in ("ability", "audit", "triage", "sweep", "compare", "report"): assert inspect.isfunction(getattr(bw, name))
 
 
 def test_its_page_lists_all_of_it(repo):

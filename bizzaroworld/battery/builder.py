@@ -28,8 +28,8 @@ from .triage import batches_by_length, check_ids
 from ..files import write_json, write_text
 
 # %% auto #0
-__all__ = ['Question', 'questions_of', 'questions_from', 'Asked', 'tokenized', 'ask', 'first_of_kind', 'best_templates',
-           'candidates', 'choose', 'Built', 'build_battery', 'halves']
+__all__ = ['Question', 'questions_of', 'questions_from', 'Asked', 'tokenized', 'read_answers', 'ask', 'first_of_kind',
+           'best_templates', 'candidates', 'choose', 'Built', 'build_battery', 'halves']
 
 # %% ../../nbs/library/battery/09_builder.ipynb #8385d914
 @dataclass(frozen=True)
@@ -93,17 +93,22 @@ def tokenized(tokenizer: Any, questions: Iterable[Question]) -> list[Asked]:
 
 # %% ../../nbs/library/battery/09_builder.ipynb #1c70c93b
 @torch.no_grad()
+def read_answers(model: Any, prompts: Sequence[Sequence[int]], answers: Sequence[int], size: int = 64) -> tuple[Float[np.ndarray, "prompt answer"], np.ndarray]:
+    "The logits of these answers (token ids) after each prompt (token ids), and the id that is the first of the whole vocabulary."
+    logits, top = np.empty((len(prompts), len(answers)), np.float32), np.zeros(len(prompts), int)
+    columns = torch.tensor(list(answers), device=model.device)
+    for index in batches_by_length([len(ids) for ids in prompts], size):
+        found = model.logits(torch.tensor([list(prompts[i]) for i in index], device=model.device)).float()
+        logits[index], top[index] = found[:, columns].cpu().numpy(), found.argmax(-1).cpu().numpy()
+    if not np.isfinite(logits).all(): raise ValueError("the model's logits are not finite; load it with dtype='float32'")
+    return logits, top
+
+
 def ask(model: Any, asked: Sequence[Asked], answers: Sequence[int], size: int = 64) -> tuple[Float[np.ndarray, "question answer"], np.ndarray]:
     "The logits of these answers (token ids) after each question, and whether its own answer is the first of the whole vocabulary."
-    logits, first = np.empty((len(asked), len(answers)), np.float32), np.zeros(len(asked), bool)
-    columns = torch.tensor(list(answers), device=model.device)
     for a in asked: check_ids(model, repr(a.question.prompt), (*a.ids, a.target))
-    for index in batches_by_length([len(a.ids) for a in asked], size):
-        found = model.logits(torch.tensor([asked[i].ids for i in index], device=model.device)).float()
-        logits[index] = found[:, columns].cpu().numpy()
-        first[index] = (found.argmax(-1).cpu() == torch.tensor([asked[i].target for i in index])).numpy()
-    if not np.isfinite(logits).all(): raise ValueError("the model's logits are not finite; load it with dtype='float32'")
-    return logits, first
+    logits, top = read_answers(model, [a.ids for a in asked], answers, size)
+    return logits, top == np.array([a.target for a in asked])
 
 
 def first_of_kind(asked: Sequence[Asked], logits: Float[np.ndarray, "question answer"], answers: Sequence[int]) -> np.ndarray:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as hf_logging
 
 from .adapters import has_adapter, merged
@@ -28,7 +29,7 @@ from .identity import sha256_file, sha256_files, sha256_tensors, weight_files, w
 from .names import PACKAGED, ModelError, called, embedded_models, locate
 
 # %% auto #0
-__all__ = ['UNSURE', 'load_tokenizer', 'weight_bytes', 'checked', 'load_model', 'is_embedded']
+__all__ = ['UNSURE', 'load_tokenizer', 'weight_bytes', 'checked', 'load_model', 'is_embedded', 'untrained']
 
 # %% ../../nbs/library/model/08_load.ipynb #6e6b8522
 def _explain(name: str, error: BaseException) -> ModelError:
@@ -263,3 +264,15 @@ def is_embedded(model: Model) -> bool:
     "Whether a model is the embedded one of its name, by its weights."
     folder = embedded_models().get(model.name)
     return folder is not None and model.weights_sha256 == sha256_files(weight_files(str(folder)))
+
+# %% ../../nbs/library/model/08_load.ipynb #3e1f0a02
+def untrained(model: Model, seed: int = 0) -> Model:
+    "A model of the same architecture, device and dtype with random weights, and the same tokenizer; what was checked of the one holds of the other."
+    hf = model.hf
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        with no_init_weights(): fresh = type(hf)(hf.config)  # torch's own draws would be drawn over
+        fresh.init_weights()
+        bridge = attach_bridge(fresh.to(device=model.device, dtype=model.dtype), None)
+    points = {key: point for key, point in hook_points(bridge, model.n_layers).items() if key in model.points}
+    return replace(model, bridge=bridge, name=f"untrained {model.name}", readout=readout_of(fresh), points=points, weights_sha256="")

@@ -16,7 +16,7 @@ __all__ = ['POSITIONS', 'SOURCES', 'Edit', 'Intervention', 'positions_of', 'chec
 
 # %% ../../nbs/library/patch/01_interventions.ipynb #cf8cd224
 POSITIONS = ("final", "entity", "entity_first", "entity_span", "all")
-SOURCES = ("donor", "zero", "given", "added")
+SOURCES = ("donor", "zero", "given", "added", "function")
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class Edit:
     """One activation that is overwritten.
 
     `source` is where the value comes from: `donor` takes it from the other run at the same named position, `zero`
-    is zero, `given` is a tensor that the sweep is handed for this edit (a mean), and `added` is such a tensor put on top of
-    what is there (a steering vector; minus infinity on an attention score). `head` is an index for the per-head sites
+    is zero, `given` is a tensor that the sweep is handed for this edit (a mean, another pair's activation), `added` is such a tensor
+    put on top of what is there (a steering vector; minus infinity on an attention score), and `function` is what a function that the
+    sweep is handed makes of what is there (scaled, projected, capped). `head` is an index for the per-head sites
     (`None`: all heads) and must be `None` elsewhere."""
     site: str
     layer: int

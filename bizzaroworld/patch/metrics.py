@@ -5,29 +5,57 @@
 # %% ../../nbs/library/patch/02_metrics.ipynb #059b2745
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..battery.tokens import TokenPair
+
 # %% auto #0
-__all__ = ['METRICS', 'WHOLE_VOCABULARY', 'logit_difference', 'probability', 'kl_divergence', 'effect', 'recovery']
+__all__ = ['METRICS', 'WHOLE_VOCABULARY', 'LESS_IS_BETTER', 'OF_MEAN', 'answer_logits', 'logit_difference', 'log_probability',
+           'probability', 'probability_difference', 'rank', 'kl_divergence', 'answers_of', 'check_metrics', 'measured',
+           'effect', 'recovery']
 
 # %% ../../nbs/library/patch/02_metrics.ipynb #8e3b4172
-def logit_difference(logits: Float[Tensor, "row col"], clean: Int[Tensor, "row"], corrupt: Int[Tensor, "row"],
+def answer_logits(logits: Float[Tensor, "row col"], answer: Int[Tensor, "row token"]) -> Float[Tensor, "row"]:
+    "The logit of an answer: of its token, or the logarithm of the sum of exponentials over its tokens (-1 is no token)."
+    return logits.gather(-1, answer.clamp_min(0)).masked_fill(answer < 0, float("-inf")).logsumexp(-1)
+
+
+def logit_difference(logits: Float[Tensor, "row col"], clean: Int[Tensor, "row token"], corrupt: Int[Tensor, "row token"],
                      clean_run: Float[Tensor, "row col"] | None = None) -> Float[Tensor, "row"]:
-    "Logit of the clean target minus logit of the corrupt target (in logits)."
-    return (logits.gather(-1, clean[:, None]) - logits.gather(-1, corrupt[:, None])).squeeze(-1)
+    "Logit of the clean answer minus logit of the corrupt answer (in logits)."
+    return answer_logits(logits, clean) - answer_logits(logits, corrupt)
 
 # %% ../../nbs/library/patch/02_metrics.ipynb #52682ae0
-def probability(logits: Float[Tensor, "row d_vocab"], clean: Int[Tensor, "row"], corrupt: Int[Tensor, "row"],
+def log_probability(logits: Float[Tensor, "row d_vocab"], clean: Int[Tensor, "row token"], corrupt: Int[Tensor, "row token"],
+                    clean_run: Float[Tensor, "row d_vocab"] | None = None) -> Float[Tensor, "row"]:
+    "Logarithm of the probability of the clean answer, in nats."
+    return answer_logits(logits, clean) - logits.logsumexp(-1)
+
+
+def probability(logits: Float[Tensor, "row d_vocab"], clean: Int[Tensor, "row token"], corrupt: Int[Tensor, "row token"],
                 clean_run: Float[Tensor, "row d_vocab"] | None = None) -> Float[Tensor, "row"]:
-    "Probability of the clean target, in [0, 1]."
-    return logits.softmax(-1).gather(-1, clean[:, None]).squeeze(-1)
+    "Probability of the clean answer, in [0, 1]."
+    return log_probability(logits, clean, corrupt).exp()
 
 
-def kl_divergence(logits: Float[Tensor, "row d_vocab"], clean: Int[Tensor, "row"], corrupt: Int[Tensor, "row"],
+def probability_difference(logits: Float[Tensor, "row d_vocab"], clean: Int[Tensor, "row token"], corrupt: Int[Tensor, "row token"],
+                           clean_run: Float[Tensor, "row d_vocab"] | None = None) -> Float[Tensor, "row"]:
+    "Probability of the clean answer minus that of the corrupt answer, in [-1, 1]."
+    return probability(logits, clean, corrupt) - probability(logits, corrupt, clean)
+
+# %% ../../nbs/library/patch/02_metrics.ipynb #a8a0c718
+def rank(logits: Float[Tensor, "row d_vocab"], clean: Int[Tensor, "row token"], corrupt: Int[Tensor, "row token"],
+         clean_run: Float[Tensor, "row d_vocab"] | None = None) -> Float[Tensor, "row"]:
+    "How many tokens have a larger logit than the clean answer (than the best token of a set); 0: it comes first."
+    best = logits.gather(-1, clean.clamp_min(0)).masked_fill(clean < 0, float("-inf")).amax(-1, keepdim=True)
+    return (logits > best).sum(-1).to(logits.dtype)
+
+
+def kl_divergence(logits: Float[Tensor, "row d_vocab"], clean: Int[Tensor, "row token"], corrupt: Int[Tensor, "row token"],
                   clean_run: Float[Tensor, "row d_vocab"]) -> Float[Tensor, "row"]:
     "KL(clean run || this run) over the next token, in nats; 0 on the clean run itself."
     p, q = clean_run.log_softmax(-1), logits.log_softmax(-1)
@@ -35,8 +63,62 @@ def kl_divergence(logits: Float[Tensor, "row d_vocab"], clean: Int[Tensor, "row"
 
 # %% ../../nbs/library/patch/02_metrics.ipynb #4b4601ae
 METRICS: dict[str, Callable[..., Float[Tensor, "row"]]] = {
-    "ld": logit_difference, "prob": probability, "kl": kl_divergence}
-WHOLE_VOCABULARY = ("prob", "kl")
+    "ld": logit_difference, "prob": probability, "logprob": log_probability, "prob_diff": probability_difference, "rank": rank,
+    "kl": kl_divergence}
+WHOLE_VOCABULARY = tuple(name for name in METRICS if name != "ld")
+LESS_IS_BETTER = ("rank", "kl")  # of these, a run that answers as the clean one has a small value
+
+# %% ../../nbs/library/patch/02_metrics.ipynb #a8a0c723
+OF_MEAN = "_of_mean"
+
+
+def answers_of(pairs: Sequence[TokenPair]) -> Int[Tensor, "pair 2 token"]:
+    "The tokens that answer the clean and the corrupted prompt of each pair, filled up with -1."
+    most = max(len(a) for tp in pairs for a in tp.answers)
+    return torch.tensor([[[*a, *[-1] * (most - len(a))] for a in tp.answers] for tp in pairs])
+
+
+def check_metrics(metrics: Sequence[str]) -> None:
+    "Refuse a name that is no metric. Raises `ValueError`."
+    for name in metrics:
+        if name.removesuffix(OF_MEAN) not in METRICS:
+            raise ValueError(f"Unknown metric {name!r}: use one of {', '.join(METRICS)}, or one of these with {OF_MEAN!r} at its end.")
+
+# %% ../../nbs/library/patch/02_metrics.ipynb #a8a0c724
+def _read(readout, hidden, answers, clean_hidden, metrics, of_mean: bool) -> Float[Tensor, "row metric"]:
+    "The metrics of a few rows; `clean_hidden` holds their clean runs, several draws of each, as `hidden` does."
+    def logits_of(states, columns=None):
+        out = readout(states.flatten(0, 1), None if columns is None else columns.repeat_interleave(states.shape[1], 0)).unflatten(0, states.shape[:2])
+        return out.mean(1) if of_mean else out.flatten(0, 1)
+    if not of_mean: answers = answers.repeat_interleave(hidden.shape[1], 0)
+    if set(metrics) & set(WHOLE_VOCABULARY): logits, (clean, corrupt) = logits_of(hidden), answers.unbind(1)
+    else:
+        columns = answers.flatten(1)
+        here = torch.arange(columns.shape[1], device=columns.device).expand_as(columns).masked_fill(columns < 0, -1)
+        states = hidden if of_mean else hidden.flatten(0, 1)[:, None]
+        logits, (clean, corrupt) = logits_of(states, columns.clamp_min(0)), here.view_as(answers).unbind(1)
+    clean_run = None
+    if "kl" in metrics:  # the clean run of a pair is read once, however many of its rows are here
+        once, back = clean_hidden.unique(dim=0, return_inverse=True)
+        clean_run = logits_of(once).unflatten(0, (len(once), -1))[back].flatten(0, 1)
+    values = torch.stack([METRICS[m](logits, clean, corrupt, clean_run) for m in metrics], -1)
+    return values if of_mean else values.unflatten(0, hidden.shape[:2]).mean(1)
+
+# %% ../../nbs/library/patch/02_metrics.ipynb #a8a0c725
+def measured(readout: Callable, hidden: Float[Tensor, "row draw d_model"], answers: Int[Tensor, "row 2 token"],
+             clean_hidden: Float[Tensor, "row draw d_model"], metrics: Sequence[str], at_once: int = 128) -> Float[Tensor, "row metric"]:
+    """The metrics of each row, over its draws of noise (one, where there is no noise), in the order of their names.
+
+    `readout` maps hidden states to logits; `clean_hidden` are those of each row's clean run; `at_once`: hidden states that are read together."""
+    out = torch.empty(len(hidden), len(metrics), device=hidden.device)
+    size = max(1, at_once // hidden.shape[1])
+    for of_mean in (False, True):
+        names = [m for m in metrics if m.endswith(OF_MEAN) == of_mean]
+        if not names: continue
+        plain = [m.removesuffix(OF_MEAN) for m in names]
+        parts = zip(*(x.split(size) for x in (hidden, answers, clean_hidden)))
+        out[:, [metrics.index(m) for m in names]] = torch.cat([_read(readout, *part, plain, of_mean) for part in parts])
+    return out
 
 # %% ../../nbs/library/patch/02_metrics.ipynb #e59c5626
 def effect(patched, base):

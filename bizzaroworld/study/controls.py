@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
-import torch
-from transformers.initialization import no_init_weights
 
 from ..battery.tokens import TokenPair
-from ..model.bridge import attach_bridge
-from ..model.hooked import Model, hook_points, readout_of
+from ..model.hooked import Model
+from ..model.load import untrained
 from ..patch.interventions import grid
 from ..patch.sweep import sweep
 from .experiments import EXPERIMENTS, interventions_of, label
 
 # %% auto #0
 __all__ = ['CONTROLLED', 'CONTROLS', 'Sweeper', 'TWIN', 'unrelated_donors', 'sweep_unrelated', 'shuffled_positions',
-           'sweep_shuffled', 'untrained', 'sweep_untrained', 'default_controls', 'Control', 'controls_of']
+           'sweep_shuffled', 'sweep_untrained', 'default_controls', 'Control', 'controls_of']
 
 # %% ../../nbs/library/study/02_controls.ipynb #3433dd08
 CONTROLLED = {"unrelated": ("1", "2A", "2B", "3", "4F"), "shuffled": ("1", "3"), "untrained": ("1", "3")}  # experiments
@@ -76,18 +74,6 @@ def sweep_shuffled(model: Model, positions: dict[str, int], direction: str, max_
     return run
 
 # %% ../../nbs/library/study/02_controls.ipynb #673fb3ad
-def untrained(model: Model, seed: int = 0) -> Model:
-    "A model of the same architecture, device and dtype with random weights, and the same tokenizer; what was checked of the one holds of the other."
-    hf = model.hf
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        with no_init_weights(): fresh = type(hf)(hf.config)  # torch's own draws would be drawn over
-        fresh.init_weights()
-        bridge = attach_bridge(fresh.to(device=model.device, dtype=model.dtype), None)
-    points = {key: point for key, point in hook_points(bridge, model.n_layers).items() if key in model.points}
-    return replace(model, bridge=bridge, name=f"untrained {model.name}", readout=readout_of(fresh), points=points, weights_sha256="")
-
-
 def sweep_untrained(model: Model, direction: str, max_rows: int) -> Sweeper:
     "The controlled experiments on an untrained twin of the model."
     twin, names = untrained(model), CONTROLLED["untrained"]

@@ -204,7 +204,7 @@ def test_what_does_not_fit_is_refused(gemma):
     with pytest.raises(ValueError, match="Unknown direction"): sweep(gemma, [tp], grid(gemma, ["z"]), "sideways")
     with pytest.raises(ValueError, match="Unknown metric"): sweep(gemma, [tp], grid(gemma, ["z"]), metrics=["loss"])
     with pytest.raises(ValueError, match="at least one pair"): sweep(gemma, [], grid(gemma, ["z"]))
-    with pytest.raises(ValueError, match="No value|no value was given"):
+    with pytest.raises(ValueError, match="nothing was given"):
         sweep(gemma, [tp], [Intervention((Edit("z", 0, source="given"),))])
     with pytest.raises(ValueError, match="donor of the same length"):
         sweep(gemma, [tp], [Intervention((Edit("pattern", 0),))], donors=[random_pair(2, length=7)])
@@ -276,7 +276,7 @@ def test_the_memory_budget_bounds_the_rows_of_a_pass(gemma, monkeypatch):
     sweep(gemma, [random_pair(1)], interventions, memory=budget)
     assert len(sizes) > 2
     assert all(n == 1 or n * gemma.shape.row_values(tail, 9) * 4 <= budget for tail, n in sizes)
-    assert max(n for tail, n in sizes if tail == 1) > max(n for tail, n in sizes if tail == 9)
+    assert max(n for tail, n in sizes if tail == 1) > max(n for tail, n in sizes if tail == max(sizes)[0]) and max(sizes)[0] == 6, "tokens before the entity were run"
 
 
 def test_a_prefix_that_does_not_reproduce_the_base_run_is_noticed(gemma, monkeypatch):

@@ -140,7 +140,7 @@ def test_one_vector_serves_all_heads(nano, battery):
 
 def test_what_is_added_must_be_there(nano, battery):
     edit = Edit("resid_pre", 3, source="added")
-    with pytest.raises(ValueError, match="no value was given"): sweep(nano, battery, edit)
+    with pytest.raises(ValueError, match="nothing was given"): sweep(nano, battery, edit)
 
 
 def test_a_sweep_says_what_it_is(nano, battery):
