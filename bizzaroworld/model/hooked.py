@@ -249,9 +249,11 @@ class Model(ModelContexts):
 
 # %% ../../nbs/library/model/03_hooked.ipynb #76339a23
 def free_bytes(device: torch.device) -> int:
-    "Memory that is free on a device, in bytes."
+    "Memory that is free on a device, in bytes; on a GPU also what torch holds there and does not use."
     if device.type == "cpu": return psutil.virtual_memory().available
-    return torch.accelerator.get_memory_info(device)[0]
+    memory = torch.get_device_module(device)
+    if not hasattr(memory, "mem_get_info"): return torch.accelerator.get_memory_info(device)[0]
+    return memory.mem_get_info(device)[0] + memory.memory_reserved(device) - memory.memory_allocated(device)
 
 # %% ../../nbs/library/model/03_hooked.ipynb #43b22e77
 def hook_points(bridge, n_layers: int) -> dict[tuple[str, int], Any]:

@@ -159,12 +159,11 @@ class PrefixCache(DynamicCache):
         return self.start + query_length, 0
 
 # %% ../../nbs/library/patch/05_engine.ipynb #73df5945
-def _values(writes: Sequence[Write], banked, like: Tensor) -> Tensor:
+def _values(slots: Int[Tensor, "write"], banked, like: Tensor) -> Tensor:
     "What each write puts in place: its value of the bank, or zero."
     if banked is None: return torch.zeros((), dtype=like.dtype, device=like.device)
-    slots, vectors = banked
-    vectors = torch.cat([vectors, torch.zeros_like(vectors[:1])])  # slot -1 is zero
-    return vectors[[slots.get(w.value, -1) for w in writes]]
+    vectors = torch.cat([banked[1], torch.zeros_like(banked[1][:1])])  # slot -1 is zero
+    return vectors[slots.to(vectors.device)]
 
 
 def _mapped(act: Tensor, where: tuple, values: Tensor, functions: Mapping[Callable, list[int]], site: str) -> Tensor:
@@ -179,8 +178,12 @@ def _mapped(act: Tensor, where: tuple, values: Tensor, functions: Mapping[Callab
     return values
 
 # %% ../../nbs/library/patch/05_engine.ipynb #5e1f0c02
-def _overwrite(site: str, writes: list[tuple[int, Write]], banked):
-    "A hook that puts the values where they belong, or on top of what is there; of scores, masked ones that become zero stay masked."
+def _overwrite(site: str, writes: list[tuple[int, Write]], banked, device):
+    """A hook that puts the values where they belong, or on top of what is there; of scores, masked ones that become zero stay masked.
+
+    What it looks up lies on the device before the run: a copy during the run would make a GPU wait."""
+    places = _index(site, [(i, w.position, w.head) for i, w in writes], device)
+    slots = torch.tensor([banked[0].get(w.value, -1) if banked else -1 for _, w in writes], device=device)
     zeroed = torch.tensor([w.value is None for _, w in writes]) if site == "scores" else ()
     functions = defaultdict(list)
     for k, (_, w) in enumerate(writes):
@@ -188,8 +191,8 @@ def _overwrite(site: str, writes: list[tuple[int, Write]], banked):
     on_top = torch.tensor([isinstance(w.value, Given) and w.value.edit.source == "added" for _, w in writes])
 
     def hook(act):
-        where = _index(site, [(i, w.position, w.head) for i, w in writes], act.device)
-        values = _values([w for _, w in writes], banked, act)
+        where = tuple(x.to(act.device) for x in places)
+        values = _values(slots, banked, act)
         if values.ndim and values.shape[-1] != act.shape[-1]:
             raise ValueError(f"{site} in layer {writes[0][1].layer}: given as a vector of {values.shape[-1]}, where one of {act.shape[-1]} is needed.")
         if functions: values = _mapped(act, where, values, functions, f"{site} in layer {writes[0][1].layer}")
@@ -212,7 +215,7 @@ def _join(model: Model, base: BaseRun, the_pass: Pass, layer: int, then=None):
 
 def _hooks(model: Model, base: BaseRun, the_pass: Pass, bank) -> list[tuple[str, int, object]]:
     "Every hook that a pass needs, and no other."
-    overwrites = {key: _overwrite(key[0], writes, bank.get(key))
+    overwrites = {key: _overwrite(key[0], writes, bank.get(key), model.device)
                   for key, writes in the_pass.writes().items()}
     joins = {0, *(row.layer for row in the_pass.rows)}
     out = [("resid_pre", l, _join(model, base, the_pass, l, overwrites.pop(("resid_pre", l), None))) for l in joins]

@@ -191,7 +191,7 @@ def _check(model, token_pairs, interventions, direction, metrics, donors) -> Non
 def sweep(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPair | TokenPair],
           interventions: Edit | Intervention | Iterable[Edit | Intervention], direction: str = "noising", *,
           metrics: Sequence[str] = ("ld",), donors: Iterable[PromptPair | TokenPair] | None = None,
-          values: Mapping[Edit, Any] | None = None, noise: Noise | None = None, max_rows: int = 2048, max_pairs: int = 64,
+          values: Mapping[Edit, Any] | None = None, noise: Noise | None = None, max_rows: int = 8192, max_pairs: int = 64,
           memory: int | None = None, progress: bool = True) -> Sweep:
     """Apply every intervention to every pair, exactly, and measure the prediction.
 
