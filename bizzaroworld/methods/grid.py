@@ -26,9 +26,9 @@ from ..patch.sweep import DIRECTIONS, Sweep, sweep
 from ..tasks.recipes import Task
 
 # %% auto #0
-__all__ = ['WIDTHS', 'LAYER_SITES', 'CORRUPTIONS', 'CONTROLS', 'GRID_METRICS', 'Place', 'windows', 'each_head', 'widths_of',
-           'places_of', 'Part', 'parts_of', 'unrelated', 'sweep_part', 'GridError', 'Settings', 'claim_grid',
-           'run_grid']
+__all__ = ['WIDTHS', 'LAYER_SITES', 'CORRUPTIONS', 'CONTROLS', 'PAIRS_OF_A_WORDING', 'GRID_METRICS', 'Place', 'windows',
+           'each_head', 'widths_of', 'places_of', 'Part', 'parts_of', 'unrelated', 'wordings', 'sweep_part',
+           'GridError', 'Settings', 'claim_grid', 'run_grid']
 
 # %% ../../nbs/library/methods/06_grid.ipynb #6a1d0a06
 @dataclass(frozen=True)
@@ -112,13 +112,22 @@ def unrelated(pairs: Sequence[TokenPair], seed: int = 0) -> dict[str, TokenPair]
     return {i: Random(f"unrelated {seed} {i}").choice(some) for i, some in others.items() if some}
 
 # %% ../../nbs/library/methods/06_grid.ipynb #6a1d0a14
-def _table(done: Sweep, pairs: Sequence[TokenPair], places: Sequence[Place], task: str, part: Part) -> pd.DataFrame:
+PAIRS_OF_A_WORDING = 5
+
+
+def wordings(task: Task) -> dict[str, str]:
+    "The wording of each pair, by its id; one for all where some wording has too few pairs to be compared (facts, whose wordings are relations)."
+    few = min(task.wordings.values()) < PAIRS_OF_A_WORDING
+    return {tp.id: "all" if few else tp.pair.relation for tp in task.pairs}
+
+
+def _table(done: Sweep, worded: dict[str, str], places: Sequence[Place], task: str, part: Part) -> pd.DataFrame:
     "The rows of one sweep."
     n, k, m = done.patched.shape
     what = pd.DataFrame([{f: getattr(p, f) for f in ("window", "site", "layer", "head", "position")} for p in places]).astype({"head": "Int16", "layer": "int16", "window": "int16"})
     out = what.loc[np.tile(np.repeat(np.arange(k), m), n)].reset_index(drop=True)
     out.insert(0, "task", task), out.insert(1, "pair_id", np.repeat(done.pair_ids, k * m))
-    out.insert(2, "wording", np.repeat([tp.pair.relation for tp in pairs], k * m))
+    out.insert(2, "wording", np.repeat([worded[i] for i in done.pair_ids], k * m))
     out.insert(3, "corruption", part.corruption), out.insert(4, "metric", np.tile(done.metrics, n * k))
     out.insert(5, "direction", part.direction), out.insert(6, "control", part.control)
     for name in ("clean", "corrupt"): out[name] = np.repeat(getattr(done, name)[:, None], k, 1).ravel().astype("float32")
@@ -132,7 +141,7 @@ def sweep_part(model: Model, task: Task, part: Part, pairs: Sequence[TokenPair],
     places = places_of(model, widths, () if few else task.places, few)
     done = sweep(model, pairs, [p.intervention for p in places], part.direction, metrics=metrics, max_rows=max_rows, progress=False,
                  noise=noise if part.corruption == "GN" else None, donors=[donors[tp.id] for tp in pairs] if part.control == "unrelated" else None)
-    return _table(done, pairs, places, task.name, part)
+    return _table(done, wordings(task), places, task.name, part)
 
 # %% ../../nbs/library/methods/06_grid.ipynb #6a1d0a17
 GRID_METRICS = ("ld", "logprob", "prob", "kl", "rank")

@@ -84,17 +84,20 @@ def agreement(found: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows).astype({"value": object})
 
 # %% ../../nbs/library/methods/05_multiverse.ipynb #b3bf3b18
-def profiles(table: pd.DataFrame, factors: Sequence[str] = FACTORS, unit: Sequence[str] = ("layer", "head")) -> pd.DataFrame:
+def profiles(table: pd.DataFrame, factors: Sequence[str] = FACTORS, unit: Sequence[str] = ("layer", "head"), complete: bool = False) -> pd.DataFrame:
     """Combinations by components: mean support over pairs, each row scaled to mean 0 and standard deviation 1.
 
-    Components that a combination lacks are left out of all. Raises `ValueError` if none are common, or a combination has the same effect everywhere."""
+    Components that a combination lacks are left out of all. Raises `ValueError` if none are common, or a combination has the same effect everywhere
+    (a rank that no patch changes); with `complete` such a combination is left out."""
     kind = table[table["head"].notna() == ("head" in unit)]
     means = {tuple(key.values()): _means(rows, list(unit)) for key, rows in combinations(kind, factors)}
     wide = pd.DataFrame(means).T.dropna(axis=1)
     if wide.shape[1] < 2: raise ValueError(f"The combinations have {wide.shape[1]} components in common: there is no profile over {' x '.join(unit)}.")
     wide.index = pd.MultiIndex.from_tuples(list(means), names=list(factors))
     away, sd = wide.sub(wide.mean(axis=1), axis=0), wide.std(axis=1, ddof=0)
-    if (flat := sd <= 1e-12 * wide.abs().max(axis=1)).any():
+    flat = sd <= 1e-12 * wide.abs().max(axis=1)
+    if complete and not flat.all(): away, sd = away[~flat], sd[~flat]
+    elif flat.any():
         raise ValueError(f"All components have the same effect under {', '.join(map(str, wide.index[flat][0]))}: leave that combination out.")
     return away.div(sd, axis=0)
 
@@ -136,7 +139,7 @@ def variance_explained(table: pd.DataFrame, factors: Sequence[str] = FACTORS, un
     A row for each factor that varies, for the `rest`, and for what all combinations have in `common`: `share` of the differences, its `chance`
     and the 95th percentile `chance_95` over permutations of the combinations, and `of_all`, the part of all variance. `combinations` were used,
     `left_out` were not. Raises `ValueError` where the design has holes, unless `complete`, and where no factor varies."""
-    whole = profiles(table, factors, unit)
+    whole = profiles(table, factors, unit, complete)
     wide = _balanced(whole, complete)
     names = [f for f in factors if wide.index.get_level_values(f).nunique() > 1]
     if not names: raise ValueError(f"Every factor has one level ({', '.join(factors)}): there is nothing to compare.")
