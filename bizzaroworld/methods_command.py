@@ -14,18 +14,22 @@ from .console import progress, reported
 from .options import Debug, Device, Dtype, ModelName, Revision
 
 # %% auto #0
-__all__ = ['listed', 'numbers', 'methods']
+__all__ = ['ListError', 'listed', 'numbers', 'methods']
 
 # %% ../nbs/library/06_methods_command.ipynb #6c1d0a05
+class ListError(ValueError):
+    "A list that cannot be read."
+
+
 def listed(text: str) -> tuple[str, ...]:
     "The parts of a list with commas."
     return tuple(part for part in (p.strip() for p in text.split(",")) if part)
 
 
 def numbers(text: str) -> tuple[int | float, ...]:
-    "Numbers in a list with commas; whole ones are integers. Raises `typer.BadParameter`."
+    "Numbers in a list with commas; whole ones are integers. Raises `ListError`."
     try: return tuple(int(part) if part.isdigit() else float(part) for part in listed(text))
-    except ValueError: raise typer.BadParameter(f"{text!r} is no list of numbers such as 1,3,5") from None
+    except ValueError: raise ListError(f"{text!r} is no list of numbers such as 1,3,5") from None
 
 # %% ../nbs/library/06_methods_command.ipynb #6c1d0a08
 def methods(model: ModelName = "bizzaro-nano",

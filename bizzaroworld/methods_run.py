@@ -5,6 +5,7 @@
 # %% ../nbs/library/05_methods_run.ipynb #6b1d0a04
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from .figures.methods_figures import methods_plates
 from .figures.run_figures import write_plates
 from .files import write_json, write_table
 from .methods.detections import component_table, control_counts, detection_table, warnings_of
-from .methods.grid import Settings, run_grid
+from .methods.grid import GridError, Settings, run_grid
 from .methods.multiverse import agreement, multiverse, peak_ratios, position_ratios, variance_explained
 from .model.hooked import Model
 from .model.load import load_model
@@ -60,9 +61,11 @@ def run_methods(model: str | Model, task: str = "ioi", *, out: str | Path | None
     """The grid of methods for one task on one model; returns its folder (else `methods/MODEL/TASK`).
 
     `task`, `n`, `seed`, `corruption`: as for `make_task`. The folder gets `ability.json`; and, if the model can do the task, the grid, its tables
-    and figures. Started again on the same folder, it does only what is missing. Raises `ValueError` for an unknown task or setting, `ModelError`, `GridError`."""
+    and figures. Started again on the same folder, it does only what is missing. Raises `ModelError`, and `GridError` for a task
+    that cannot be made or a folder that holds another grid."""
     if not isinstance(model, Model): model = load_model(model, device=device, dtype=dtype, revision=revision)
-    made = make_task(task, model, n, seed, corruption)
+    try: made = make_task(task, model, n, seed, corruption)
+    except ValueError as e: raise GridError(str(e)) from None
     folder = Path(out) if out is not None else Path("methods") / Path(called([model.name])[0]).name.replace(":", "-") / task
     able = ability(model, made)
     write_json(folder / "ability.json", able.row() | {"sentence": able.sentence, "question": made.question, "replaced": made.corruption, "model": model.name})
@@ -75,7 +78,6 @@ def run_methods(model: str | Model, task: str = "ioi", *, out: str | Path | None
 # %% ../nbs/library/05_methods_run.ipynb #6b1d0a09
 def methods_lines(folder: str | Path) -> list[str]:
     "What a grid found, in a few lines."
-    import json
     folder = Path(folder)
     told = [json.loads((folder / "ability.json").read_text("utf-8"))["sentence"]]
     if not (folder / "agree.csv").exists(): return told

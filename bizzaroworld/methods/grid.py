@@ -27,8 +27,8 @@ from ..tasks.recipes import Task
 
 # %% auto #0
 __all__ = ['WIDTHS', 'LAYER_SITES', 'CORRUPTIONS', 'CONTROLS', 'PAIRS_OF_A_WORDING', 'GRID_METRICS', 'Place', 'windows',
-           'each_head', 'widths_of', 'places_of', 'Part', 'parts_of', 'unrelated', 'wordings', 'sweep_part',
-           'GridError', 'Settings', 'claim_grid', 'run_grid']
+           'each_head', 'GridError', 'widths_of', 'places_of', 'Part', 'parts_of', 'unrelated', 'wordings',
+           'sweep_part', 'Settings', 'claim_grid', 'run_grid']
 
 # %% ../../nbs/library/methods/06_grid.ipynb #6a1d0a06
 @dataclass(frozen=True)
@@ -54,14 +54,18 @@ def each_head(model: Model, position: str) -> list[Place]:
             for layer in range(model.n_layers) for head in range(model.n_heads)]
 
 # %% ../../nbs/library/methods/06_grid.ipynb #6a1d0a07
+class GridError(ValueError):
+    "A grid that cannot be made as it was asked for, or a folder that holds another."
+
+
 WIDTHS = (1, 3, 5, 10)
 LAYER_SITES = ("mlp_out", "attn_out", "resid_pre")
 
 
 def widths_of(n_layers: int, asked: Sequence[int | float] = WIDTHS) -> list[int]:
-    "Widths of windows, in layers: numbers below 1 are shares of the depth. Raises `ValueError` for one that is not positive."
+    "Widths of windows, in layers: numbers below 1 are shares of the depth. Raises `GridError` for one that is not positive."
     for w in asked:
-        if not w > 0: raise ValueError(f"A window of {w} layers: give a positive number of layers, or a share of the depth below 1.")
+        if not w > 0: raise GridError(f"A window of {w} layers: give a positive number of layers, or a share of the depth below 1.")
     return sorted({max(1, round(w * n_layers)) if w < 1 else min(int(w), n_layers) for w in asked})
 
 
@@ -95,11 +99,11 @@ class Part:
 
 
 def parts_of(corruptions: Sequence[str] = CORRUPTIONS, directions: Sequence[str] = DIRECTIONS, controls: Sequence[str] = CONTROLS) -> list[Part]:
-    "The sweeps of a grid. Raises `ValueError` for an unknown corruption, direction or control."
+    "The sweeps of a grid. Raises `GridError` for an unknown corruption, direction or control."
     for kind, asked, known in (("corruption", corruptions, CORRUPTIONS), ("direction", directions, DIRECTIONS), ("control", controls, CONTROLS)):
         for name in asked:
-            if name not in known: raise ValueError(f"Unknown {kind} {name!r}: use {' or '.join(known)}.")
-    if not (corruptions and directions): raise ValueError("A grid needs at least one corruption and one direction.")
+            if name not in known: raise GridError(f"Unknown {kind} {name!r}: use {' or '.join(known)}.")
+    if not (corruptions and directions): raise GridError("A grid needs at least one corruption and one direction.")
     real = [Part(c, d) for c in corruptions for d in directions]
     return real + [Part("STR", d, k) for k in controls for d in directions if "STR" in corruptions]
 
@@ -147,10 +151,6 @@ def sweep_part(model: Model, task: Task, part: Part, pairs: Sequence[TokenPair],
 GRID_METRICS = ("ld", "logprob", "prob", "kl", "rank")
 
 
-class GridError(ValueError):
-    "A folder that holds another grid."
-
-
 @dataclass(frozen=True)
 class Settings:
     "What a grid is made with."
@@ -164,7 +164,12 @@ class Settings:
     seed: int = 0
     group: int = 6  # pairs in a file
 
-    def __post_init__(self): parts_of(self.corruptions, self.directions, self.controls), check_metrics(self.metrics), widths_of(1, self.widths)
+    def __post_init__(self):
+        parts_of(self.corruptions, self.directions, self.controls)
+        widths_of(1, self.widths)
+        if not (self.metrics and self.widths): raise GridError("A grid needs at least one metric and one width of windows.")
+        try: check_metrics(self.metrics)
+        except ValueError as e: raise GridError(str(e)) from None
 
 
 def claim_grid(folder: Path, model: Model, task: Task, settings: Settings) -> dict:

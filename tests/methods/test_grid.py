@@ -1,0 +1,146 @@
+"""The grid of methods: what it patches, that it is what single sweeps give, and that it can be stopped."""
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from bizzaroworld.cli import app
+from bizzaroworld.methods.grid import (
+    GridError, Part, Settings, parts_of, places_of, run_grid, sweep_part, unrelated, widths_of, windows, wordings)
+from bizzaroworld.methods_run import grid_tables, methods_lines, run_methods
+from bizzaroworld.model.load import load_model
+from bizzaroworld.patch.interventions import grid
+from bizzaroworld.patch.noise import Noise
+from bizzaroworld.patch.sweep import sweep
+from bizzaroworld.tasks.registry import make_task
+
+SMALL = Settings(metrics=("ld", "prob"), widths=(1, 3), draws=2, group=2)
+
+
+@pytest.fixture(scope="module")
+def model(): return load_model("bizzaro-nano")
+
+
+@pytest.fixture(scope="module")
+def task(model): return make_task("facts", model, n=5)
+
+
+@pytest.fixture(scope="module")
+def made(model, task, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grid")
+    return folder, run_grid(model, task, folder, SMALL)
+
+
+def test_a_window_of_one_is_a_single_layer_and_windows_are_centred(model):
+    assert [p.intervention for p in windows(model, "mlp_out", "entity", 1)] == grid(model, "mlp_out", "entity")
+    wide = [[e.layer for e in p.intervention.edits] for p in windows(model, "attn_out", "final", 3)]
+    assert wide[0] == [0, 1] and wide[3] == [2, 3, 4] and wide[-1] == [6, 7]
+    assert widths_of(8, (1, 0.5, 20)) == [1, 4, 8] and widths_of(18, (0.1,)) == [2]
+    with pytest.raises(ValueError, match="window of 0 layers"): widths_of(8, (0,))
+
+
+@pytest.mark.parametrize("direction", ["noising", "denoising"])
+def test_rows_are_what_single_sweeps_give(model, task, made, direction):
+    """Each row of the table, found by its columns, against a sweep of that one intervention."""
+    _, table = made
+    tp = task.pairs[3]
+    noise = Noise(task.noised, draws=2).measured(model, task.pairs)
+    for place in (places_of(model)[5], places_of(model, (1, 3), few=True)[-2], places_of(model)[-1]):
+        for corruption in ("STR", "GN"):
+            head = table["head"].isna() if place.head is None else table["head"] == place.head
+            rows = table[(table.pair_id == tp.id) & (table.corruption == corruption) & (table.direction == direction) & (table.control == "") & head
+                         & (table.site == place.site) & (table.layer == place.layer) & (table.position == place.position) & (table.window == place.window)]
+            if corruption == "GN" and not len(rows): continue  # noise is put to fewer places
+            one = sweep(model, tp, place.intervention, direction, metrics=("ld", "prob"), noise=noise if corruption == "GN" else None)
+            for column, metric in enumerate(("ld", "prob")):
+                (row,) = rows[rows.metric == metric].to_dict("records")
+                assert row["patched"] == pytest.approx(one.patched[0, 0, column], abs=1e-4)
+                assert (row["clean"], row["corrupt"]) == (pytest.approx(one.clean[0, column], abs=1e-4), pytest.approx(one.corrupt[0, column], abs=1e-4))
+
+
+def test_every_place_has_one_row_for_each_pair_and_metric(made, model, task):
+    _, table = made
+    key = ["pair_id", "corruption", "metric", "direction", "control", "window", "site", "layer", "head", "position"]
+    assert not table.duplicated(key).any()
+    sizes = table.groupby(["corruption", "control", "direction", "metric"]).size()
+    assert sizes["STR", "", "noising", "ld"] == 5 * len(places_of(model, (1, 3), task.places)) and sizes["GN", "", "noising", "ld"] == 5 * len(places_of(model, (1, 3), few=True))
+    assert set(table[table.corruption == "GN"].metric) == {"ld", "prob", "ld_of_mean", "prob_of_mean"} and set(table[table.corruption == "STR"].metric) == {"ld", "prob"}
+    assert set(table.control) == {"", "unrelated", "untrained"} and set(table[table.control != ""].corruption) == {"STR"}
+    assert set(wordings(task).values()) == {"all"}
+
+
+def test_a_grid_that_was_stopped_goes_on(model, task, made, tmp_path):
+    """Stopped after three groups; what is there is kept, and the whole is the same table."""
+    _, whole = made
+
+    def stop(done, total, part):
+        if done == 3: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): run_grid(model, task, tmp_path, SMALL, progress=stop)
+    parts = sorted((tmp_path / "parts").iterdir())
+    assert len(parts) == 3 and not (tmp_path / "grid.parquet").exists()
+    before = {p: p.stat().st_mtime_ns for p in parts}
+    again = run_grid(model, task, tmp_path, SMALL)
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items()), "what was there was swept again"
+    pd.testing.assert_frame_equal(again, whole, check_exact=False, atol=1e-5)
+    assert pd.read_parquet(tmp_path / "grid.parquet").equals(again)
+
+
+def test_a_folder_holds_one_grid(model, task, made):
+    folder, _ = made
+    with pytest.raises(GridError, match="another settings"): run_grid(model, task, folder, Settings(metrics=("ld",), widths=(1, 3), draws=2, group=2))
+    with pytest.raises(GridError, match="another pairs"): run_grid(model, make_task("facts", model, n=4, seed=1), folder, SMALL)
+
+
+def test_unrelated_donors_share_nothing(model):
+    pairs = make_task("facts", model, n=40).pairs
+    donors = unrelated(pairs)
+    assert len(donors) > 20
+    for tp in pairs:
+        if tp.id not in donors: continue
+        a, b = ({p.pair.clean_target, p.pair.corrupt_target, p.pair.clean_entity, p.pair.corrupt_entity} for p in (tp, donors[tp.id]))
+        assert not a & b and len(tp.clean_ids) == len(donors[tp.id].clean_ids)
+    assert unrelated(pairs) == donors != unrelated(pairs, seed=1)
+
+
+def test_controls_are_what_they_say(model, task):
+    """With its own pair as donor the unrelated control would be the real run; with the donor that it has, it is another."""
+    part, places = Part("STR", "noising", "unrelated"), dict(metrics=["ld"], widths=(1,))
+    real = sweep_part(model, task, Part("STR", "noising"), task.pairs, **places)
+    own = sweep_part(model, task, part, task.pairs, donors={tp.id: tp for tp in task.pairs}, **places)
+    same = real.merge(own, on=["pair_id", "site", "layer", "head", "position", "window"])
+    assert len(same) == len(own) and np.allclose(same.patched_x, same.patched_y, atol=1e-4)
+
+
+def test_tables_and_figures_of_a_small_grid(model, tmp_path):
+    folder = run_methods(model, "facts", out=tmp_path, n=8, settings=SMALL)
+    names = {p.name for p in folder.iterdir()}
+    assert {"ability.json", "grid.json", "grid.parquet", "detections.csv", "components.csv", "controls.csv", "warnings.csv", "conclusions.csv", "agree.csv",
+            "variance_heads.csv", "variance_layers.csv", "windows.csv", "figures"} <= names
+    captions = json.loads((folder / "figures" / "captions.json").read_text())
+    assert len(captions) >= 4 and all("n = 8 pairs" in c["caption"] for c in captions.values())
+    found = grid_tables(pd.read_parquet(folder / "grid.parquet"))
+    assert len(found["detections"]) == 2 * 2 + 4 * 2  # STR: metrics x directions; noise also has each metric of the mean logits
+    told = methods_lines(folder)
+    assert "can do facts" in told[0] and any("strongest head" in line for line in told)
+
+
+def test_what_a_model_cannot_do_is_said_and_nothing_else(tmp_path):
+    done = CliRunner().invoke(app, ["methods", "--task", "greater_than", "--pairs", "20", "--out", str(tmp_path)])
+    assert done.exit_code == 0 and "cannot do greater_than" in done.output and len(done.output.splitlines()) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["ability.json"]
+
+
+@pytest.mark.parametrize("options, told", [
+    (["--task", "capitals"], "Unknown task 'capitals'"), (["--corruptions", "XX"], "Unknown corruption 'XX'"), (["--metrics", "loss"], "Unknown metric 'loss'"),
+    (["--windows", "a,b"], "is no list of numbers"), (["--directions", "up"], "Unknown direction 'up'"), (["--corruptions", ""], "at least one corruption"),
+    (["--replace", "S9"], "Unknown corruption of facts 'S9'"), (["--windows", "0"], "window of 0")])
+def test_bad_options_are_named(options, told, tmp_path):
+    done = CliRunner().invoke(app, ["methods", "--out", str(tmp_path / "new"), *options])
+    assert done.exit_code == 2 and told in done.output and not (tmp_path / "new").exists()
+
+
+def test_parts_are_named():
+    assert [str(p) for p in parts_of(("STR",), ("denoising",))] == ["STR denoising", "STR denoising unrelated", "STR denoising untrained"]
+    assert [str(p) for p in parts_of(("GN",), ("denoising",))] == ["GN denoising"]
