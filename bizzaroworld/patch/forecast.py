@@ -145,10 +145,10 @@ class Part(NamedTuple):
 def parts_of(asked: Asked) -> Iterator[Part]:
     "What is planned and run at a time."
     base, each = kept_bytes(asked)
-    share, columns, total = asked.memory // 4, [0], 0
+    share, columns, total = asked.memory // 4, [0], base
     most = _fit(asked, asked.longest, asked.runs_each * max(1, asked.max_pairs // asked.draws), asked.memory)(asked.longest) // asked.runs_each
     for i, size in enumerate(each):
-        if total + size > share and i > columns[-1]: columns, total = [*columns, i], 0
+        if total + size > share and i > columns[-1]: columns, total = [*columns, i], base
         total += size
     at_once = 1 if len(columns) > 1 else max(1, min(most, share // (base + sum(each))))
     for pairs in batches_of(asked.pairs, asked.donors, at_once, asked.model.length_matters):
