@@ -244,7 +244,7 @@ def forecast_of(asked: Asked) -> Forecast:
 def forecast(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPair | TokenPair],
              interventions: Edit | Intervention | Iterable[Edit | Intervention], direction: str = "noising", *,
              donors: Iterable[PromptPair | TokenPair] | None = None, values: Mapping[Edit, Any] | None = None, noise: Noise | None = None,
-             max_rows: int = 2048, max_pairs: int = 64, memory: int | None = None) -> Forecast:
+             max_rows: int = 8192, max_pairs: int = 64, memory: int | None = None) -> Forecast:
     """What `sweep` would run if it were asked for the same, without running it: rows, passes, work, and the memory of a pass.
 
     The arguments are those of `sweep`, and what it refuses is refused here. Unless `memory` is given (bytes), it depends on what is free."""
