@@ -2,8 +2,9 @@
 
 Each setting runs in a process of its own, so that its peak memory is its own. Time is the processor's, on one thread:
 waiting for other programs does not count. It is the median of three sweeps, of fewer where these take seconds. Beside it
-stands the number of token-layers that the sweep cannot avoid: for each row, the positions it runs times the blocks from
-its first edit on, plus two whole runs of each pair. If nothing else cost anything, time would be proportional to it.
+stands what `forecast` says before: token-layers (for each row of each pass, the positions that are run times the blocks from its
+first edit on, and the base runs), rows, passes, and the memory of a pass, for a budget of 256 MiB. If nothing else cost
+anything, time would be proportional to the token-layers. Longer prompts get fewer interventions, as each setting says.
 """
 import argparse
 import json
@@ -13,7 +14,6 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 
 import psutil
@@ -25,18 +25,20 @@ from bizzaroworld.battery.pairs import PromptPair
 from bizzaroworld.battery.tokens import TokenPair
 from bizzaroworld.files import write_json
 from bizzaroworld.model.load import load_model
-from bizzaroworld.patch.interventions import grid
-from bizzaroworld.patch.passes import rows_of
-from bizzaroworld.patch.sweep import _same_as, sweep
+from bizzaroworld.patch.forecast import _same_as, forecast
+from bizzaroworld.patch.interventions import Intervention, grid
+from bizzaroworld.patch.sweep import sweep
 
 USUAL = {"layers": 18, "length": 16, "interventions": 200, "pairs": 2}
-GROW = {"layers": (6, 12, 24, 48), "length": (8, 16, 32, 64, 128), "interventions": (10, 100, 1000, 10_000),
-        "pairs": (1, 2, 8, 60)}
+GROW = {"layers": (6, 18, 48), "length": (8, 32, 128, 512, 1000), "interventions": (10, 100, 1000, 20_000), "pairs": (1, 8, 60)}
+FEWER = {512: 50, 1000: 25}  # interventions on prompts of so many tokens
+BUDGET = 2**28
 
 
 def settings() -> list[dict]:
     """The usual setting with one number changed at a time."""
-    return [{"grows": what, **USUAL, what: value} for what, values in GROW.items() for value in values]
+    return [{"grows": what, **USUAL, "interventions": FEWER.get(value, USUAL["interventions"]), what: value}
+            for what, values in GROW.items() for value in values]
 
 
 def random_pairs(n: int, length: int) -> list[TokenPair]:
@@ -51,10 +53,12 @@ def random_pairs(n: int, length: int) -> list[TokenPair]:
     return pairs
 
 
-def token_layers(model, pairs, interventions) -> int:
-    """Positions times blocks that have to be computed."""
-    rows = rows_of(model.shape, pairs, pairs, interventions)
-    return sum(r.tail * (model.n_layers - r.layer) for r in rows) + sum(2 * len(p.clean_ids) * model.n_layers for p in pairs)
+def asked_for(model, length: int, n: int) -> list[Intervention]:
+    """Evenly from everything that can be patched at up to 128 positions, each state of the stream once; then two edits at a time."""
+    single = list(dict.fromkeys(_same_as(model, i) for source in ("donor", "zero")
+                                for i in grid(model, model.sites, range(0, length, -(-length // 128)), source=source)))
+    everything = single + [Intervention(a.edits + b.edits) for a, b in zip(single, single[1:])] * (n > len(single))
+    return [everything[i * len(everything) // n] for i in range(n)]
 
 
 @torch.no_grad()
@@ -66,20 +70,18 @@ def measure(s: dict) -> dict:
         vocab_size=4096, hidden_size=256, intermediate_size=1024, num_hidden_layers=s["layers"], num_attention_heads=4,
         num_key_value_heads=1, head_dim=64)))
     pairs = random_pairs(s["pairs"], s["length"])
-    # A state of the stream has several names; each intervention is taken once.
-    everything = list(dict.fromkeys(_same_as(model, i) for source in ("donor", "zero")
-                                    for i in grid(model, model.sites, range(s["length"]), source=source)))
-    step = max(1, len(everything) // s["interventions"])
-    interventions = list(islice(everything, 0, None, step))[:s["interventions"]]
-    sweep(model, pairs[:1], interventions[:10], progress=False)
+    interventions = asked_for(model, s["length"], s["interventions"])
+    sweep(model, random_pairs(1, 8), asked_for(model, 8, 10), memory=BUDGET, progress=False)  # small: what it takes is not counted
     before, seconds = psutil.Process().memory_info().rss, []
     while len(seconds) < 3 and sum(seconds) < 3:
         start = time.process_time()
-        sweep(model, pairs, interventions, progress=False)
+        sweep(model, pairs, interventions, memory=BUDGET, progress=False)
         seconds.append(time.process_time() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {**s, "interventions": len(interventions), "seconds": round(statistics.median(seconds), 3),
-            "peak_mib": round((peak - before) / 2**20), "token_layers": token_layers(model, pairs, interventions)}
+    peak, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, time.process_time()
+    said = forecast(model, pairs, interventions, memory=BUDGET)
+    return {**s, "seconds": round(statistics.median(seconds), 3), "planning": round(time.process_time() - start, 3),
+            "peak_mib": round((peak - before) / 2**20), "forecast_mib": round(said.bytes_a_pass / 2**20),
+            "rows": said.rows, "passes": said.passes, "token_layers": said.token_layers}
 
 
 def main() -> None:
@@ -93,7 +95,7 @@ def main() -> None:
         done = subprocess.run([sys.executable, __file__, "--one", json.dumps(s)], capture_output=True, text=True, check=True)
         results.append(json.loads(done.stdout.splitlines()[-1]))
         print(results[-1], flush=True)
-    write_json(options.out, {"command": "python benchmarks/scaling.py", "hardware": hardware() | {"threads": 1}, "results": results,
+    write_json(options.out, {"command": "python benchmarks/scaling.py", "hardware": hardware() | {"threads": 1}, "budget_mib": BUDGET // 2**20, "results": results,
                              "versions": {p: version(p) for p in ("torch", "transformers", "transformer-lens")}})
 
 

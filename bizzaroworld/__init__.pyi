@@ -7,6 +7,7 @@ from .methods.detections import detection_table as detection_table, detections a
 from .methods.multiverse import multiverse as multiverse, variance_explained as variance_explained
 from .model.load import load_model as load_model
 from .paper.report import report as report
+from .patch.forecast import forecast as forecast
 from .patch.interventions import Edit as Edit, Intervention as Intervention, grid as grid
 from .patch.means import mean_values as mean_values
 from .patch.sweep import sweep as sweep

@@ -101,6 +101,15 @@ def test_records_of_patching_hold_what_the_page_reads():
                 assert "bar" in r and 0 <= r["other_programs"] <= 1
 
 
+def test_growth_keeps_to_its_budget():
+    record = json.loads((ROOT / "data" / "benchmarks" / "scaling-cpu.json").read_text(encoding="utf-8"))
+    results = record["results"]
+    assert {r["length"] for r in results} >= {8, 1000} and {r["interventions"] for r in results} >= {10, 20_000}
+    for r in results:
+        assert r["peak_mib"] <= 1.5 * record["budget_mib"] and r["forecast_mib"] <= record["budget_mib"], r
+        assert r["peak_mib"] <= 1.75 * r["forecast_mib"] + 32 and r["planning"] <= 0.1 * r["seconds"], r
+
+
 def test_the_readme_says_what_was_measured():
     record = json.loads((ROOT / "data" / "benchmarks" / "gemma-3-270m-cpu.json").read_text(encoding="utf-8"))
     task = record["results"]["gemma-3-270m"]["tasks"]["the whole study of one pair"]

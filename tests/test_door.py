@@ -10,7 +10,7 @@ import pytest
 
 import bizzaroworld as bw
 
-NAMES = ("Edit Intervention PromptPair Task ability align audit claims compare detection_table detections grid load_battery load_model make_task "
+NAMES = ("Edit Intervention PromptPair Task ability align audit claims compare detection_table detections forecast grid load_battery load_model make_task "
          "mean_values multiverse only_right open_run report run_study sweep triage variance_explained warnings_of").split()
 
 

@@ -18,7 +18,7 @@ WINGS = {wing: rooms.split() for wing, rooms in {
     "battery": "pairs layouts formats tokens audit knowing triage facts builder chat",
     "model": "names bridge hooked identity adapters gguf checks load catalog",
     "tasks": "drafts recipes ioi greater_than docstring arithmetic choices recall registry ability",
-    "patch": "interventions metrics noise passes engine means sweep",
+    "patch": "interventions metrics noise passes engine means forecast sweep",
     "methods": "detections multiverse grid",
     "study": "runs experiments controls",
     "results": "estimates effects layers heads correlations summary quantities compare",

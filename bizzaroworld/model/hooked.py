@@ -63,6 +63,10 @@ class Shape:
         stream = tail * (8 * self.d_model + 3 * self.d_mlp + 4 * self.n_heads * self.d_head)
         return stream + 3 * self.n_heads * tail * length + 2 * (self.n_kv_heads + self.n_heads) * length * self.d_head
 
+    def kept_values(self, length: int) -> int:
+        "How many numbers a run of `length` positions leaves for the passes on it: keys and values of every layer, what enters the first."
+        return length * (2 * self.n_layers * self.n_kv_heads * self.d_head + self.d_model)
+
     def rows_within(self, budget: int, tail: int, length: int) -> int:
         "How many rows of a pass fit into `budget` bytes, by that estimate in fp32; at least one."
         return max(1, budget // (4 * self.row_values(tail, length)))

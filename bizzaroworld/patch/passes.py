@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import warnings
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -216,13 +217,14 @@ ALIKE, SMALL = 0.85, 512  # a share of the longest tail of a pass; tokens
 def passes_of(rows: Sequence[Row], fit: Callable[[int], int]) -> Iterator[Pass]:
     "Distribute rows over passes of at most `fit(tail)` rows (base runs not counted), of nearly the same tail or few in all, and of few pairs."
     left = sorted(rows, key=lambda row: (-row.tail, row.pair))
-    def alike(start): return sum(row.tail >= ALIKE * left[start].tail for row in left[start:])
-    while left:
-        tail, n = left[0].tail, alike(0)
-        while n < len(left) and (n + alike(n)) * tail <= SMALL: n += alike(n)
-        together = left[:min(fit(tail), n)]
+    shortest_last, at = [-row.tail for row in left], 0
+    def alike(start): return bisect_right(shortest_last, -ALIKE * left[start].tail) - start
+    while at < len(left):
+        tail, n = left[at].tail, alike(at)
+        while at + n < len(left) and (n + alike(at + n)) * tail <= SMALL: n += alike(at + n)
+        together = left[at:at + min(fit(tail), n)]
         yield Pass(tuple(sorted(together, key=lambda row: row.layer)), tail)
-        left = left[len(together):]
+        at += len(together)
 
 
 def batches_of(pairs: Sequence[TokenPair], donors: Sequence[TokenPair], max_pairs: int, one_length: bool = False) -> Iterator[list[int]]:

@@ -1,0 +1,191 @@
+"""A forecast counts what the sweep then runs; planning keeps to the budget, and finds the passes it always found."""
+import io
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from tiny import random_pair, tiny_model
+
+from bizzaroworld.patch import engine, forecast as room, sweep as sweep_room
+from bizzaroworld.patch.forecast import Asked, as_asked, forecast, kept_bytes, parts_of, plan_of
+from bizzaroworld.patch.interventions import Edit, Intervention, grid
+from bizzaroworld.patch.noise import Noise
+from bizzaroworld.patch.passes import ALIKE, SMALL, Row, Write, as_interventions, passes_of
+from bizzaroworld.patch.sweep import sweep
+
+
+@pytest.fixture(scope="module")
+def gemma(): return tiny_model("gemma")
+
+
+def counted(monkeypatch) -> SimpleNamespace:
+    """What the engine runs from now on, counted where it is run: in the shapes that go through the model."""
+    seen = SimpleNamespace(rows=0, passes=0, token_layers=0, parts=0)
+    real_pass, real_base = engine._run_pass, sweep_room.base_run
+
+    def run_pass(model, base, the_pass, bank):
+        blocks = [the_pass.n_base + sum(row.layer <= layer for row in the_pass.rows) for layer in range(model.n_layers)]
+        seen.rows, seen.passes = seen.rows + len(the_pass.rows), seen.passes + 1
+        seen.token_layers += the_pass.tail * sum(blocks)
+        return real_pass(model, base, the_pass, bank)
+
+    def base_run(model, sequences, n, rows, added=()):
+        seen.parts += 1
+        seen.token_layers += len(sequences) * max(map(len, sequences)) * model.n_layers
+        return real_base(model, sequences, n, rows, added)
+    monkeypatch.setattr(engine, "_run_pass", run_pass)
+    monkeypatch.setattr(sweep_room, "base_run", base_run)
+    return seen
+
+
+PAIRS = [random_pair(1), random_pair(2, 12, (4, 6)), random_pair(3, 7, (2, 3)), random_pair(4, 7, (2, 3))]
+CASES = {"plain": {}, "denoising": {"direction": "denoising"}, "donors": {"donors": PAIRS[::-1]}, "noise": {"noise": Noise(draws=3)},
+         "few rows": {"max_rows": 5}, "pairs by themselves": {"max_pairs": 1}, "little memory": {"memory": 1_000_000}, "less": {"memory": 20_000}}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_forecast_counts_what_is_run(gemma, monkeypatch, case):
+    asked = grid(gemma, ["resid_pre", "resid_mid", "resid_post", "z", "v", "mlp_out"], ["final", "entity"]) + grid(gemma, ["z"], "all", source="zero")
+    asked += asked[:5]
+    options = {"memory": 2**28} | CASES[case]
+    said = forecast(gemma, PAIRS, asked, **options)
+    seen = counted(monkeypatch)
+    sweep(gemma, PAIRS, asked, progress=False, **options)
+    assert (said.rows, said.passes, said.token_layers) == (seen.rows, seen.passes, seen.token_layers)
+    assert (said.pairs, said.interventions) == (4, len(asked)) and 0 < said.rows < 3 * 4 * len(asked)
+    assert (seen.parts > 4) == (case == "less"), "base runs are repeated only where one pair's interventions do not fit"
+
+
+def test_a_forecast_by_hand(gemma):
+    """One pair of 9 tokens that differ from the fourth on, 3 layers: one row of the final token from layer 1, one row of the first tokens that changes nothing."""
+    tp = random_pair(1)
+    first = next(i for i, (a, b) in enumerate(zip(tp.clean_ids, tp.corrupt_ids)) if a != b)
+    asked = [Edit("z", 1, "final", 0), Edit("z", 1, "final", 0), Edit("resid_pre", 0, first - 1)]
+    said = forecast(gemma, tp, asked, memory=2**28)
+    assert (said.pairs, said.interventions, said.rows, said.passes) == (1, 3, 1, 1)
+    assert said.token_layers == 2 * len(tp.clean_ids) * 3 + (3 + 2) * 1
+    assert repr(said).startswith(f"1 pair x 3 interventions: 1 row in 1 pass, {said.token_layers} token-layers, up to about ")
+
+
+def test_a_forecast_runs_nothing_of_the_sweep(gemma, monkeypatch):
+    gemma.mid_is_post  # tried out once on a model
+    monkeypatch.setattr(type(gemma), "run", lambda *a, **k: pytest.fail("something was run"))
+    forecast(gemma, PAIRS, grid(gemma, ["resid_pre"], "all"))
+
+
+def test_what_a_sweep_refuses_is_refused(gemma):
+    for wrong, words in (({"direction": "both"}, "Unknown direction"), ({"donors": PAIRS[:1]}, "1 donors for 4 pairs")):
+        with pytest.raises(ValueError, match=words): forecast(gemma, PAIRS, Edit("resid_pre", 0), **wrong)
+    with pytest.raises(ValueError, match="nothing was given"): forecast(gemma, PAIRS, Edit("resid_pre", 0, source="given"))
+
+
+def asked_of(model, interventions, memory, pairs=PAIRS, noise=None) -> Asked:
+    return as_asked(model, pairs, as_interventions(interventions), "noising", pairs, None, noise, 2048, 64, memory)
+
+
+@pytest.mark.parametrize("noise", [None, Noise(draws=4)])
+def test_what_is_kept_does_not_grow_with_what_is_asked(gemma, noise):
+    """Twenty times the interventions and more pairs: more parts, none of them larger than a quarter of the budget."""
+    memory, sizes = 2**21, []
+    everything = [Intervention((Edit(s, l, p, h, "zero"),)) for s in ("resid_pre", "mlp_out") for l in range(3) for p in range(7) for h in [None]]
+    for repeat in (1, 20):
+        many = [Intervention((i.edits[0], Edit("attn_out", 2, -1 - n % 7, None, "donor"), Edit("z", n % 3, n % 5, n // 5 % 4, "zero")))
+                for i in everything for n in range(repeat)]
+        for pairs in (PAIRS, PAIRS * 4):
+            asked = asked_of(gemma, many, memory, pairs, noise)
+            parts = list(parts_of(asked))
+            assert all(part.kept <= memory // 4 for part in parts)
+            cover = np.zeros((len(pairs), len(asked.once)), int)
+            for part in parts: cover[part.pairs, part.columns.start:part.columns.stop] += 1
+            assert (cover == 1).all(), "each pair and intervention once"
+            sizes.append(len(parts))
+    assert sizes[0] < sizes[1] < sizes[3] or noise is None and sizes[0] <= sizes[1] < sizes[3]
+
+
+def test_the_bytes_of_the_bank_are_no_more_than_expected(gemma):
+    """What the base run really banks, against what was planned for it."""
+    asked = asked_of(gemma, grid(gemma, ["resid_pre", "z", "pattern", "k"], range(7)), 2**28)
+    (part,) = parts_of(asked)
+    plan = plan_of(asked, part)
+    _, bank, _ = sweep_room.base_run(gemma, plan.prompts, plan.n, plan.rows, plan.added)
+    values = sum(vectors.nbytes for _, vectors in bank.values())
+    assert 0 < values <= part.kept and sum(kept_bytes(asked)[1]) > values / len(PAIRS)
+
+
+def old_passes(rows, fit):
+    """The definition: rows are counted one by one."""
+    left = sorted(rows, key=lambda row: (-row.tail, row.pair))
+    def alike(start): return sum(row.tail >= ALIKE * left[start].tail for row in left[start:])
+    while left:
+        tail, n = left[0].tail, alike(0)
+        while n < len(left) and (n + alike(n)) * tail <= SMALL: n += alike(n)
+        together = left[:min(fit(tail), n)]
+        yield tuple(sorted(together, key=lambda row: row.layer)), tail
+        left = left[len(together):]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.sampled_from([1, 2, 3, 17, 20, 34, 40, 100, 400, 1000])), max_size=80),
+       st.integers(1, 3000))
+def test_passes_are_those_of_the_definition(told, tokens):
+    rows = [Row(pair, i, (Write("z", layer, -tail, 0, None),), layer, tail) for i, (pair, layer, tail) in enumerate(told)]
+    def fit(tail): return max(1, tokens // tail)
+    assert [(p.rows, p.tail) for p in passes_of(rows, fit)] == list(old_passes(rows, fit))
+
+
+def test_a_pass_has_room_for_its_base_runs(gemma):
+    """Many pairs with a row or two each: rows and base runs together stay within the budget."""
+    asked = asked_of(gemma, grid(gemma, ["resid_pre"], "final"), 2**20, [random_pair(i) for i in range(64)])
+    for part in parts_of(asked):
+        plan = plan_of(asked, part)
+        for p in plan.passes():
+            assert part.kept + 4 * (len(p.rows) + p.n_base - 1) * gemma.shape.row_values(p.tail, plan.length) <= asked.memory
+
+
+class Terminal(io.StringIO):
+    def isatty(self): return True
+
+
+@pytest.mark.parametrize("is_terminal, long, says", [(True, 0.0, True), (True, 1e9, False), (False, 0.0, False)])
+def test_a_long_sweep_is_announced_on_a_terminal_only(gemma, monkeypatch, is_terminal, long, says):
+    """Time does not matter here: every sweep is tried for no time, and is long or is not."""
+    monkeypatch.setattr(room, "TRIAL", 0.0)
+    monkeypatch.setattr(room, "LONG", long)
+    screen = Terminal() if is_terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", screen)
+    asked = grid(gemma, ["resid_pre", "z"], ["final", "entity"])
+    sweep(gemma, PAIRS, asked, memory=2**28)
+    line = f"{forecast(gemma, PAIRS, asked, memory=2**28)!r}; about "
+    assert screen.getvalue().count(line) == says
+    assert ("100%" in screen.getvalue()) == is_terminal
+
+
+def test_a_bar_that_is_not_shown_plans_nothing_twice(gemma, monkeypatch):
+    monkeypatch.setattr(room, "forecast_of", lambda asked: pytest.fail("planned for a bar that nobody sees"))
+    sweep(gemma, PAIRS, Edit("resid_pre", 0), progress=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma", "gpt2"])
+def test_the_guess_is_within_a_factor_of_three(name, monkeypatch):
+    """Processor time of a sweep of a few seconds, against the guess that its first part allows."""
+    from time import process_time
+    told = []
+    class Listening(room.Telling):
+        def __init__(self, asked, progress):
+            super().__init__(asked, progress)
+            self.forecast, self.guess = room.forecast_of(asked), None
+            told.append(self)
+        def ran(self, work):
+            super().ran(work)
+            if self.guess is None and self.seconds > 0.3: self.guess = self.expected()
+    monkeypatch.setattr(room, "perf_counter", process_time)
+    monkeypatch.setattr(sweep_room, "Telling", Listening)
+    model = tiny_model(name)
+    pairs = [random_pair(i, 60, (10, 12)) for i in range(5)]
+    sweep(model, pairs, grid(model, model.sites, range(60)), progress=False)
+    (seen,) = told
+    assert seen.done == seen.forecast.token_layers and seen.seconds > 3 * 0.3
+    assert 1 / 3 < seen.guess / seen.seconds < 3
