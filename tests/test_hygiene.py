@@ -19,7 +19,7 @@ WINGS = {wing: rooms.split() for wing, rooms in {
     "model": "names bridge hooked identity adapters gguf checks load catalog",
     "tasks": "drafts recipes ioi greater_than docstring arithmetic choices recall registry ability",
     "patch": "interventions metrics noise passes engine means forecast sweep",
-    "methods": "detections multiverse grid",
+    "methods": "detections multiverse grid attention",
     "study": "runs experiments controls",
     "results": "estimates effects layers heads correlations summary quantities compare",
     "replication": "published numbers claims verdicts",
