@@ -41,6 +41,7 @@ notebooks: $(VENV)/.installed-dev  ## export, re-execute and clean the committed
 bench: $(VENV)/.installed-dev $(NNSIGHT)/.installed  ## the sweep against TransformerLens, nnsight and the plain loop; floor, profile, growth
 	$(BIN)/python benchmarks/patching.py
 	$(BIN)/python benchmarks/patching.py --clock processor --rounds 2
+	$(BIN)/python benchmarks/shapes.py
 	$(BIN)/python benchmarks/where_time_goes.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/gpu.py

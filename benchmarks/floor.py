@@ -4,6 +4,7 @@ Counted as unavoidable, for exact results and a causal Gemma-like model (one mul
 
 - One base and one donor run of each pair, and for each distinct intervention the positions from the first edited one
   on, in the blocks from the first edited one on. Everything before equals the base run.
+- An intervention on tokens before the first one that differs costs nothing: the donor's values are there already.
 - In the first block of an intervention, only what its edit changes. `resid_pre`: queries, keys and values of the edited
   position, attention, its output projection and the MLP from there on. `z`, `attn_out`, `resid_mid`: the output
   projection (for `z`) and the MLP at the edited position. `mlp_out` and `resid_post`: nothing.
@@ -17,6 +18,7 @@ of a matrix product) and bytes / (bytes per second of a copy). No program reache
 is to go.
 """
 import time
+from os.path import commonprefix
 
 import torch
 
@@ -79,7 +81,8 @@ def operations(model, pairs, interventions) -> int:
     cost, layers = Costs(model.shape), model.n_layers
     runs = [2 * ((layers - 1) * cost.block(len(p.clean_ids), len(p.clean_ids)) + cost.last(len(p.clean_ids), len(p.clean_ids)))
             for p in pairs]
-    rows = rows_of(model.shape, pairs, pairs, list(dict.fromkeys(_same_as(model, i) for i in interventions)))
+    shared = [len(commonprefix([p.clean_ids, p.corrupt_ids])) for p in pairs]
+    rows = rows_of(model.shape, pairs, pairs, list(dict.fromkeys(_same_as(model, i) for i in interventions)), shared)
     patched = [cost.first(r, n, r.layer == layers - 1) + (r.layer < layers - 1) *
                ((layers - 2 - r.layer) * cost.block(n, r.tail) + cost.last(n, r.tail))
                for r in rows for n in [len(pairs[r.pair].clean_ids)]]

@@ -1,4 +1,5 @@
 """The benchmark programs stop when numbers differ, and their records hold what the page reads and no one's paths."""
+import copy
 import json
 import re
 import sys
@@ -7,7 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import random_pair, tiny_model
+from tiny import BUILDERS, random_pair, tiny_model
+
+from bizzaroworld.model.load import load_model
+from bizzaroworld.patch.interventions import grid, positions_of
+from bizzaroworld.patch.sweep import sweep
+from bizzaroworld.study.experiments import interventions_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = sorted((ROOT / "data" / "benchmarks").glob("*.json"))
@@ -19,10 +25,12 @@ def programs():
     if not (ROOT / "benchmarks").is_dir(): pytest.skip("the benchmark programs are not here")
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
+        import expert
         import floor
         import gpu
         import patching
-        yield Namespace(patching=patching, floor=floor, gpu=gpu)
+        import shapes
+        yield Namespace(patching=patching, floor=floor, gpu=gpu, expert=expert, shapes=shapes)
     finally: sys.path.remove(str(ROOT / "benchmarks"))
 
 
@@ -37,6 +45,27 @@ def test_contestants_agree_on_every_task(programs):
         values = {name: contestant(model, pair, interventions) for name, contestant in running.items()}
         assert p.check_equal(values) < 1e-5, task
         assert len({round(v, 4) for v in values["sweep"]}) > 2, task
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llama", "gpt2"])
+def test_the_experts_loop_agrees_at_every_site(programs, name):
+    """On the bare model, 32 at a time and one left over, at every site that the study patches."""
+    bare, pair = BUILDERS[name]().eval(), random_pair(1)
+    model = load_model(copy.deepcopy(bare))
+    asked = interventions_of(model)
+    edits = [(e.site, e.layer, positions_of(e.position, pair)[0], e.head) for e in (i.edits[0] for i in asked)]
+    theirs = programs.expert.patch(bare, pair.clean_ids, pair.corrupt_ids, (pair.clean_target_id, pair.corrupt_target_id), edits)
+    ours = sweep(model, pair, asked, progress=False)
+    assert len(edits) > 32 and {e[0] for e in edits} == {"resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "z"}
+    assert abs(torch.tensor(theirs) - torch.tensor(ours.patched[0, :, 0])).max() < 1e-5 < abs(ours.patched - ours.clean[0, 0]).max()
+
+
+def test_what_can_be_saved_is_counted_by_hand(programs):
+    """Three layers, nine tokens, the entity at 3 and 4, one patch of every layer at each token."""
+    model, pair = tiny_model("gemma"), random_pair(1)
+    found = programs.shapes.counts(model, pair, grid(model, "resid_pre", range(9)))
+    assert found["counted"] == pytest.approx(27 * 27 / ((3 + 2 + 1) * sum(range(1, 10))))
+    assert found["counted_with_names_and_starts"] == pytest.approx(28 * 27 / ((3 + 2 + 1) * sum(range(1, 7)) + 2 * 27))
 
 
 @torch.no_grad()
