@@ -108,7 +108,9 @@ def _sweep_part(plan: Plan, metrics, told: Telling):
             if draws > 1: finals[pair, column] = hidden
             else: patched[pair, column] = measure(hidden[:, None], pair.to(model.device))
         told.ran(work_of(planned, model.n_layers))
-    for column in range(len(plan.part.columns)) if draws > 1 else (): patched[:, column] = measure(finals[:, column].unflatten(0, (n, draws)), everyone)
+    if draws > 1:
+        states, k = finals.unflatten(0, (n, draws)).transpose(1, 2).flatten(0, 1), len(plan.part.columns)
+        patched = measure(states, everyone.repeat_interleave(k)).unflatten(0, (n, k))
     return unpatched, other, patched
 
 # %% ../../nbs/library/patch/08_sweep.ipynb #67e2f11f
