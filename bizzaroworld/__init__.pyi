@@ -3,13 +3,16 @@ from .battery.formats import load_battery as load_battery
 from .battery.pairs import PromptPair as PromptPair
 from .battery.tokens import align as align
 from .battery.triage import triage as triage
+from .methods.attention import attention_to as attention_to
 from .methods.detections import detection_table as detection_table, detections as detections, warnings_of as warnings_of
 from .methods.multiverse import multiverse as multiverse, variance_explained as variance_explained
+from .methods_run import run_methods as run_methods
 from .model.load import load_model as load_model
 from .paper.report import report as report
 from .patch.forecast import forecast as forecast
 from .patch.interventions import Edit as Edit, Intervention as Intervention, grid as grid
 from .patch.means import mean_values as mean_values
+from .patch.noise import Noise as Noise
 from .patch.sweep import sweep as sweep
 from .pipeline import run_study as run_study
 from .replication.verdicts import claims as claims
