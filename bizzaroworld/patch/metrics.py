@@ -142,15 +142,15 @@ def measured(readout: Readout, hidden: Float[Tensor, "row draw d_model"], answer
     """The metrics of each row, over its draws of noise (one, where there is no noise), in the order of their names.
 
     `clean_hidden` are the hidden states of each row's clean run; `at_once`: how many hidden states are read together."""
-    plain, of_mean = ([m for m in metrics if m.endswith(OF_MEAN) == mean] for mean in (False, True))
+    plain, of_mean = ([(i, m.removesuffix(OF_MEAN)) for i, m in enumerate(metrics) if m.endswith(OF_MEAN) == mean] for mean in (False, True))
     means, needed = [mean for mean, names in ((False, plain), (True, of_mean)) if names], {m.removesuffix(OF_MEAN) for m in metrics}
     out, size = torch.empty(len(hidden), len(metrics), device=hidden.device), max(1, at_once // hidden.shape[1])
     for i in range(0, len(hidden), size):
         some = slice(i, i + size)
         for mean, readings in zip(means, _read(readout, hidden[some], answers[some], clean_hidden[some], means, needed)):
-            for m in of_mean if mean else plain:
-                values = METRICS[m.removesuffix(OF_MEAN)](readings)
-                out[some, metrics.index(m)] = values if mean else values.unflatten(0, (-1, hidden.shape[1])).mean(1)
+            for column, name in of_mean if mean else plain:
+                values = METRICS[name](readings)
+                out[some, column] = values if mean else values.unflatten(0, (-1, hidden.shape[1])).mean(1)
     return out
 
 # %% ../../nbs/library/patch/02_metrics.ipynb #e59c5626

@@ -143,9 +143,9 @@ def _writes(shape: Shape, pair: int, tp: TokenPair, donor: TokenPair, interventi
 # %% ../../nbs/library/patch/04_passes.ipynb #5e1f0b02
 def _telling(writes: Sequence[Write], n: int, m: int, shared: int) -> tuple[Write, ...]:
     "The writes that can change a run of `n` tokens whose first `shared` are those of its donor, of `m` tokens."
-    other = min((w.position for w in writes if not isinstance(w.value, Donor)), default=0)
-    def there_already(w): return isinstance(w.value, Donor) and n + w.position == m + w.value.position < shared and w.position < other
-    return tuple(w for w in writes if not there_already(w))
+    def same(w): return isinstance(w.value, Donor) and n + w.position == m + w.value.position < shared
+    other = min((w.position for w in writes if not same(w)), default=0)
+    return tuple(w for w in writes if not (same(w) and w.position < other))
 
 
 def rows_of(shape: Shape, pairs: Sequence[TokenPair], donors: Sequence[TokenPair], interventions: Sequence[Intervention],

@@ -145,3 +145,9 @@ def test_kl_is_positive_away_from_the_clean_run(direction, sign):
     done = sweep(model, tp, Edit("resid_post", model.n_layers - 1, "final"), direction, metrics=("kl",))
     effect = (done.patched[0, 0] - (done.clean if direction == "noising" else done.corrupt)[0])[0]
     assert abs(done.clean[0, 0]) < 1e-6 and done.corrupt[0, 0] > 1e-4 and effect == pytest.approx(sign * done.corrupt[0, 0], abs=1e-5)
+
+
+def test_a_metric_named_twice_is_measured_twice():
+    model, tp = tiny_model("gemma"), random_pair(1)
+    found = sweep(model, tp, Edit("resid_pre", 1, "entity"), metrics=("ld", "kl", "ld", "kl_of_mean", "kl_of_mean"))
+    assert (found.patched[..., [0, 3]] == found.patched[..., [2, 4]]).all() and found.clean[0, 0] == found.clean[0, 2] != 0

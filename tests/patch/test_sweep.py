@@ -1,4 +1,6 @@
 """The engine against TransformerLens's own patching, against plain PyTorch hooks, and against identities."""
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -119,6 +121,21 @@ def test_donor_of_another_length(gemma):
     assert abs(result.patched[0, 0, 0] - theirs) < 1e-5
     own = sweep(gemma, [tp], [Intervention((Edit("resid_pre", 1, "entity"),))])
     np.testing.assert_allclose([result.clean, result.corrupt], [own.clean, own.corrupt], atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_donor_whose_entity_is_elsewhere_changes_what_both_prompts_share(gemma):
+    """After a value of another token, a later token differs from the donor's though all prompts are one: its value is put there, not dropped."""
+    tp = replace(one := random_pair(5), corrupt_ids=one.clean_ids)
+    donor, later = replace(tp, entity_span=(1, 2)), tp.entity + 2
+    _, cache = gemma.bridge.run_with_cache(ids(tp, "clean"))
+    def moved(act, hook): act[:, tp.entity] = cache[hook.name][:, donor.entity]
+    def put(act, hook): act[:, later] = cache[hook.name][:, later]
+    hooks = [("blocks.0.hook_resid_pre", moved), ("blocks.1.hook_resid_post", put)]
+    theirs = [ld(tp)(gemma.bridge.run_with_hooks(ids(tp, "clean"), fwd_hooks=some)).item() for some in (hooks[:1], hooks)]
+    first = Edit("resid_pre", 0, "entity")
+    ours = sweep(gemma, tp, [first, Intervention((first, Edit("resid_post", 1, later)))], donors=[donor]).patched[0, :, 0]
+    assert np.abs(ours - theirs).max() < 1e-5 < abs(theirs[0] - theirs[1])
 
 
 @settings(max_examples=15, deadline=None)
