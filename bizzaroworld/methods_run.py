@@ -16,7 +16,7 @@ from .figures.run_figures import write_plates
 from .files import write_json, write_table
 from .methods.detections import component_table, control_counts, detection_table, warnings_of
 from .methods.grid import GridError, Settings, run_grid
-from .methods.multiverse import agreement, multiverse, peak_ratios, position_ratios, variance_explained
+from .methods.multiverse import NothingToCompare, agreement, multiverse, peak_ratios, position_ratios, variance_explained
 from .model.hooked import Model
 from .model.load import load_model
 from .model.names import called
@@ -49,8 +49,9 @@ def grid_tables(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     found |= {"conclusions": known.assign(value=known["value"].map(str)), "agree": agreement(known).assign(value=lambda t: t["value"].map(str))}
     for unit, rows in (("heads", heads), ("layers", layers)):
         kind = rows[rows["control"] == ""]
-        if len(kind): found[f"variance_{unit}"] = variance_explained(kind, unit=("layer", "head") if unit == "heads" else ("layer",), complete=True)
-    if layers["window"].nunique() > 1: found["windows"] = peak_ratios(layers[layers["control"] == ""])
+        try: found |= {f"variance_{unit}": variance_explained(kind, unit=("layer", "head") if unit == "heads" else ("layer",), complete=True)} if len(kind) else {}
+        except NothingToCompare: pass  # one way to patch
+    if {1} < set(layers["window"]): found["windows"] = peak_ratios(layers[layers["control"] == ""])
     middle = table[table["head"].isna() & (table["window"] == 1) & table["position"].isin(["entity", "entity_middle"])]
     return found | ({"positions": position_ratios(middle)} if middle["position"].nunique() > 1 else {})
 
@@ -81,9 +82,10 @@ def methods_lines(folder: str | Path) -> list[str]:
     folder = Path(folder)
     told = [json.loads((folder / "ability.json").read_text("utf-8"))["sentence"]]
     if not (folder / "agree.csv").exists(): return told
-    agree, variance = pd.read_csv(folder / "agree.csv"), pd.read_csv(folder / "variance_heads.csv")
+    agree, variance = pd.read_csv(folder / "agree.csv"), folder / "variance_heads.csv"
     for row in agree[agree["of"] > 0].itertuples(): told.append(f"{row.conclusion}: {row.value} in {row.holds} of {row.of} combinations of methods")
-    largest = variance[~variance["factor"].isin(["rest", "common"])].sort_values("share").iloc[-1]
-    told.append(f"Of the differences between the profiles of heads, {largest['factor']} explains most: {largest['share']:.0%} (by chance {largest['chance']:.0%}).")
+    if variance.exists():
+        largest = pd.read_csv(variance).query("factor not in ('rest', 'common')").sort_values("share").iloc[-1]
+        told.append(f"Of the differences between the profiles of heads, {largest['factor']} explains most: {largest['share']:.0%} (by chance {largest['chance']:.0%}).")
     return [*told, "", f"{folder / 'detections.csv'}  which heads each combination detects", f"{folder / 'grid.parquet'}  every patch, one row each",
             f"{folder / 'figures'}  curves, maps, detections, the multiverse"]

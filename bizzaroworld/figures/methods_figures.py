@@ -17,7 +17,7 @@ from .captions import curve_words
 from .run_figures import Drawn, Plate
 from .style import ACCENT, RUN_LOOKS, SITE_COLORS, SMALL, layer_axis, legend, levels, line, panels, styled
 from ..methods.detections import METHOD, component_table, control_counts
-from ..methods.multiverse import FACTORS, agreement, layer_curves, multiverse, peak_ratios, position_ratios, variance_explained, window_sums
+from ..methods.multiverse import FACTORS, NothingToCompare, agreement, layer_curves, multiverse, peak_ratios, position_ratios, variance_explained, window_sums
 from ..results.estimates import number
 
 # %% auto #0
@@ -267,9 +267,10 @@ def _detected(rows: pd.DataFrame) -> Drawn:
                                     f"the head is detected again (0 to 1).{extra}"), f"Rows of heads by combinations. Detected: {', '.join(told) or 'none'}, of {len(found[list(METHOD)].drop_duplicates())} combinations."
 
 # %% ../../nbs/library/figures/09_methods_figures.ipynb #2587ddfd
-def _universe(rows: pd.DataFrame) -> Drawn:
+def _universe(rows: pd.DataFrame) -> Drawn | None:
     found, unit = multiverse(rows), ("layer",) if rows["head"].isna().any() else ("layer", "head")
-    variance, told = variance_explained(rows, unit=unit, complete=True), agreement(found).query("of > 0")
+    try: variance, told = variance_explained(rows, unit=unit, complete=True), agreement(found).query("of > 0")
+    except NothingToCompare: return None
     left = f" ({variance['left_out'].iloc[0]} left out, which would leave holes)" if variance["left_out"].iloc[0] else ""
     return draw_multiverse(found, variance), (
         f"Above: conclusions under every combination: {_place(rows)}. Below: share (0 to 1) that each choice explains of the differences between profiles over {' x '.join(unit)}s, scaled to mean 0 and sd 1, in a "
@@ -291,9 +292,9 @@ def methods_plates(table: pd.DataFrame, model: str, site: str = "mlp_out", posit
     exact, one = layers["metric"] == metric, layers["corruption"] == corruption
     maps, both = (rows if rows["position"].nunique() > 1 else rows[:0] for rows in (layers[way & single & one], layers[single & layers["position"].isin(["entity", "entity_middle"])]))
     parts = {"corruptions": (_corruptions, layers[here & way & single]), "position_maps": (_maps, maps),
-             "windows": (_windows, layers[here & way & exact & one] if not single.all() else layers[:0]),
+             "windows": (_windows, layers[here & way & exact & one] if {1} < set(layers["window"][here]) else layers[:0]),
              "position_ratios": (_ratios, both), "detections": (_detected, heads),
              "multiverse": (_universe, pd.concat([layers[here], heads[heads["control"].fillna("") == ""]]))}
     if not any(len(rows) for _, rows in parts.values()): raise ValueError(f"No rows of {site} at {position}, nor of heads at {head_position}: there is nothing to draw.")
     shared = f"Model: {model}; task: {table['task'].iloc[0]}. {CONVENTIONS}"
-    return [Plate(name, *make(rows), shared) for name, (make, rows) in parts.items() if len(rows)]
+    return [Plate(name, *made, shared) for name, (make, rows) in parts.items() if len(rows) and (made := make(rows))]

@@ -65,7 +65,7 @@ LAYER_SITES = ("mlp_out", "attn_out", "resid_pre")
 def widths_of(n_layers: int, asked: Sequence[int | float] = WIDTHS) -> list[int]:
     "Widths of windows, in layers: numbers below 1 are shares of the depth. Raises `GridError` for one that is not positive."
     for w in asked:
-        if not w > 0: raise GridError(f"A window of {w} layers: give a positive number of layers, or a share of the depth below 1.")
+        if not 0 < w < float("inf"): raise GridError(f"A window of {w} layers: give a positive number of layers, or a share of the depth below 1.")
     return sorted({max(1, round(w * n_layers)) if w < 1 else min(int(w), n_layers) for w in asked})
 
 
@@ -167,7 +167,9 @@ class Settings:
     def __post_init__(self):
         parts_of(self.corruptions, self.directions, self.controls)
         widths_of(1, self.widths)
+        for name in ("metrics", "corruptions", "directions", "controls"): object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         if not (self.metrics and self.widths): raise GridError("A grid needs at least one metric and one width of windows.")
+        if any(m.endswith(OF_MEAN) for m in self.metrics): raise GridError(f"A grid measures every metric under noise with {OF_MEAN!r} too: name it without.")
         try: check_metrics(self.metrics)
         except ValueError as e: raise GridError(str(e)) from None
 

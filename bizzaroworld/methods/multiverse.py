@@ -15,8 +15,8 @@ from .detections import METHOD, combinations, component_name, resampled_means, s
 
 # %% auto #0
 __all__ = ['Conclusion', 'CONCLUSIONS', 'FACTORS', 'PLACE', 'third', 'peak_layer', 'peak_third', 'strongest_head',
-           'one_head_holds_half', 'multiverse', 'agreement', 'profiles', 'variance_explained', 'layer_curves',
-           'window_layers', 'window_sums', 'peak_ratios', 'position_ratios']
+           'one_head_holds_half', 'multiverse', 'agreement', 'NothingToCompare', 'profiles', 'variance_explained',
+           'layer_curves', 'window_layers', 'window_sums', 'peak_ratios', 'position_ratios']
 
 # %% ../../nbs/library/methods/05_multiverse.ipynb #7a9e8cbf
 def third(layer: int, n_layers: int) -> str:
@@ -84,6 +84,10 @@ def agreement(found: pd.DataFrame, by: str | None = None) -> pd.DataFrame:
     return pd.DataFrame(rows).astype({"value": object})
 
 # %% ../../nbs/library/methods/05_multiverse.ipynb #b3bf3b18
+class NothingToCompare(ValueError):
+    "There is one combination only, or all of them have one profile."
+
+
 def profiles(table: pd.DataFrame, factors: Sequence[str] = FACTORS, unit: Sequence[str] = ("layer", "head"), complete: bool = False) -> pd.DataFrame:
     """Combinations by components: mean support over pairs, each row scaled to mean 0 and standard deviation 1.
 
@@ -98,7 +102,7 @@ def profiles(table: pd.DataFrame, factors: Sequence[str] = FACTORS, unit: Sequen
     flat = sd <= 1e-12 * wide.abs().max(axis=1)
     if complete and not flat.all(): away, sd = away[~flat], sd[~flat]
     elif flat.any():
-        raise ValueError(f"All components have the same effect under {', '.join(map(str, wide.index[flat][0]))}: leave that combination out.")
+        raise NothingToCompare(f"All components have the same effect under {', '.join(map(str, wide.index[flat][0]))}: leave that combination out.")
     return away.div(sd, axis=0)
 
 # %% ../../nbs/library/methods/05_multiverse.ipynb #f255172d
@@ -142,11 +146,11 @@ def variance_explained(table: pd.DataFrame, factors: Sequence[str] = FACTORS, un
     whole = profiles(table, factors, unit, complete)
     wide = _balanced(whole, complete)
     names = [f for f in factors if wide.index.get_level_values(f).nunique() > 1]
-    if not names: raise ValueError(f"Every factor has one level ({', '.join(factors)}): there is nothing to compare.")
+    if not names: raise NothingToCompare(f"Every factor has one level ({', '.join(factors)}): there is nothing to compare.")
     y, n = wide.to_numpy(), len(wide)
     centered, common = y - y.mean(0), float((y.mean(0) ** 2).mean())
     gram, codes = centered @ centered.T, [pd.factorize(wide.index.get_level_values(f))[0] for f in names]
-    if common > 1 - 1e-12: raise ValueError("All combinations have the same profile: there are no differences to explain.")
+    if common > 1 - 1e-12: raise NothingToCompare("All combinations have the same profile: there are no differences to explain.")
     share, rng = _explained(gram, codes), np.random.default_rng(seed)
     dealt = np.array([_explained(gram[np.ix_(p, p)], codes) for p in (rng.permutation(n) for _ in range(permutations))])
     chance = np.array([(code.max()) / (n - 1) for code in codes])

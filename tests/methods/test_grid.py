@@ -144,3 +144,22 @@ def test_bad_options_are_named(options, told, tmp_path):
 def test_parts_are_named():
     assert [str(p) for p in parts_of(("STR",), ("denoising",))] == ["STR denoising", "STR denoising unrelated", "STR denoising untrained"]
     assert [str(p) for p in parts_of(("GN",), ("denoising",))] == ["GN denoising"]
+
+
+@pytest.mark.parametrize("asked", [
+    dict(metrics=("ld",), directions=("noising",), corruptions=("STR",), widths=(1, 3)),                                # one way to patch
+    dict(metrics=("kl",), directions=("noising",), corruptions=("GN",), widths=(3,), draws=1),                          # two that are one
+    dict(metrics=("ld", "ld"), directions=("noising", "noising"), corruptions=("STR", "STR"), widths=(5, 3), draws=1),  # named twice; no single layers
+])
+def test_a_grid_with_little_to_compare_has_its_other_tables_and_figures(model, tmp_path, asked):
+    folder = run_methods(model, "facts", n=4, out=tmp_path / "g", settings=Settings(**asked, controls=()))
+    assert not pd.read_parquet(folder / "grid.parquet").duplicated().any()
+    assert len(pd.read_csv(folder / "detections.csv")) == (2 if asked["corruptions"] == ("GN",) else 1)
+    assert not (folder / "variance_heads.csv").exists() and (folder / "windows.csv").exists() == (1 in asked["widths"])
+    assert (folder / "figures" / "detections.png").exists() and (folder / "figures" / "multiverse.png").exists() == (len(asked["widths"]) > 1)
+    assert "combinations of methods" in "".join(methods_lines(folder)) and "explains most" not in "".join(methods_lines(folder))
+
+
+@pytest.mark.parametrize("asked, says", [(dict(widths=(float("inf"),)), "window of inf layers"), (dict(metrics=("ld", "ld_of_mean")), "name it without")])
+def test_settings_that_no_sweep_can_have_are_refused_at_once(asked, says):
+    with pytest.raises(GridError, match=says): Settings(**asked)
