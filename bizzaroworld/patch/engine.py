@@ -121,6 +121,7 @@ def add_given(bank: Bank, rows: Sequence[Row], values: Mapping[Edit, Tensor], li
     Raises `ValueError` for a value with another number of axes or heads, or of another size than those of the same place."""
     def vector(g):
         value = values[g.edit][g.pair] if g.pair else values[g.edit]
+        if not isinstance(value, Tensor): raise ValueError(f"{g.edit}: given as {type(value).__name__}, where a tensor is needed.")
         by_head = value.ndim == 2 and g.edit.head is None and len(value) == heads.get(g.edit.site, 0)
         if not (value.ndim == 1 or by_head):
             each = f", or one for each of {heads[g.edit.site]} heads," if g.edit.site in heads and g.edit.head is None else ""
@@ -166,12 +167,13 @@ def _values(slots: Int[Tensor, "write"], banked, like: Tensor) -> Tensor:
     return vectors[slots.to(vectors.device)]
 
 
-def _mapped(act: Tensor, where: tuple, values: Tensor, functions: Mapping[Callable, list[int]], site: str) -> Tensor:
+def _mapped(act: Tensor, where: tuple, values: Tensor, functions: Iterable[tuple[Callable, list[int]]], site: str) -> Tensor:
     "The values, with those in place that functions make of what is there."
     there = act[where]
     values = values.expand_as(there).clone()
-    for function, which in functions.items():
+    for function, which in functions:
         new = function(there[which])
+        if not isinstance(new, Tensor): raise ValueError(f"{site}: the function made {type(new).__name__}, where a tensor is needed.")
         if new.shape != there[which].shape:
             raise ValueError(f"{site}: the function made {tuple(new.shape)} of {tuple(there[which].shape)}. It must keep the shape.")
         values[which] = new.to(values)
@@ -185,9 +187,9 @@ def _overwrite(site: str, writes: list[tuple[int, Write]], banked, device):
     places = _index(site, [(i, w.position, w.head) for i, w in writes], device)
     slots = torch.tensor([banked[0].get(w.value, -1) if banked else -1 for _, w in writes], device=device)
     zeroed = torch.tensor([w.value is None for _, w in writes]) if site == "scores" else ()
-    functions = defaultdict(list)
+    functions: dict[int, tuple[Callable, list[int]]] = {}  # by id: what can be called need not be hashable
     for k, (_, w) in enumerate(writes):
-        if isinstance(w.value, Mapped): functions[w.value.function].append(k)
+        if isinstance(w.value, Mapped): functions.setdefault(id(w.value.function), (w.value.function, []))[1].append(k)
     on_top = torch.tensor([isinstance(w.value, Given) and w.value.edit.source == "added" for _, w in writes])
 
     def hook(act):
@@ -195,7 +197,7 @@ def _overwrite(site: str, writes: list[tuple[int, Write]], banked, device):
         values = _values(slots, banked, act)
         if values.ndim and values.shape[-1] != act.shape[-1]:
             raise ValueError(f"{site} in layer {writes[0][1].layer}: given as a vector of {values.shape[-1]}, where one of {act.shape[-1]} is needed.")
-        if functions: values = _mapped(act, where, values, functions, f"{site} in layer {writes[0][1].layer}")
+        if functions: values = _mapped(act, where, values, functions.values(), f"{site} in layer {writes[0][1].layer}")
         if len(zeroed): values = torch.where((zeroed.to(act.device)[:, None]) & is_masked(act[where]), act[where], values)
         act[where] = torch.where(on_top.to(act.device)[:, None], act[where] + values, values) if on_top.any() else values
         return act

@@ -76,8 +76,9 @@ OF_MEAN = "_of_mean"
 
 def answers_of(pairs: Sequence[TokenPair]) -> Int[Tensor, "pair 2 token"]:
     "The tokens that answer the clean and the corrupted prompt of each pair, filled up with -1."
-    most = max(len(a) for tp in pairs for a in tp.answers)
-    return torch.tensor([[[*a, *[-1] * (most - len(a))] for a in tp.answers] for tp in pairs])
+    sets = [[list(dict.fromkeys(a)) for a in tp.answers] for tp in pairs]
+    most = max(len(a) for two in sets for a in two)
+    return torch.tensor([[[*a, *[-1] * (most - len(a))] for a in two] for two in sets])
 
 
 def check_metrics(metrics: Sequence[str]) -> None:

@@ -151,3 +151,24 @@ def test_a_metric_named_twice_is_measured_twice():
     model, tp = tiny_model("gemma"), random_pair(1)
     found = sweep(model, tp, Edit("resid_pre", 1, "entity"), metrics=("ld", "kl", "ld", "kl_of_mean", "kl_of_mean"))
     assert (found.patched[..., [0, 3]] == found.patched[..., [2, 4]]).all() and found.clean[0, 0] == found.clean[0, 2] != 0
+
+
+def test_a_token_named_twice_is_once_in_a_set():
+    model, tp, edit, metrics = tiny_model("gemma"), random_pair(1), Edit("resid_pre", 1, "entity"), ("ld", "prob", "rank")
+    once, twice = (sweep(model, replace(tp, clean_answers=a), edit, metrics=metrics).patched for a in ((5, 9), (5, 9, 5)))
+    assert np.abs(once - twice).max() < 1e-6
+
+
+class Halves:
+    """Like a dataclass: what compares by value has no hash."""
+    __hash__ = None
+    def __call__(self, x): return x / 2
+
+
+def test_what_can_be_called_need_not_be_hashable_and_must_make_a_tensor():
+    model, tp, edit = tiny_model("gpt2"), random_pair(1), Edit("attn_out", 1, "final", source="function")
+    given = replace(edit, source="given")
+    assert np.abs(patched(model, tp, edit, values={edit: Halves()}) - patched(model, tp, edit, values={edit: lambda x: x / 2})).max() == 0
+    with pytest.raises(ValueError, match="the function made NoneType, where a tensor"): sweep(model, tp, edit, values={edit: lambda x: None})
+    with pytest.raises(ValueError, match="the function made ndarray, where a tensor"): sweep(model, tp, edit, values={edit: lambda x: x.numpy()})
+    with pytest.raises(ValueError, match="= given: given as list, where a tensor"): sweep(model, tp, given, values={given: [0.0] * 32})
