@@ -307,7 +307,7 @@ def test_battery_writes_a_battery_that_triage_reads(tmp_path):
     (tmp_path / "mine.json").write_text(json.dumps(few))
     out = tmp_path / "made.json"
     done = run("battery", "--from", str(tmp_path / "mine.json"), "--out", str(out))
-    assert done.exit_code == 0 and "pairs of 1 relations" in done.output, done.output
+    assert done.exit_code == 0 and "2 pairs of 1 relation. Wrote" in done.output, done.output
     pairs = load_battery(out)
     assert pairs and {p.relation for p in pairs} == {"capital"}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["made.json", "mine.json"], "the notes are gone"
