@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
@@ -15,12 +15,12 @@ import numpy as np
 import pandas as pd
 
 from ..battery.tokens import TokenPair
-from ..files import replacing, write_json, write_table
+from ..files import write_json, write_table
 from .multiverse import window_layers
 from ..model.hooked import Model
 from ..model.load import untrained
 from ..patch.interventions import Edit, Intervention
-from ..patch.metrics import METRICS, OF_MEAN, check_metrics
+from ..patch.metrics import OF_MEAN, check_metrics
 from ..patch.noise import Noise
 from ..patch.sweep import DIRECTIONS, Sweep, sweep
 from ..tasks.recipes import Task

@@ -5,7 +5,7 @@
 # %% ../../nbs/library/patch/02_metrics.ipynb #059b2745
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,9 @@ from ..battery.tokens import TokenPair
 from ..model.hooked import Readout
 
 # %% auto #0
-__all__ = ['Values', 'METRICS', 'WHOLE_VOCABULARY', 'LESS_IS_BETTER', 'OF_MEAN', 'Readings', 'logit_difference',
-           'log_probability', 'probability', 'probability_difference', 'rank', 'kl_divergence', 'answers_of',
-           'check_metrics', 'answer_logits', 'Reader', 'measured', 'effect', 'recovery']
+__all__ = ['Values', 'METRICS', 'WHOLE_VOCABULARY', 'OF_MEAN', 'Readings', 'logit_difference', 'log_probability', 'probability',
+           'probability_difference', 'rank', 'kl_divergence', 'answers_of', 'check_metrics', 'answer_logits', 'Reader',
+           'measured', 'effect', 'recovery']
 
 # %% ../../nbs/library/patch/02_metrics.ipynb #8e3b4172
 Values = Float[Tensor, "row"]
@@ -68,7 +68,6 @@ def kl_divergence(run: Readings) -> Values:
 METRICS: dict[str, Callable] = {"ld": logit_difference, "prob": probability, "logprob": log_probability, "prob_diff": probability_difference,
                                 "rank": rank, "kl": kl_divergence}
 WHOLE_VOCABULARY = tuple(name for name in METRICS if name != "ld")
-LESS_IS_BETTER = ("rank", "kl")  # of these, a run that answers as the clean one has a small value
 
 # %% ../../nbs/library/patch/02_metrics.ipynb #a8a0c723
 OF_MEAN = "_of_mean"
