@@ -250,7 +250,7 @@ def shares_of(model, pairs, study, device) -> dict:
 def limits_of(model, pairs, study, device) -> dict:
     """What passes of other sizes cost."""
     free = free_bytes(device)
-    limits = {"512 rows": {"max_rows": 512}, "8192 rows": {"max_rows": 8192}, "8192 rows, 60% of the memory": {"max_rows": 8192, "memory": int(0.6 * free)}}
+    limits = {"512 rows": {"max_rows": 512}, "2048 rows": {"max_rows": 2048}, "60% of the memory": {"memory": int(0.6 * free)}}
     return {"limits": {words: timed_sweeps(model, pairs, study, device, limit, 1)[0] for words, limit in limits.items()}}
 
 

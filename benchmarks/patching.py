@@ -2,7 +2,7 @@
 
 Every task is run by five contestants in turn: the sweep; `transformer_lens.patching.generic_activation_patch`, as its
 documentation shows it; the plain loop of the original study, one `run_with_hooks` for each patch; the loop that an
-expert writes, 32 patched prompts a forward and the logits of the final position only; and nnsight with batched invokes
+expert writes (expert.py), 32 patched prompts in a forward of the bare model and the logits of the final position only; and nnsight with batched invokes
 (with_nnsight.py), a process in its own environment, left out where that environment is not there.
 Their numbers must agree within 1e-4 before any time is printed. Each round times all of them, so that a slow moment of
 the machine hits all; the ratio is taken within rounds, and its median, smallest and largest value are reported. Beside
@@ -25,6 +25,7 @@ from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+import expert
 import pandas as pd
 import psutil
 import torch
@@ -32,7 +33,7 @@ from floor import floor, machine
 from rich.console import Console
 from rich.table import Table
 from transformer_lens import patching
-from transformers import GemmaConfig, GemmaForCausalLM
+from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 
 from bizzaroworld.battery.formats import load_battery
 from bizzaroworld.battery.pairs import PromptPair
@@ -75,10 +76,12 @@ def random_pair(length: int = 12, entity: int = 5) -> TokenPair:
     return TokenPair(words, tuple(clean), tuple(corrupt), 7, 11, (entity, entity + 1))
 
 
-def real():
-    """The real Gemma without hooks, dequantized, for a contestant that takes a folder."""
+def bare(subject: str):
+    """A subject's model without hooks; the real one is dequantized."""
+    if subject == GEMMA: return random_gemma().eval()
+    if subject == NANO: return AutoModelForCausalLM.from_pretrained(embedded_models()[NANO], dtype=torch.float32).eval()
     file = read_gguf(Path(locate(REAL)))
-    return gguf_model(file, gguf_config(file), torch.float32)
+    return gguf_model(file, gguf_config(file), torch.float32).eval()
 
 
 def subjects(only: str = ""):
@@ -148,24 +151,12 @@ def by_plain_loop(model, pair, interventions) -> list[float]:
     return out
 
 
-def by_batched_loop(model, pair, interventions, size: int = 32) -> list[float]:
-    """What an expert writes: `size` patched copies of the prompt in one forward, and the final position's logits of the targets."""
-    cache, out = donor_cache(model, pair, interventions), []
-    targets = torch.tensor([pair.clean_target_id, pair.corrupt_target_id], device=model.device)
-    for start in range(0, len(interventions), size):
-        edits, hooks = [i.edits[0] for i in interventions[start:start + size]], {}
-        for row, edit in enumerate(edits): hooks.setdefault((edit.site, edit.layer), []).append((row, where(pair, edit)[1:]))
-        def put(site, layer, rows):
-            other = cache[f"blocks.{layer}.{SITES[site]}"][0]
-            def hook(act):
-                for row, at in rows: act[(row, *at)] = other[at]
-                return act
-            return site, layer, hook
-        with model.hooked(put(*key, rows) for key, rows in hooks.items()):
-            hidden = model.hf.base_model(torch.tensor([pair.clean_ids] * len(edits), device=model.device), use_cache=False).last_hidden_state
-        logits = model.readout(hidden[:, -1], targets.expand(len(edits), 2))
-        out += (logits[:, 0] - logits[:, 1]).tolist()
-    return out
+def by_experts_loop(bare):
+    """What an expert writes (expert.py), on the bare Hugging Face model."""
+    def run(model, pair, interventions) -> list[float]:
+        edits = [(e.site, e.layer, where(pair, e)[1], e.head) for e in (i.edits[0] for i in interventions)]
+        return expert.patch(bare, pair.clean_ids, pair.corrupt_ids, (pair.clean_target_id, pair.corrupt_target_id), edits)
+    return run
 
 
 def nnsight_version() -> str | None:
@@ -203,14 +194,13 @@ def nnsight(folder: Path):
 @contextmanager
 def contestants(subject: str):
     """Who takes part, by name; nnsight gets the same weights in a folder."""
-    found = {"sweep": by_sweep, "transformer_lens": by_transformer_lens, "plain_loop": by_plain_loop, "batched_loop": by_batched_loop}
+    found = {"sweep": by_sweep, "transformer_lens": by_transformer_lens, "plain_loop": by_plain_loop, "batched_loop": by_experts_loop(bare(subject))}
     with ExitStack() as stack:
         if nnsight_version():
             folder = embedded_models().get(subject)
             if folder is None:
                 folder = stack.enter_context(tempfile.TemporaryDirectory())
-                if subject == REAL: real().save_pretrained(folder)
-                else: random_gemma().save_pretrained(folder)
+                bare(subject).save_pretrained(folder)
             found["nnsight"] = stack.enter_context(nnsight(folder))
         yield found
 

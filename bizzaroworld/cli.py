@@ -55,7 +55,7 @@ def study(model: ModelName = "bizzaro-nano", battery: BatteryFile = None,
               "default: unrelated donors, shuffled positions and, below a billion parameters, an untrained twin; all; none."))] = "default",
           report: Annotated[bool, typer.Option("--report/--no-report", help="Write the paper about the run at the end.")] = True,
           rows: Annotated[int, typer.Option(metavar="N", min=1, help=(
-              "Most patched runs in one pass. Fewer take less memory; the results are the same."))] = 1024,
+              "Most patched runs in one pass. Fewer take less memory; the results are the same."))] = 8192,
           debug: Debug = False) -> None:
     """Run the whole study on one model: triage, experiments 1 to 4F, controls, summary, report.
 

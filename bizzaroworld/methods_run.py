@@ -57,7 +57,7 @@ def grid_tables(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 # %% ../nbs/library/05_methods_run.ipynb #6b1d0a08
 def run_methods(model: str | Model, task: str = "ioi", *, out: str | Path | None = None, n: int = 60, seed: int = 0, corruption: str | None = None,
-                settings: Settings = Settings(), device: str | None = None, dtype: str = "float32", revision: str | None = None, max_rows: int = 2048,
+                settings: Settings = Settings(), device: str | None = None, dtype: str = "float32", revision: str | None = None, max_rows: int = 8192,
                 progress: Callable[[int, int, str], None] | None = None) -> Path:
     """The grid of methods for one task on one model; returns its folder (else `methods/MODEL/TASK`).
 

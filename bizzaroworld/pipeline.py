@@ -110,7 +110,7 @@ def _controls(model: Model, token_pairs: Sequence[TokenPair], names: Sequence[st
 def run_study(model: str | Model, *, battery: str | Path | None = None, out: str | Path | None = None,
               device: str | None = None, dtype: str = "float32", revision: str | None = None,
               direction: str = "noising", chat: bool = False, bos: bool | None = None, multi_token: bool = False,
-              controls: Sequence[str] | None = None, max_rows: int = 1024,
+              controls: Sequence[str] | None = None, max_rows: int = 8192,
               progress: Advance | None = None) -> Path:
     """Run the whole study on a model; return the run folder.
 

@@ -139,7 +139,7 @@ def _table(done: Sweep, worded: dict[str, str], places: Sequence[Place], task: s
 
 
 def sweep_part(model: Model, task: Task, part: Part, pairs: Sequence[TokenPair], *, metrics: Sequence[str], widths: Sequence[int | float] = WIDTHS,
-               noise: Noise | None = None, donors: dict[str, TokenPair] | None = None, max_rows: int = 2048) -> pd.DataFrame:
+               noise: Noise | None = None, donors: dict[str, TokenPair] | None = None, max_rows: int = 8192) -> pd.DataFrame:
     "Sweep some pairs of one part; see `run_grid`."
     few = part.corruption == "GN" or bool(part.control)
     places = places_of(model, widths, () if few else task.places, few)
@@ -193,7 +193,7 @@ def _groups(part: Part, pairs: Sequence[TokenPair], donors: dict[str, TokenPair]
     for i in range(0, len(kept), size): yield folder / "parts" / f"{str(part).replace(' ', '-')}-{i:04}.parquet", kept[i:i + size]
 
 
-def run_grid(model: Model, task: Task, folder: str | Path, settings: Settings = Settings(), *, max_rows: int = 2048,
+def run_grid(model: Model, task: Task, folder: str | Path, settings: Settings = Settings(), *, max_rows: int = 8192,
              progress: Callable[[int, int, str], None] | None = None) -> pd.DataFrame:
     """The grid of a task: every part that is not there yet is swept; all of them are returned as one table, and written as `grid.parquet`.
 

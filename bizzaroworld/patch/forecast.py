@@ -13,6 +13,7 @@ from os.path import commonprefix
 from time import perf_counter
 from typing import Any, NamedTuple
 
+import torch
 from tqdm import tqdm
 
 from ..battery.pairs import PromptPair
@@ -23,8 +24,8 @@ from .noise import Added, Noise
 from .passes import Pass, Row, as_interventions, as_token_pairs, batches_of, check_pairs, passes_of, rows_of
 
 # %% auto #0
-__all__ = ['DIRECTIONS', 'CACHED', 'WRITE', 'TRIAL', 'LONG', 'Asked', 'as_asked', 'kept_bytes', 'Part', 'parts_of', 'Plan',
-           'plan_of', 'work_of', 'Forecast', 'forecast_of', 'forecast', 'Telling', 'in_words']
+__all__ = ['DIRECTIONS', 'CACHED', 'WRITE', 'TRIAL', 'PART', 'LONG', 'Asked', 'as_asked', 'kept_bytes', 'Part', 'parts_of',
+           'Plan', 'plan_of', 'work_of', 'Forecast', 'forecast_of', 'forecast', 'seconds_each', 'Telling', 'in_words']
 
 # %% ../../nbs/library/patch/07_forecast.ipynb #f0ca5706
 def _same_as(model: Model, intervention: Intervention) -> Intervention:
@@ -253,32 +254,34 @@ def forecast(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPair |
     return forecast_of(as_asked(model, token_pairs, interventions, direction, donors, values, noise, max_rows, max_pairs, memory))
 
 # %% ../../nbs/library/patch/07_forecast.ipynb #f0ca5716
-TRIAL, LONG = 1.0, 30.0  # seconds: as much is timed before a guess is made; a sweep of more is announced
+TRIAL, PART, LONG = 256, 0.02, 30.0  # tokens that are timed; the part of a sweep that they may be; a sweep of more seconds is announced
+
+
+def seconds_each(asked: Asked) -> float:
+    "Seconds for a token-layer, by a run of about `TRIAL` tokens."
+    model, (ids, *_) = asked.model, _side(asked.pairs, asked.sides[0])
+    rows = torch.tensor([ids] * max(1, TRIAL // len(ids)))
+    model.run(rows[:1]).sum().item()
+    start = perf_counter()
+    model.run(rows).sum().item()  # `item` waits for a GPU
+    return (perf_counter() - start) / (rows.numel() * model.n_layers)
 
 
 class Telling:
-    "Shows on a terminal how far a sweep is, and what a long one comes to."
+    "Shows on a terminal how far a sweep is, and first what a long one comes to."
 
     def __init__(self, asked: Asked, progress: bool):
         self.bar = tqdm(total=1, disable=None if progress else True, bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
         self.forecast = None if self.bar.disable else forecast_of(asked)
-        if self.forecast: self.bar.reset(self.forecast.token_layers)
-        self.done, self.seconds, self.told = 0, 0.0, False
-
-    def begin(self) -> None: self.since = perf_counter()
+        if not self.forecast: return
+        self.bar.reset(self.forecast.token_layers)
+        if TRIAL * asked.model.n_layers > PART * self.forecast.token_layers: return
+        guess = seconds_each(asked) * self.forecast.token_layers
+        if guess >= LONG: tqdm.write(f"{self.forecast!r}; about {in_words(guess)}", sys.stderr)
 
     def ran(self, work: int) -> None:
-        "So many token-layers have run since `begin`, or since this was last called."
-        now = perf_counter()
-        self.done, self.seconds, self.since = self.done + work, self.seconds + now - self.since, now
+        "So many token-layers have run since this was last called."
         self.bar.update(work)
-        if self.forecast and not self.told and self.seconds >= TRIAL:
-            self.told = True
-            if (guess := self.expected()) >= LONG: tqdm.write(f"{self.forecast!r}; about {in_words(guess)}, by the first {self.seconds:.0f} s", sys.stderr)
-
-    def expected(self) -> float:
-        "Seconds for all of it, at the rate so far."
-        return self.seconds * self.forecast.token_layers / self.done
 
     def __enter__(self) -> Telling: return self
     def __exit__(self, *_) -> None: self.bar.close()

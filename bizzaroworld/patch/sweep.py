@@ -89,7 +89,6 @@ def _tokens(model: Model, prompts: Sequence[tuple[int, ...]]) -> tuple[str, ...]
 def _sweep_part(plan: Plan, metrics, told: Telling):
     "Sweep a part: metrics of the base run, of the other run, and of each intervention, over all draws of the noise."
     model, draws, n, sides = plan.asked.model, plan.asked.draws, len(plan.part.pairs), plan.asked.sides
-    told.begin()
     base, bank, hidden = base_run(model, plan.prompts, plan.n, plan.rows, plan.added)
     add_given(bank, plan.rows, plan.asked.values, base.first, {s: model.shape.heads(s) for s in model.sites if model.shape.heads(s)})
     other_hidden = hidden[-plan.n:]

@@ -99,7 +99,7 @@ class Control:
 
 
 def controls_of(model: Model, token_pairs: Sequence[TokenPair], names: Sequence[str], direction: str = "noising",
-                max_rows: int = 1024) -> list[Control]:
+                max_rows: int = 8192) -> list[Control]:
     """The named controls of a study; nothing is swept yet. Raises `ValueError` for an unknown name."""
     unknown = [n for n in names if n not in CONTROLS]
     if unknown: raise ValueError(f"Unknown control {unknown[0]!r}: use {', '.join(CONTROLS)}.")

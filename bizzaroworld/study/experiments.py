@@ -64,7 +64,7 @@ def label(frame: pd.DataFrame, names: Sequence[str] = tuple(EXPERIMENTS)) -> pd.
 
 
 def run_experiments(model: Model, token_pairs: Sequence[TokenPair], names: Sequence[str] = tuple(EXPERIMENTS), *,
-                    direction: str = "noising", max_rows: int = 1024, progress: bool = True) -> pd.DataFrame:
+                    direction: str = "noising", max_rows: int = 8192, progress: bool = True) -> pd.DataFrame:
     "Run experiments on pairs: the table of `Sweep.to_frame`, with a column `experiment`."
     result = sweep(model, token_pairs, interventions_of(model, names), direction, max_rows=max_rows, progress=progress)
     return label(result.to_frame(), names)

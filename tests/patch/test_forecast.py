@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings, strategies as st
 from tiny import random_pair, tiny_model
 
@@ -150,16 +151,23 @@ class Terminal(io.StringIO):
 
 @pytest.mark.parametrize("is_terminal, long, says", [(True, 0.0, True), (True, 1e9, False), (False, 0.0, False)])
 def test_a_long_sweep_is_announced_on_a_terminal_only(gemma, monkeypatch, is_terminal, long, says):
-    """Time does not matter here: every sweep is tried for no time, and is long or is not."""
-    monkeypatch.setattr(room, "TRIAL", 0.0)
+    """Time does not matter here: every sweep is long or is not. It is said before anything of the sweep is run."""
+    monkeypatch.setattr(room, "PART", 1e9)
     monkeypatch.setattr(room, "LONG", long)
     screen = Terminal() if is_terminal else io.StringIO()
     monkeypatch.setattr(sys, "stderr", screen)
     asked = grid(gemma, ["resid_pre", "z"], ["final", "entity"])
+    line, before, real = f"{forecast(gemma, PAIRS, asked, memory=2**28)!r}; about ", [], sweep_room.base_run
+    monkeypatch.setattr(sweep_room, "base_run", lambda *a: before.append(screen.getvalue()) or real(*a))
     sweep(gemma, PAIRS, asked, memory=2**28)
-    line = f"{forecast(gemma, PAIRS, asked, memory=2**28)!r}; about "
-    assert screen.getvalue().count(line) == says
+    assert before[0].count(line) == says == screen.getvalue().count(line)
     assert ("100%" in screen.getvalue()) == is_terminal
+
+
+def test_a_short_sweep_is_not_timed_first(gemma, monkeypatch):
+    monkeypatch.setattr(room, "seconds_each", lambda asked: pytest.fail("the trial is a large part of this sweep"))
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    sweep(gemma, PAIRS, Edit("resid_pre", 0))
 
 
 def test_a_bar_that_is_not_shown_plans_nothing_twice(gemma, monkeypatch):
@@ -170,22 +178,13 @@ def test_a_bar_that_is_not_shown_plans_nothing_twice(gemma, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma", "gpt2"])
 def test_the_guess_is_within_a_factor_of_three(name, monkeypatch):
-    """Processor time of a sweep of a few seconds, against the guess that its first part allows."""
+    """Processor time of a sweep of a few seconds, against the guess that is made before it."""
     from time import process_time
-    told = []
-    class Listening(room.Telling):
-        def __init__(self, asked, progress):
-            super().__init__(asked, progress)
-            self.forecast, self.guess = room.forecast_of(asked), None
-            told.append(self)
-        def ran(self, work):
-            super().ran(work)
-            if self.guess is None and self.seconds > 0.3: self.guess = self.expected()
     monkeypatch.setattr(room, "perf_counter", process_time)
-    monkeypatch.setattr(sweep_room, "Telling", Listening)
     model = tiny_model(name)
-    pairs = [random_pair(i, 60, (10, 12)) for i in range(5)]
-    sweep(model, pairs, grid(model, model.sites, range(60)), progress=False)
-    (seen,) = told
-    assert seen.done == seen.forecast.token_layers and seen.seconds > 3 * 0.3
-    assert 1 / 3 < seen.guess / seen.seconds < 3
+    pairs, asked = [random_pair(i, 60, (10, 12)) for i in range(5)], grid(model, model.sites, range(60))
+    with torch.no_grad(): guess = room.seconds_each(asked_of(model, asked, 2**28, pairs)) * forecast(model, pairs, asked, memory=2**28).token_layers
+    start = process_time()
+    sweep(model, pairs, asked, memory=2**28, progress=False)
+    seconds = process_time() - start
+    assert seconds > 1 and 1 / 3 < guess / seconds < 3
