@@ -78,7 +78,7 @@ class Readout:
     head: torch.nn.Module
     scale: float = 1.0
     softcap: float | None = None
-    slice_rows: int = 8192
+    slice_rows: int = 0  # tokens of a part of the vocabulary; 0: 2048 on a processor, whose caches then hold their logits, else 8192
 
     def __call__(self, hidden: Float[Tensor, "row d_model"],
                  columns: Int[Tensor, "row col"] | None = None) -> Float[Tensor, "row out"]:
@@ -90,11 +90,20 @@ class Readout:
 
     def slices(self, hidden: Float[Tensor, "row d_model"]) -> Iterator[Float[Tensor, "row part"]]:
         "fp32 logits of the whole vocabulary in order, a part at a time: all of them at once may be gigabytes."
-        hidden, bias = hidden.float(), getattr(self.head, "bias", None)
-        parts = [None] * len(self.head.weight) if bias is None else bias.float().split(self.slice_rows)
-        for weight, part in zip(self.head.weight.split(self.slice_rows), parts):
+        hidden, bias, size = hidden.float(), getattr(self.head, "bias", None), self.slice_rows or (2048 if hidden.device.type == "cpu" else 8192)
+        parts = [None] * len(self.head.weight) if bias is None else bias.float().split(size)
+        for weight, part in zip(self.head.weight.split(size), parts):
             logits = hidden @ weight.float().T
             yield self._scaled(logits if part is None else logits + part)
+
+    def weighted(self, weights: Float[Tensor, "run d_vocab"]) -> tuple[Float[Tensor, "run d_model"], Float[Tensor, "run"]] | None:
+        """What gives the sum of all logits with these weights without making them: a direction and an offset, `hidden @ direction + offset`.
+
+        `None` where logits are no linear map of the hidden state."""
+        if self.softcap is not None: return None
+        bias = getattr(self.head, "bias", None)
+        directions = sum(part @ weight.float() for part, weight in zip(weights.split(8192, -1), self.head.weight.split(8192)))
+        return self.scale * directions, self.scale * (weights.new_zeros(len(weights)) if bias is None else weights @ bias.float())
 
     def _scaled(self, logits: Tensor) -> Tensor:
         if self.scale != 1.0: logits = logits * self.scale

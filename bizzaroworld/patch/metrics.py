@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -17,8 +18,8 @@ from ..model.hooked import Readout
 
 # %% auto #0
 __all__ = ['Values', 'METRICS', 'WHOLE_VOCABULARY', 'OF_MEAN', 'Readings', 'logit_difference', 'log_probability', 'probability',
-           'probability_difference', 'rank', 'kl_divergence', 'answers_of', 'check_metrics', 'answer_logits', 'Reader',
-           'measured', 'effect', 'recovery']
+           'probability_difference', 'rank', 'kl_divergence', 'answers_of', 'check_metrics', 'answer_logits',
+           'CleanRuns', 'Reader', 'measured', 'effect', 'recovery']
 
 # %% ../../nbs/library/patch/02_metrics.ipynb #8e3b4172
 Values = Float[Tensor, "row"]
@@ -92,34 +93,56 @@ def answer_logits(columns: Float[Tensor, "row token"], answer: Int[Tensor, "row 
     return columns.masked_fill(answer < 0, float("-inf")).logsumexp(-1)
 
 
+@dataclass(frozen=True, eq=False)
+class CleanRuns:
+    "What KL asks of clean runs: probabilities; their logarithms, weighted by them; and what `Readout.weighted` makes of them."
+    probabilities: Float[Tensor, "run d_vocab"]
+    own: Float[Tensor, "run"]
+    weighted: tuple[Float[Tensor, "run d_model"], Float[Tensor, "run"]] | None
+
+    @classmethod
+    def of(cls, readout: Readout, hidden: Float[Tensor, "run d_model"]) -> CleanRuns:
+        probabilities = readout(hidden).softmax(-1)
+        return cls(probabilities, torch.special.xlogy(probabilities, probabilities).sum(-1), readout.weighted(probabilities))
+
+    def cross(self, hidden: Float[Tensor, "row draw d_model"], of: Int[Tensor, "row"]) -> Float[Tensor, "row draw"] | None:
+        "Logits weighted by the probabilities of each row's run, where that needs no logits."
+        if self.weighted is None: return None
+        directions, offsets = (x[of] for x in self.weighted)
+        return einsum(hidden.float(), directions, "row draw d, row d -> row draw") + offsets[:, None]
+
+
 class Reader:
     """Gathers the readings of runs while their logits pass by in parts.
 
-    `columns`: the logits of their `answers` (row, clean or corrupted, token). `clean_run`: probabilities of the clean runs (run, d_vocab),
-    for KL; `of`: which of them each row is held against."""
-    def __init__(self, columns, answers, clean_run=None, of=None):
-        self.answer, self.clean_run, self.of = answers[:, 0], clean_run, of
+    `columns`: the logits of their `answers` (row, clean or corrupted, token). `ranks`: whether ranks are asked for. `clean_runs`, for KL,
+    and `of`: which of them each row is held against; `cross`: the rows' logits weighted by its probabilities, if known."""
+    def __init__(self, columns, answers, ranks: bool = True, clean_runs: CleanRuns | None = None, of=None, cross=None):
+        self.answer, self.ranks, self.clean_runs, self.of, self.known = answers[:, 0], ranks, clean_runs, of, cross is not None
         self.clean, self.corrupt = (answer_logits(columns[:, i], answers[:, i]) for i in (0, 1))
         self.best = columns[:, 0].masked_fill(self.answer < 0, float("-inf")).amax(-1, keepdim=True)
-        self.total, self.above, self.cross = torch.full_like(self.clean, float("-inf")), torch.zeros_like(self.clean), torch.zeros_like(self.clean)
-        self.start = 0
+        self.total, self.above = torch.full_like(self.clean, float("-inf")), torch.zeros_like(self.clean)
+        self.cross = cross if self.known else torch.zeros_like(self.clean)
+        self.start, self.room = 0, self.clean[:0]
 
     def add(self, logits: Float[Tensor, "row part"]) -> None:
         "The next part of the vocabulary."
-        stop = self.start + logits.shape[1]
-        self.total = torch.logaddexp(self.total, logits.logsumexp(-1))
-        own = logits.gather(-1, (self.answer - self.start).clamp(0, logits.shape[1] - 1)) > self.best
-        self.above += (logits > self.best).sum(-1) - (own & (self.answer >= self.start) & (self.answer < stop)).sum(-1)
-        for run in () if self.of is None else self.of.unique():
-            self.cross[self.of == run] += logits[self.of == run] @ self.clean_run[run, self.start:stop]
-        self.start = stop
+        n, top = logits.shape[1], logits.amax(-1, keepdim=True)
+        if self.room.shape != logits.shape: self.room = torch.empty_like(logits)  # made once: what is new must be fetched into the caches
+        if self.ranks:
+            over, answer = torch.gt(logits, self.best, out=self.room), self.answer - self.start
+            own = over.gather(-1, answer.clamp(0, n - 1)).masked_fill((answer < 0) | (answer >= n), 0)
+            self.above += over.sum(-1) - own.sum(-1)
+        self.total = torch.logaddexp(self.total, torch.sub(logits, top, out=self.room).exp_().sum(-1).log_() + top[:, 0])
+        for run in () if self.of is None or self.known else self.of.unique():
+            self.cross[self.of == run] += logits[self.of == run] @ self.clean_runs.probabilities[run, self.start:self.start + n]
+        self.start += n
 
     def readings(self) -> Readings:
-        own = None if self.of is None else torch.special.xlogy(self.clean_run, self.clean_run).sum(-1)[self.of]
-        return Readings(self.clean, self.corrupt, self.total, self.above, self.cross, own)
+        return Readings(self.clean, self.corrupt, self.total, self.above, self.cross, None if self.of is None else self.clean_runs.own[self.of])
 
 # %% ../../nbs/library/patch/02_metrics.ipynb #a8a0c725
-def _read(readout, hidden, answers, clean_hidden, means: Sequence[bool], metrics: set[str]) -> list[Readings]:
+def _read(readout, hidden, answers, clean_runs: CleanRuns | None, of, means: Sequence[bool], metrics: set[str]) -> list[Readings]:
     "The readings of each draw of a few rows, or of the mean over their draws, for each of `means`."
     rows, draws = hidden.shape[:2]
     def shaped(logits, mean): return logits.unflatten(0, (rows, draws)).mean(1) if mean else logits
@@ -127,14 +150,14 @@ def _read(readout, hidden, answers, clean_hidden, means: Sequence[bool], metrics
     asked = {mean: answers if mean else answers.repeat_interleave(draws, 0) for mean in means}
     if not metrics & set(WHOLE_VOCABULARY):
         return [Readings(*(answer_logits(shaped(columns, mean)[:, i], asked[mean][:, i]) for i in (0, 1))) for mean in means]
-    clean_run = of = None
-    if "kl" in metrics:  # a clean run is the same in all draws, and is read once however many rows are of it
-        once, of = clean_hidden[:, 0].unique(dim=0, return_inverse=True)
-        clean_run = readout(once).softmax(-1)
-    readers = {mean: Reader(shaped(columns, mean), asked[mean], clean_run, of if mean or of is None else of.repeat_interleave(draws)) for mean in means}
+    cross, readers = clean_runs and clean_runs.cross(hidden, of), []
+    for mean in means:
+        whose = of if mean or of is None else of.repeat_interleave(draws)
+        known = None if cross is None else cross.mean(1) if mean else cross.flatten()
+        readers.append(Reader(shaped(columns, mean), asked[mean], "rank" in metrics, clean_runs, whose, known))
     for part in readout.slices(hidden.flatten(0, 1)):
-        for mean, reader in readers.items(): reader.add(shaped(part, mean))
-    return [reader.readings() for reader in readers.values()]
+        for mean, reader in zip(means, readers): reader.add(shaped(part, mean))
+    return [reader.readings() for reader in readers]
 
 
 def measured(readout: Readout, hidden: Float[Tensor, "row draw d_model"], answers: Int[Tensor, "row 2 token"],
@@ -144,10 +167,13 @@ def measured(readout: Readout, hidden: Float[Tensor, "row draw d_model"], answer
     `clean_hidden` are the hidden states of each row's clean run; `at_once`: how many hidden states are read together."""
     plain, of_mean = ([(i, m.removesuffix(OF_MEAN)) for i, m in enumerate(metrics) if m.endswith(OF_MEAN) == mean] for mean in (False, True))
     means, needed = [mean for mean, names in ((False, plain), (True, of_mean)) if names], {m.removesuffix(OF_MEAN) for m in metrics}
-    out, size = torch.empty(len(hidden), len(metrics), device=hidden.device), max(1, at_once // hidden.shape[1])
+    out, size, clean_runs, of = torch.empty(len(hidden), len(metrics), device=hidden.device), max(1, at_once // hidden.shape[1]), None, None
+    if "kl" in needed:  # a clean run is the same in all draws, and is read once however many rows are of it
+        once, of = clean_hidden[:, 0].unique(dim=0, return_inverse=True)
+        clean_runs = CleanRuns.of(readout, once)
     for i in range(0, len(hidden), size):
         some = slice(i, i + size)
-        for mean, readings in zip(means, _read(readout, hidden[some], answers[some], clean_hidden[some], means, needed)):
+        for mean, readings in zip(means, _read(readout, hidden[some], answers[some], clean_runs, None if of is None else of[some], means, needed)):
             for column, name in of_mean if mean else plain:
                 values = METRICS[name](readings)
                 out[some, column] = values if mean else values.unflatten(0, (-1, hidden.shape[1])).mean(1)

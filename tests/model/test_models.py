@@ -226,6 +226,15 @@ def test_the_readout_by_columns_equals_the_whole_vocabulary():
     torch.testing.assert_close(readout(hidden, columns), whole.gather(-1, columns))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_weighted_logits_need_not_be_made(bias):
+    readout = Readout(torch.nn.Linear(8, 20_000, bias=bias), scale=0.5)
+    hidden, weights = torch.randn(4, 8), torch.randn(3, 20_000).softmax(-1)
+    directions, offsets = readout.weighted(weights)
+    torch.testing.assert_close(hidden @ directions.T + offsets, readout(hidden) @ weights.T)
+    assert Readout(torch.nn.Linear(8, 9), softcap=3.0).weighted(weights) is None
+
+
 def test_a_model_that_does_not_look_left_to_right_is_refused():
     bert = BertForMaskedLM(BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                                       intermediate_size=16))
