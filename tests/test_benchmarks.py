@@ -135,8 +135,8 @@ def test_growth_keeps_to_its_budget():
     results = record["results"]
     assert {r["length"] for r in results} >= {8, 1000} and {r["interventions"] for r in results} >= {10, 20_000}
     for r in results:
-        assert r["peak_mib"] <= 1.5 * record["budget_mib"] and r["forecast_mib"] <= record["budget_mib"], r
-        assert r["peak_mib"] <= 1.75 * r["forecast_mib"] + 32 and r["planning"] <= 0.1 * r["seconds"], r
+        assert max(r["peak_mib"], r["forecast_mib"]) <= record["budget_mib"], r
+        assert r["peak_mib"] <= 1.1 * r["forecast_mib"] + 2 and r["planning"] <= 0.1 * r["seconds"], r
 
 
 def test_the_readme_says_what_was_measured():
