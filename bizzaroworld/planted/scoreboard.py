@@ -24,9 +24,9 @@ from .variants import VARIANTS, Planted, plant
 from ..study.experiments import EXPERIMENTS, interventions_of
 
 # %% auto #0
-__all__ = ['Scores', 'Method', 'THRESHOLD', 'DIGITS', 'places', 'nodes_of', 'edges_of', 'auroc', 'Score', 'score', 'exact_scores',
-           'exact', 'exact_given', 'change', 'edges_from_nodes', 'scoreboard', 'noise_for', 'question_edits', 'ask',
-           'asked']
+__all__ = ['Scores', 'Method', 'THRESHOLD', 'DIGITS', 'ENDS', 'UNIVERSES', 'places', 'nodes_of', 'edges_of', 'auroc', 'Score',
+           'score', 'exact_scores', 'exact', 'exact_given', 'change', 'edges_from_nodes', 'scored', 'scoreboard',
+           'board', 'noise_for', 'question_edits', 'asked']
 
 # %% ../../nbs/library/planted/03_scoreboard.ipynb #fb094931
 Scores = Mapping[Hashable, float]
@@ -39,9 +39,9 @@ def places(tp: TokenPair) -> list[str | int]:
     return [named.get(i, i) for i in range(len(tp.clean_ids))]
 
 
-def nodes_of(model: Model, pairs: Sequence[TokenPair], sites: Sequence[str] = ("z", "mlp_out")) -> list[Edit]:
-    "Every node of these sites at every token. The pairs are of one template."
-    return [i.edits[0] for i in grid(model, sites, places(pairs[0]))]
+def nodes_of(model: Model, pairs: Sequence[TokenPair], sites: Sequence[str] = ("z", "mlp_out"), at: Sequence[str | int] | None = None) -> list[Edit]:
+    "Every node of these sites, at every token or `at` some. The pairs are of one template."
+    return [i.edits[0] for i in grid(model, sites, at or places(pairs[0]))]
 
 # %% ../../nbs/library/planted/03_scoreboard.ipynb #52d7c57e
 def edges_of(model: Model, pairs: Sequence[TokenPair]) -> list[Edge]:
@@ -113,10 +113,13 @@ def exact(direction: str = "noising", metric: str = "ld", noise: Noise | None = 
     return lambda model, pairs: exact_scores(model, pairs, nodes_of(model, pairs, sites), direction, (metric,), noise)[metric]
 
 # %% ../../nbs/library/planted/03_scoreboard.ipynb #502edcf5
-def exact_given(direction: str = "noising", metric: str = "ld", sites: Sequence[str] = ("z", "mlp_out")) -> Method:
+ENDS = ("entity_first", "entity", "final")
+
+
+def exact_given(direction: str = "noising", metric: str = "ld", at: Sequence[str | int] | None = ENDS) -> Method:
     "The method that patches every node alone and beside every other one: the largest change that a node makes. Its cost grows with their square."
     def method(model: Model, pairs: Sequence[TokenPair]) -> Scores:
-        nodes = nodes_of(model, pairs, sites)
+        nodes = nodes_of(model, pairs, at=at)
         both = [Intervention(two) for two in combinations(nodes, 2)]
         effects = exact_scores(model, pairs, [Intervention(n) for n in nodes] + both, direction, (metric,))[metric]
         most = {n: abs(effects[Intervention(n)]) for n in nodes}
@@ -148,20 +151,33 @@ def edges_from_nodes(nodes: Method) -> Method:
     return method
 
 # %% ../../nbs/library/planted/03_scoreboard.ipynb #a2e42b2d
+UNIVERSES = {"nodes": ("z", "mlp_out"), "inputs": ("q", "k", "v"), "edges": ()}
+
+
+def scored(planted: Planted, by_method: Mapping[str, Scores], kind: str = "nodes") -> pd.DataFrame:
+    """The scores of methods on one planted circuit, a row for each: see `scoreboard`. Raises `ValueError` for an unknown kind."""
+    if kind not in UNIVERSES: raise ValueError(f"Unknown kind {kind!r}: use one of {', '.join(UNIVERSES)}.")
+    truth, rows = truth_of(planted.variant), []
+    universe = nodes_of(planted.model, planted.pairs, UNIVERSES[kind]) if UNIVERSES[kind] else edges_of(planted.model, planted.pairs)
+    for name, scores in by_method.items():
+        s = score(scores, getattr(truth, kind), universe)
+        found = phases_of((*s.found, *s.extra)) if kind == "nodes" else {}
+        right = sum(found[phase] == those for phase, those in truth.phases.items()) if found else pd.NA
+        rows.append({"variant": truth.name, "method": name, "result": str(s), "precision": s.precision, "recall": s.recall, "auroc": s.auroc,
+                     "phases": right, "exact": s.exact, "missed": s.missed, "extra": s.extra, "n": len(planted.pairs)})
+    return pd.DataFrame(rows)
+
+
 def scoreboard(methods: Mapping[str, Method], planted: Iterable[Planted], kind: str = "nodes") -> pd.DataFrame:
     """Every method on every planted circuit. `kind`: `nodes` (heads and MLPs), `inputs` (queries, keys, values) or `edges`.
 
-    `result`: found of the circuit, and how many others; `phases`: how many of storage, routing and readout are right (nodes only)."""
-    rows, sites = [], {"nodes": ("z", "mlp_out"), "inputs": ("q", "k", "v")}
-    for p in planted:
-        truth = truth_of(p.variant)
-        universe = edges_of(p.model, p.pairs) if kind == "edges" else nodes_of(p.model, p.pairs, sites[kind])
-        for name, method in methods.items():
-            s = score(method(p.model, p.pairs), getattr(truth, kind), universe)
-            right = sum(phases_of((*s.found, *s.extra))[k] == v for k, v in truth.phases.items()) if kind == "nodes" else pd.NA
-            rows.append({"variant": p.variant.name, "method": name, "result": str(s), "precision": s.precision, "recall": s.recall, "auroc": s.auroc,
-                         "phases": right, "missed": s.missed, "extra": s.extra, "n": len(p.pairs)})
-    return pd.DataFrame(rows)
+    `result`: how many of the circuit were found, and how many others; `phases`: how many of storage, routing and readout are right (of nodes)."""
+    return pd.concat([scored(p, {name: method(p.model, p.pairs) for name, method in methods.items()}, kind) for p in planted], ignore_index=True)
+
+
+def board(table: pd.DataFrame, column: str = "result") -> pd.DataFrame:
+    "One column of a scoreboard, methods by variants."
+    return table.pivot(index="method", columns="variant", values=column).reindex(index=table.method.unique(), columns=table.variant.unique())
 
 # %% ../../nbs/library/planted/03_scoreboard.ipynb #231afaa1
 def noise_for(planted: Planted, draws: int = 10, scale: float = 3.0) -> Noise:
@@ -177,14 +193,14 @@ def question_edits(model: Model, question: str) -> list[Edit]:
     return [i.edits[0] for i in grid(model, "z", {"heads": "all", "heads_final": "final"}[question])]
 
 
-def ask(planted: Planted, question: str, direction: str = "noising", metric: str = "ld") -> Score:
-    "What a question finds in a planted circuit, against what it must find."
-    edits = question_edits(planted.model, question)
-    found = exact_scores(planted.model, planted.pairs, edits, direction, (metric,))[metric]
-    return score(found, truth_of(planted.variant).finds(question), edits)
-
-
-def asked(planted: Iterable[Planted]) -> pd.DataFrame:
-    "Every question on every planted circuit: what it found, and whether that is what it must find."
-    rows = [(p.variant.name, q, ask(p, q)) for p in planted for q in QUESTIONS]
-    return pd.DataFrame([(name, q, s.found + s.extra, s.exact) for name, q, s in rows], columns=["variant", "question", "found", "right"])
+def asked(planted: Iterable[Planted], questions: Sequence[str] = QUESTIONS, direction: str = "noising", metric: str = "ld") -> pd.DataFrame:
+    "Every question on every planted circuit: what it finds, what it must find, and whether they agree."
+    rows = []
+    for p in planted:
+        edits = {q: question_edits(p.model, q) for q in questions}
+        effects = exact_scores(p.model, p.pairs, list(dict.fromkeys(e for those in edits.values() for e in those)), direction, (metric,))[metric]
+        for q, those in edits.items():
+            must = truth_of(p.variant).finds(q)
+            s = score({e: effects[e] for e in those}, must, those)
+            rows.append({"variant": p.variant.name, "question": q, "found": (*s.found, *s.extra), "must": tuple(e for e in those if e in must), "right": s.exact})
+    return pd.DataFrame(rows)

@@ -114,6 +114,7 @@ class Truth(Wired):
     until: int
     since: int
     masked: frozenset = frozenset()        # nodes and edges that do nothing alone
+    blind: frozenset = frozenset()         # nodes and inputs at which a gradient sees nothing
 
     @property
     def alone(self) -> tuple[Edit, ...]:
@@ -158,6 +159,15 @@ _MASKED = {
     "cancelled": {_z(4, 2), _v(4, 1), Edge(_mlp(1), _v(4, 1))},
     "spread": _SPREAD | {Edge(n, Edit("mlp_in", 3, "entity")) for n in _SPREAD} | {Edge(embed("entity"), Edit("mlp_in", n.layer, "entity")) for n in _SPREAD},
 }
+
+# %% ../../nbs/library/planted/02_truth.ipynb #d337b1c9
+_BLIND = {
+    "backup": {_z(4, 2), _v(4, 1), Edit("k", 4, "entity", 1), Edit("q", 4, "final", 2)},
+    "cancelled": {_z(4, 2), _v(4, 1)},
+    "flat": {_mlp(1), _v(3, 0), _z(3, 1)},
+    "saturated": {_mlp(1), _v(3, 0), _z(3, 1), Edit("q", 4, "final", 2)},
+    "spread": _SPREAD,
+}
 _ASIDE = {"flat": (_mlp(4, "final"),)}
 _LAYERS = {"plain": (4, 3), "backup": (4, 4), "cancelled": (2, 2), "flat": (3, 3), "saturated": (3, 3), "spread": (4, 4), "decoy": (3, 3), "early": (3, 3)}
 
@@ -168,9 +178,10 @@ def truth_of(variant: Variant) -> Truth:
     edges = wiring(plan, _ASIDE.get(variant.name, ()))
     used = {e.sender.layer for e in edges if e.sender.site == "mlp_out"}
     neurons = tuple((x.layer, i) for x in plan.lookups if x.layer in used for i in plan.neurons(x))
-    return Truth(variant.name, plan.n_layers, edges, neurons, until, since, frozenset(_MASKED.get(variant.name, ())))
+    masked, blind = (frozenset(those.get(variant.name, ())) for those in (_MASKED, _BLIND))
+    return Truth(variant.name, plan.n_layers, edges, neurons, until, since, masked, blind)
 
-# %% ../../nbs/library/planted/02_truth.ipynb #df9ebcda
+# %% ../../nbs/library/planted/02_truth.ipynb #be0fa44b
 @torch.no_grad()
 def without(planted: Planted, nodes: Iterable[Edit]) -> Planted:
     "The same model with the output weights of these heads (`z`), MLPs (`mlp_out`) or neurons (`neuron`) set to zero, at all tokens."
