@@ -42,11 +42,11 @@ PLAIN, BETWEEN = "today {name} lives in", "between {a} and {b} {name} lives in"
 
 
 def battery(template: str = PLAIN, n: int = 12) -> list[PromptPair]:
-    "The first `n` (at most 30) pairs of different people, every person equally often among the first 6, 12, ...; `a` and `b` are the two answers."
+    "The first `n` (at most 30) pairs of different people, every person equally often among the first 6, 12, ...; `a` and `b`: the two answers, in turns."
     def name(i): return f"{FIRST[i]} {LAST[i]}"
     pairs = []
     for i, j in [(i, (i + step) % 6) for step in range(1, 6) for i in range(6)][:n]:
-        a, b = sorted((i, j), key=lambda k: (k + i) % 2)
+        a, b = (i, j) if i % 2 else (j, i)
         clean, corrupt = (template.format(name=name(k), a=CITIES[a], b=CITIES[b]) for k in (i, j))
         pairs.append(PromptPair(clean, corrupt, " " + CITIES[i], " " + CITIES[j], name(i), name(j), f"{LAST[i]}-{LAST[j]}".lower(), "residence"))
     return pairs
@@ -208,7 +208,7 @@ def build(plan: Plan, seed: int = 0) -> LlamaForCausalLM:
     for i, city in enumerate(CITIES): head[WORDS.index(city), part("answer").start + i] = LOGIT
     return model
 
-# %% ../../nbs/library/planted/00_weights.ipynb #8d24cd93
+# %% ../../nbs/library/planted/00_weights.ipynb #3c4287c4
 def save(model: LlamaForCausalLM, folder: Path) -> None:
     "Write a model (safetensors) and its tokenizer to a folder."
     folder.mkdir(parents=True, exist_ok=True)
