@@ -200,7 +200,7 @@ def asked(planted: Iterable[Planted], questions: Sequence[str] = QUESTIONS, dire
         edits = {q: question_edits(p.model, q) for q in questions}
         effects = exact_scores(p.model, p.pairs, list(dict.fromkeys(e for those in edits.values() for e in those)), direction, (metric,))[metric]
         for q, those in edits.items():
-            must = truth_of(p.variant).finds(q)
+            must = truth_of(p.variant).finds(q) & set(those)  # not every architecture has every site
             s = score({e: effects[e] for e in those}, must, those)
             rows.append({"variant": p.variant.name, "question": q, "found": (*s.found, *s.extra), "must": tuple(e for e in those if e in must), "right": s.exact})
     return pd.DataFrame(rows)

@@ -14,7 +14,7 @@ import torch
 from ..model.load import load_model
 from ..patch.interventions import Edit
 from .variants import Planted, Variant
-from .weights import D_HEAD, Mover, Plan, build, tokenizer
+from .weights import D_HEAD, Mover, Plan, tokenizer
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'Edge', 'embed', 'logits', 'wiring', 'Wired', 'phases_of', 'Truth', 'truth_of', 'without', 'outside']
@@ -185,7 +185,7 @@ def truth_of(variant: Variant) -> Truth:
 @torch.no_grad()
 def without(planted: Planted, nodes: Iterable[Edit]) -> Planted:
     "The same model with the output weights of these heads (`z`), MLPs (`mlp_out`) or neurons (`neuron`) set to zero, at all tokens."
-    hf = build(planted.variant.plan, planted.seed)
+    hf = planted.build()
     for node in nodes:
         layer = hf.model.layers[node.layer]
         if node.site == "z": layer.self_attn.o_proj.weight[:, node.head * D_HEAD:(node.head + 1) * D_HEAD] = 0
@@ -196,8 +196,8 @@ def without(planted: Planted, nodes: Iterable[Edit]) -> Planted:
 
 
 def outside(planted: Planted, truth: Truth) -> list[Edit]:
-    "Every head and MLP that is not in the circuit, and every other neuron of the MLPs that are."
-    plan, size = planted.variant.plan, planted.model.shape.d_mlp
+    "Every head and MLP that is not in the circuit, and every other neuron of the MLPs that are; a Gemma's last one makes the constant, and stays."
+    plan, size = planted.variant.plan, planted.model.shape.d_mlp - (planted.family != "llama")
     heads, layers = set(truth.phases["routing"]), {layer for layer, _ in truth.neurons}
     out = [Edit("z", layer, "all", h) for layer in range(plan.n_layers) for h in range(plan.n_heads) if (layer, h) not in heads]
     out += [Edit("mlp_out", layer, "all") for layer in range(plan.n_layers) if layer not in layers]

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from ..battery.tokens import TokenPair, align
 from ..model.hooked import Model
 from ..model.load import load_model
-from .weights import BETWEEN, PLAIN, Lookup, Mover, Plan, battery, build, tokenizer
+from .families import build_as
+from .weights import BETWEEN, PLAIN, Lookup, Mover, Plan, battery, tokenizer
 
 # %% auto #0
 __all__ = ['VARIANTS', 'Variant', 'Planted', 'plant']
@@ -86,13 +87,17 @@ class Planted:
     model: Model
     pairs: tuple[TokenPair, ...]
     seed: int = 0
+    family: str = "llama"
 
-    def __repr__(self) -> str: return f"Planted({self.variant.name!r}, {len(self.pairs)} pairs)"
+    def __repr__(self) -> str: return f"Planted({self.variant.name!r}, {self.family}, {len(self.pairs)} pairs)"
+    def build(self): return build_as(self.family, self.variant.plan, self.seed)
 
 
-def plant(name: str, n: int = 12, seed: int = 0) -> Planted:
-    "The model of a variant and `n` (at most 30) pairs; `seed`: of what is outside the circuit. Raises `ValueError` for an unknown name."
+def plant(name: str, n: int = 12, seed: int = 0, family: str = "llama") -> Planted:
+    """The model of a variant and `n` (at most 30) pairs; `seed`: of what is outside the circuit; `family`: one of `planted.families.FAMILIES`.
+
+    Raises `ValueError` for an unknown variant or family."""
     if name not in VARIANTS: raise ValueError(f"Unknown variant {name!r}: use one of {', '.join(VARIANTS)}.")
     variant, words = VARIANTS[name], tokenizer()
-    model = load_model(build(variant.plan, seed), tokenizer=words)
-    return Planted(variant, model, tuple(align(words, pair) for pair in battery(variant.template, n)), seed)
+    model = load_model(build_as(family, variant.plan, seed), tokenizer=words)
+    return Planted(variant, model, tuple(align(words, pair) for pair in battery(variant.template, n)), seed, family)

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 import torch
 
 from bizzaroworld.patch.interventions import positions_of
-from bizzaroworld.planted.weights import D_HEAD, build
+from bizzaroworld.planted.weights import D_HEAD
 
 MODULES = {"z": ("self_attn", "o_proj"), "q": ("self_attn", "q_proj"), "k": ("self_attn", "k_proj"), "v": ("self_attn", "v_proj"),
            "mlp_out": ("mlp", None), "attn_out": ("self_attn", "o_proj")}
@@ -12,7 +12,7 @@ MODULES = {"z": ("self_attn", "o_proj"), "q": ("self_attn", "q_proj"), "k": ("se
 
 def bare(planted):
     """The model of a variant, built again: no hooks, no TransformerLens."""
-    return build(planted.variant.plan, planted.seed).requires_grad_(False)
+    return planted.build().requires_grad_(False)
 
 
 def module(hf, site, layer):
