@@ -1,12 +1,12 @@
 """The planted circuits in the shapes of Gemma 2 and Gemma 3: what is true stays true."""
 import pytest
 import torch
-from bare_llama import bare, heads, ld
+from bare_planted import bare, edge_effects, heads, ld
 from transformers import AutoModelForCausalLM
 
 from bizzaroworld.model.load import load_model
 from bizzaroworld.planted.families import WINDOW, build_as
-from bizzaroworld.planted.scoreboard import asked, exact, exact_given, scoreboard
+from bizzaroworld.planted.scoreboard import asked, edges_of, exact, exact_given, scoreboard
 from bizzaroworld.planted.truth import outside, truth_of
 from bizzaroworld.planted.variants import VARIANTS, plant
 from bizzaroworld.planted.weights import save
@@ -54,6 +54,16 @@ def test_surgery(planted):
         return ld(hf(input_ids=torch.tensor([tp.clean_ids])).logits, tp).item()
     assert 9.98 < whole < 10.01 and cut(outside(planted, truth)) == pytest.approx(whole, abs=3e-3)
     for n in truth.nodes: assert (cut([n]) > whole - 3e-3) if n in truth.masked else (cut([n]) < 0.51 * whole), n
+
+
+@pytest.mark.parametrize("family, name", [("gemma2", "saturated"), ("gemma3", "plain"), ("gemma3", "backup"), ("gemma3", "cancelled")])
+def test_the_same_edges_matter_through_the_norms_behind_the_sublayers(family, name):
+    p, truth = plant(name, n=1, family=family), truth_of(VARIANTS[name])
+    edges = edges_of(p.model, p.pairs)
+    effects = dict(zip(edges, edge_effects(p, edges, p.pairs[0])))
+    alone = set(truth.edges) - truth.masked
+    assert {e for e, effect in effects.items() if abs(effect) > 0.1} == alone
+    assert max(abs(effect) for e, effect in effects.items() if e not in alone) < (5e-3 if family == "gemma2" else 1e-3)
 
 
 @pytest.mark.parametrize("family", GEMMAS)

@@ -1,7 +1,7 @@
 """What is said to be true of planted circuits, against brute force: surgery, every edge on the bare model, gradients."""
 import pytest
 import torch
-from bare_llama import bare, edge_effects, gradients, heads, ld
+from bare_planted import bare, edge_effects, gradients, heads, ld
 
 from bizzaroworld.methods.attention import Head, attention_to
 from bizzaroworld.patch.interventions import Edit

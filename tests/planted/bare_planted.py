@@ -7,7 +7,27 @@ from bizzaroworld.patch.interventions import positions_of
 from bizzaroworld.planted.weights import D_HEAD
 
 MODULES = {"z": ("self_attn", "o_proj"), "q": ("self_attn", "q_proj"), "k": ("self_attn", "k_proj"), "v": ("self_attn", "v_proj"),
-           "mlp_out": ("mlp", None), "attn_out": ("self_attn", "o_proj")}
+           "mlp_out": ("mlp", None)}
+
+
+def before_mlp(layer):
+    """The norm before the MLP: a Llama calls it by the name of what in a Gemma stands behind attention."""
+    return getattr(layer, "pre_feedforward_layernorm", layer.post_attention_layernorm)
+
+
+def out_of_attention(layer, z):
+    out = layer.self_attn.o_proj(z)
+    return layer.post_attention_layernorm(out) if hasattr(layer, "pre_feedforward_layernorm") else out
+
+
+def out_of_mlp(layer, stream):
+    out = layer.mlp(before_mlp(layer)(stream))
+    return layer.post_feedforward_layernorm(out) if hasattr(layer, "post_feedforward_layernorm") else out
+
+
+def readout(hf, stream):
+    logits, cap = hf.lm_head(hf.model.norm(stream)), getattr(hf.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 def bare(planted):
@@ -16,6 +36,7 @@ def bare(planted):
 
 
 def module(hf, site, layer):
+    if site == "mlp_out" and hasattr(hf.model.layers[layer], "post_feedforward_layernorm"): return hf.model.layers[layer].post_feedforward_layernorm
     part, inner = MODULES[site]
     found = getattr(hf.model.layers[layer], part)
     return found if inner is None else getattr(found, inner)
@@ -28,7 +49,7 @@ def hooks(handles):
         for handle in handles: handle.remove()
 
 
-def seen(hf, ids, sites=("z", "q", "k", "v", "mlp_out", "attn_out"), with_grad=False):
+def seen(hf, ids, sites=("z", "q", "k", "v", "mlp_out"), with_grad=False):
     """Logits, and the activation of every site and layer; and the stream before attention, before the MLP and at the end."""
     acts, handles = {}, []
     def keep(key, inputs=False):
@@ -47,7 +68,7 @@ def seen(hf, ids, sites=("z", "q", "k", "v", "mlp_out", "attn_out"), with_grad=F
             handles.append(m.register_forward_pre_hook(keep((site, l), True)) if site == "z" else m.register_forward_hook(keep((site, l))))
         if not with_grad:
             handles.append(layer.input_layernorm.register_forward_pre_hook(keep(("pre", l), True)))
-            handles.append(layer.post_attention_layernorm.register_forward_pre_hook(keep(("mid", l), True)))
+            handles.append(before_mlp(layer).register_forward_pre_hook(keep(("mid", l), True)))
     if not with_grad: handles.append(hf.model.norm.register_forward_pre_hook(keep(("pre", len(hf.model.layers)), True)))
     with hooks(handles): return hf(input_ids=ids).logits, acts
 
@@ -66,20 +87,22 @@ def edge_effects(planted, edges, tp):
     base_logits, base = seen(hf, clean)
     donor_logits, donor = seen(hf, corrupt)
 
-    def written(n, acts, ids):
+    def change(n):
         i = at(n, tp)
-        if n.site == "embed": return hf.get_input_embeddings()(ids)[0, i]
-        if n.site == "mlp_out": return acts["mlp_out", n.layer][0, i]
-        return module(hf, "z", n.layer).weight[:, heads(n)] @ acts["z", n.layer][0, i, heads(n)]
+        if n.site == "embed": return donor["pre", 0][0, i] - base["pre", 0][0, i]
+        if n.site == "mlp_out": return donor["mlp_out", n.layer][0, i] - base["mlp_out", n.layer][0, i]
+        layer, z = hf.model.layers[n.layer], base["z", n.layer][0, i].clone()
+        z[heads(n)] = donor["z", n.layer][0, i, heads(n)]  # a norm behind attention sees the other heads, too
+        return out_of_attention(layer, z) - out_of_attention(layer, base["z", n.layer][0, i])
 
     put, end = {}, base_logits[0, -1].repeat(len(edges), 1)
     for row, edge in enumerate(edges):
         s, r = edge.sender, edge.receiver
-        i, delta = at(r, tp), written(s, donor, corrupt) - written(s, base, clean)
+        i, delta = at(r, tp), change(s)
         layer = hf.model.layers[r.layer] if r.layer < len(hf.model.layers) else None
-        if r.site == "logits": end[row] = hf.lm_head(hf.model.norm(base["pre", r.layer][0, i] + delta))
+        if r.site == "logits": end[row] = readout(hf, base["pre", r.layer][0, i] + delta)
         elif r.site == "mlp_in":
-            put.setdefault(("mlp_out", r.layer), []).append((row, i, slice(None), layer.mlp(layer.post_attention_layernorm(base["mid", r.layer][0, i] + delta))))
+            put.setdefault(("mlp_out", r.layer), []).append((row, i, slice(None), out_of_mlp(layer, base["mid", r.layer][0, i] + delta)))
         else:
             new = module(hf, r.site, r.layer)(layer.input_layernorm(base["pre", r.layer][0, i] + delta))[heads(r)]
             put.setdefault((r.site, r.layer), []).append((row, i, heads(r), new))
@@ -102,7 +125,7 @@ def gradients(planted, nodes, tp, stop=()):
     hf, (clean, corrupt) = bare(planted), ids_of(tp)
     _, donor = seen(hf, corrupt)
     with hooks([module(hf, "mlp_out", l).register_forward_hook(lambda _, args, out: out.detach()) for l in stop]):
-        logits, base = seen(hf, clean, sites=("z", "q", "k", "v", "mlp_out"), with_grad=True)
+        logits, base = seen(hf, clean, with_grad=True)
         start = ld(logits, tp)
         start.sum().backward()
     distance = (start - ld(hf(input_ids=corrupt).logits, tp)).abs().item()
