@@ -51,7 +51,7 @@ def _normed_heads(attn) -> None:
         norm.weight.fill_(size / D_HEAD ** 0.5 - 1)
         norm.weight[0] = -1
 
-# %% ../../nbs/library/planted/04_families.ipynb #c0856fe6
+# %% ../../nbs/library/planted/04_families.ipynb #d6da6e8a
 @torch.no_grad()
 def _as_gemma(plan: Plan, seed: int, kind: type[PreTrainedModel], config: type) -> PreTrainedModel:
     "A plan as a Gemma, from its weights as a Llama."
@@ -72,7 +72,7 @@ def _as_gemma(plan: Plan, seed: int, kind: type[PreTrainedModel], config: type) 
     model.get_output_embeddings().weight.copy_(source.get_output_embeddings().weight)
     return model
 
-# %% ../../nbs/library/planted/04_families.ipynb #d6da6e8a
+# %% ../../nbs/library/planted/04_families.ipynb #d6093522
 FAMILIES = {"llama": build, "gemma2": lambda plan, seed=0: _as_gemma(plan, seed, Gemma2ForCausalLM, Gemma2Config),
             "gemma3": lambda plan, seed=0: _as_gemma(plan, seed, Gemma3ForCausalLM, Gemma3TextConfig)}
 
