@@ -5,6 +5,7 @@
 # %% ../../nbs/library/planted/03_scoreboard.ipynb #ad94b78f
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -26,7 +27,7 @@ from ..study.experiments import EXPERIMENTS, interventions_of
 # %% auto #0
 __all__ = ['Scores', 'Method', 'THRESHOLD', 'DIGITS', 'ENDS', 'UNIVERSES', 'places', 'nodes_of', 'edges_of', 'auroc', 'Score',
            'score', 'exact_scores', 'exact', 'exact_given', 'change', 'edges_from_nodes', 'scored', 'scoreboard',
-           'board', 'noise_for', 'question_edits', 'asked']
+           'board', 'as_scores', 'as_edge_scores', 'noise_for', 'question_edits', 'asked']
 
 # %% ../../nbs/library/planted/03_scoreboard.ipynb #fb094931
 Scores = Mapping[Hashable, float]
@@ -180,13 +181,37 @@ def board(table: pd.DataFrame, column: str = "result") -> pd.DataFrame:
     return table.pivot(index="method", columns="variant", values=column).reindex(index=table.method.unique(), columns=table.variant.unique())
 
 # %% ../../nbs/library/planted/03_scoreboard.ipynb #231afaa1
+def _shares(table: pd.DataFrame, by: list[str]) -> pd.Series:
+    "Mean effect over mean distance between the runs, for each node or edge."
+    sums = table.assign(distance=(table["clean"] - table["corrupt"]).abs()).groupby(by, dropna=False)[["effect", "distance"]].sum()
+    return sums["effect"] / sums["distance"]
+
+
+def as_scores(table: pd.DataFrame, pairs: Sequence[TokenPair]) -> Scores:
+    "Scores of the nodes in a table with the columns of `Sweep.to_frame`, of one metric and direction; positions by the names that they have here."
+    names = dict(enumerate(places(pairs[0])))
+    def position(p): return names.get(int(p), p) if str(p).isdigit() else p
+    return {Edit(site, int(layer), position(p), None if pd.isna(head) else int(head)): float(share)
+            for (site, layer, head, p), share in _shares(table, ["site", "layer", "head", "position"]).items()}
+
+
+def as_edge_scores(table: pd.DataFrame, model: Model, at: str | int) -> Scores:
+    "Scores of the edges in a table of path effects whose paths have one hop, at one token. Raises `ValueError` for a name that is no component."
+    def node(name: str, reads: bool) -> Edit:
+        if name in ("embed", "logits"): return Edit(name, 0 if name == "embed" else model.n_layers, at)
+        if not (m := re.fullmatch(r"L(\d+)(?:(?:H|KV)(\d+))?(?:\.([qkv]|mlp))?", name)): raise ValueError(f"{name!r} is no component.")
+        site = {"mlp": "mlp_in" if reads else "mlp_out", None: "z"}.get(m[3], m[3])
+        return Edit(site, int(m[1]), at, None if m[2] is None else int(m[2]))
+    return {Edge(node(sender, False), node(receiver, True)): float(share) for (sender, receiver), share in _shares(table, ["sender", "receiver"]).items()}
+
+# %% ../../nbs/library/planted/03_scoreboard.ipynb #ced8a1ed
 def noise_for(planted: Planted, draws: int = 10, scale: float = 3.0) -> Noise:
     "Noise on the entity, of `scale` standard deviations of its embeddings; their constant, which would drown everything, left out."
     ids = [tp.clean_ids[i] for tp in planted.pairs for i in range(*tp.entity_span)]
     rows = planted.model.hf.get_input_embeddings().weight[ids, 1:]
     return Noise("entity_span", draws=draws, deviation=scale * float(rows.detach().std(correction=0)))
 
-# %% ../../nbs/library/planted/03_scoreboard.ipynb #ced8a1ed
+# %% ../../nbs/library/planted/03_scoreboard.ipynb #b4da1795
 def question_edits(model: Model, question: str) -> list[Edit]:
     "What a question of `planted.truth.QUESTIONS` patches, one at a time."
     if question in EXPERIMENTS: return [i.edits[0] for i in interventions_of(model, [question])]

@@ -2,12 +2,14 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from bizzaroworld.patch.interventions import Edit
-from bizzaroworld.planted.scoreboard import (QUESTIONS, asked, auroc, board, change, edges_from_nodes, edges_of, exact, exact_given, exact_scores, nodes_of,
+from bizzaroworld.patch.interventions import Edit, grid
+from bizzaroworld.patch.sweep import sweep
+from bizzaroworld.planted.scoreboard import (QUESTIONS, as_edge_scores, as_scores, asked, auroc, board, change, edges_from_nodes, edges_of, exact, exact_given, exact_scores, nodes_of,
                                              noise_for, places, score, scoreboard)
-from bizzaroworld.planted.truth import truth_of
+from bizzaroworld.planted.truth import Edge, truth_of
 from bizzaroworld.planted.variants import VARIANTS, plant
 
 
@@ -138,3 +140,24 @@ def test_a_method_that_knows_the_truth_is_perfect_on_every_kind(zoo):
             row = scoreboard({"oracle": lambda model, pairs: {x: 1.0 for x in truth}}, [p], kind).iloc[0]
             assert row.exact and row.auroc == 1, (kind, name)
     with pytest.raises(ValueError, match="Unknown kind"): scoreboard({"exact": exact()}, [zoo["plain"]], "heads")
+
+
+@pytest.mark.parametrize("direction", ["noising", "denoising"])
+def test_the_table_of_a_sweep_has_the_same_scores(zoo, direction):
+    p = zoo["cancelled"]
+    by_name, by_number = (sweep(p.model, p.pairs, grid(p.model, ("z", "mlp_out"), at), direction).to_frame() for at in (places(p.pairs[0]), list(range(6))))
+    expected = exact(direction)(p.model, p.pairs)
+    for table in (by_name, by_number):
+        found = as_scores(table, p.pairs)
+        assert set(found) == set(expected) and all(found[n] == pytest.approx(expected[n], abs=1e-5) for n in expected)
+    assert {abs(round(expected[n], 2)) for n in truth_of(p.variant).nodes} == {0, 1, 2}
+
+
+def test_the_table_of_path_effects_is_read(zoo):
+    rows = [("L1.mlp", "L3KV0.v", -10), ("L1.mlp", "L3KV0.v", 0), ("embed", "L1.mlp", -20), ("L3H1", "L4H2.q", 5), ("L4H2", "logits", 0)]
+    table = pd.DataFrame([(a, b, 10.0, -10.0, float(e)) for a, b, e in rows], columns=["sender", "receiver", "clean", "corrupt", "effect"])
+    mlp, v, q = Edit("mlp_out", 1, "entity"), Edit("v", 3, "entity", 0), Edit("q", 4, "entity", 2)
+    assert as_edge_scores(table, zoo["plain"].model, "entity") == {
+        Edge(mlp, v): -0.25, Edge(Edit("embed", 0, "entity"), Edit("mlp_in", 1, "entity")): -1, Edge(Edit("z", 3, "entity", 1), q): 0.25,
+        Edge(Edit("z", 4, "entity", 2), Edit("logits", 6, "entity")): 0}
+    with pytest.raises(ValueError, match="'L1.attn' is no component"): as_edge_scores(table.assign(sender="L1.attn"), zoo["plain"].model, "entity")
