@@ -21,6 +21,7 @@ WINGS = {wing: rooms.split() for wing, rooms in {
     "patch": "interventions metrics noise passes engine means forecast sweep",
     "methods": "detections multiverse grid attention",
     "study": "runs experiments controls",
+    "planted": "weights families variants truth scoreboard",
     "results": "estimates effects layers heads correlations summary quantities compare",
     "replication": "published numbers claims verdicts",
     "figures": "style captions layers pairs comparisons sweeps run_figures comparison_figures methods_figures",
