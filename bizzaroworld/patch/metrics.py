@@ -111,7 +111,7 @@ class CleanRuns:
         directions, offsets = (x[of] for x in self.weighted)
         return einsum(hidden.float(), directions, "row draw d, row d -> row draw") + offsets[:, None]
 
-
+# %% ../../nbs/library/patch/02_metrics.ipynb #a8a0c72c2
 class Reader:
     """Gathers the readings of runs while their logits pass by in parts.
 
