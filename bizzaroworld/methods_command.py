@@ -33,10 +33,11 @@ def numbers(text: str) -> tuple[int | float, ...]:
 
 # %% ../nbs/library/06_methods_command.ipynb #6c1d0a08
 def methods(model: ModelName = "bizzaro-nano",
-            task: Annotated[str, typer.Option("--task", "-t", metavar="NAME", help="facts, paired_facts, ioi, greater_than, docstring, addition, subtraction, multiplication, multiple_choice.")] = "facts",
+            task: Annotated[str, typer.Option("--task", "-t", metavar="NAME", help="facts, paired_facts, long_facts, ioi, greater_than, docstring, addition, subtraction, multiplication, multiple_choice.")] = "facts",
             out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", file_okay=False, help="The folder. Default: methods/MODEL/TASK.")] = None,
             n: Annotated[int, typer.Option("--pairs", "-n", metavar="N", min=3, help="How many pairs.")] = 60,
             replace: Annotated[str | None, typer.Option(metavar="NAME", help="Which tokens are corrupted, where a task has a choice (ioi: S2, S1+IO, names).")] = None,
+            known: Annotated[bool, typer.Option("--known/--all", help="Only pairs whose clean answer the model ranks first of all tokens, from up to eight times as many.")] = False,
             corruptions: Annotated[str, typer.Option(metavar="LIST", help="STR: another word in its place; GN: noise on its embedding.")] = "STR,GN",
             metrics: Annotated[str, typer.Option(metavar="LIST", help="ld, logprob, prob, prob_diff, kl, rank.")] = "ld,logprob,prob,kl,rank",
             directions: Annotated[str, typer.Option(metavar="LIST", help="noising, denoising.")] = "noising,denoising",
@@ -61,6 +62,6 @@ def methods(model: ModelName = "bizzaro-nano",
         from bizzaroworld.methods_run import methods_lines, run_methods
         settings = Settings(listed(metrics), listed(corruptions), listed(directions), numbers(windows), listed(controls), draws, seed=seed)
         with progress(f"{Path(model).name} {task}") as advance:
-            folder = run_methods(model, task, out=out, n=n, seed=seed, corruption=replace, settings=settings, device=device, dtype=dtype,
+            folder = run_methods(model, task, out=out, n=n, seed=seed, corruption=replace, known=known, settings=settings, device=device, dtype=dtype,
                                  revision=revision, progress=advance)
         for line in methods_lines(folder): typer.echo(line)

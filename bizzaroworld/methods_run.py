@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -20,11 +21,12 @@ from .methods.multiverse import NothingToCompare, agreement, multiverse, peak_ra
 from .model.hooked import Model
 from .model.load import load_model
 from .model.names import called
-from .tasks.ability import ability
+from .tasks.ability import ability, only_right
+from .tasks.recipes import Task
 from .tasks.registry import make_task
 
 # %% auto #0
-__all__ = ['of_heads', 'of_layers', 'grid_tables', 'run_methods', 'methods_lines']
+__all__ = ['POOL', 'of_heads', 'of_layers', 'grid_tables', 'run_methods', 'methods_lines']
 
 # %% ../nbs/library/05_methods_run.ipynb #6b1d0a06
 def of_heads(table: pd.DataFrame, position: str = "all") -> pd.DataFrame:
@@ -52,24 +54,41 @@ def grid_tables(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
         try: found |= {f"variance_{unit}": variance_explained(kind, unit=("layer", "head") if unit == "heads" else ("layer",), complete=True)} if len(kind) else {}
         except NothingToCompare: pass  # one way to patch
     if {1} < set(layers["window"]): found["windows"] = peak_ratios(layers[layers["control"] == ""])
-    middle = table[table["head"].isna() & (table["window"] == 1) & table["position"].isin(["entity", "entity_middle"])]
+    middle = table[table["head"].isna() & (table["window"] == 1) & table["position"].isin(["entity", "subject_middle"])]
     return found | ({"positions": position_ratios(middle)} if middle["position"].nunique() > 1 else {})
 
 # %% ../nbs/library/05_methods_run.ipynb #6b1d0a08
-def run_methods(model: str | Model, task: str = "ioi", *, out: str | Path | None = None, n: int = 60, seed: int = 0, corruption: str | None = None,
+POOL = (8, 4, 2, 1)  # as many times the pairs that are asked for, where the task has so many
+
+
+def _made(model: Model, name: str, n: int, seed: int, corruption: str | None, known: bool) -> tuple[Task, str]:
+    "The task, and what is to be said about how its pairs were chosen. Raises `GridError`."
+    try:
+        if not known: return make_task(name, model, n, seed, corruption), ""
+        for times in POOL:
+            try: pool = make_task(name, model, times * n, seed, corruption)
+            except ValueError:
+                if times == 1: raise
+            else: break
+        right = only_right(model, pool)
+    except ValueError as e: raise GridError(str(e)) from None
+    return replace(right, pairs=right.pairs[:n]), f" Chosen: of {len(pool)} pairs the first {min(n, len(right))} whose clean answer it ranks first of all tokens."
+
+# %% ../nbs/library/05_methods_run.ipynb #6b1d0a12
+def run_methods(model: str | Model, task: str = "ioi", *, out: str | Path | None = None, n: int = 60, seed: int = 0, corruption: str | None = None, known: bool = False,
                 settings: Settings = Settings(), device: str | None = None, dtype: str = "float32", revision: str | None = None, max_rows: int = 8192,
                 progress: Callable[[int, int, str], None] | None = None) -> Path:
     """The grid of methods for one task on one model; returns its folder (else `methods/MODEL/TASK`).
 
-    `task`, `n`, `seed`, `corruption`: as for `make_task`. The folder gets `ability.json`; and, if the model can do the task, the grid, its tables
+    `task`, `n`, `seed`, `corruption`: as for `make_task`. `known`: only pairs whose clean answer the model ranks first of all tokens, from up
+    to eight times as many. The folder gets `ability.json`; and, if the model can do the task, the grid, its tables
     and figures. Started again on the same folder, it does only what is missing. Raises `ModelError`, and `GridError` for a task
     that cannot be made or a folder that holds another grid."""
     if not isinstance(model, Model): model = load_model(model, device=device, dtype=dtype, revision=revision)
-    try: made = make_task(task, model, n, seed, corruption)
-    except ValueError as e: raise GridError(str(e)) from None
+    made, chosen = _made(model, task, n, seed, corruption, known)
     folder = Path(out) if out is not None else Path("methods") / Path(called([model.name])[0]).name.replace(":", "-") / task
     able = ability(model, made)
-    write_json(folder / "ability.json", able.row() | {"sentence": able.sentence, "question": made.question, "replaced": made.corruption, "model": model.name})
+    write_json(folder / "ability.json", able.row() | {"sentence": able.sentence + chosen, "question": made.question, "replaced": made.corruption, "model": model.name})
     if not able.can_do: return folder
     table = run_grid(model, made, folder, settings, max_rows=max_rows, progress=progress)
     for name, found in grid_tables(table).items(): write_table(folder / f"{name}.csv", found)

@@ -290,7 +290,7 @@ def methods_plates(table: pd.DataFrame, model: str, site: str = "mlp_out", posit
     layers, heads = table[real & kept], table[table["head"].notna() & (table["position"] == head_position)]
     here, way, single = layers["position"] == position, layers["direction"] == direction, layers["window"] == 1
     exact, one = layers["metric"] == metric, layers["corruption"] == corruption
-    maps, both = (rows if rows["position"].nunique() > 1 else rows[:0] for rows in (layers[way & single & one], layers[single & layers["position"].isin(["entity", "entity_middle"])]))
+    maps, both = (rows if rows["position"].nunique() > 1 else rows[:0] for rows in (layers[way & single & one], layers[single & layers["position"].isin(["entity", "subject_middle"])]))
     parts = {"corruptions": (_corruptions, layers[here & way & single]), "position_maps": (_maps, maps),
              "windows": (_windows, layers[here & way & exact & one] if {1} < set(layers["window"][here]) else layers[:0]),
              "position_ratios": (_ratios, both), "detections": (_detected, heads),

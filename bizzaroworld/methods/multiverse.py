@@ -241,7 +241,7 @@ def peak_ratios(table: pd.DataFrame, by: Sequence[str] = PLACE, value: str = "su
     return pd.DataFrame(rows)
 
 # %% ../../nbs/library/methods/05_multiverse.ipynb #f91685ac
-def position_ratios(table: pd.DataFrame, last: str = "entity", middle: str = "entity_middle", by: Sequence[str] = (*METHOD, "site")) -> pd.DataFrame:
+def position_ratios(table: pd.DataFrame, last: str = "entity", middle: str = "subject_middle", by: Sequence[str] = (*METHOD, "site")) -> pd.DataFrame:
     """The peak over layers of the mean support at the `last` position over that at the `middle` one, over the pairs that have both.
 
     `ratio` with its interval is empty where the middle has no positive peak. Raises `ValueError` if no combination has both positions."""

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import chain, zip_longest
 from random import Random
 from typing import Any
@@ -19,10 +21,11 @@ from .drafts import Draft
 from .recipes import Cell, Corruption, Recipe, collect, turned
 
 # %% auto #0
-__all__ = ['SUBJECT', 'CORRUPTIONS', 'FACTS', 'PAIRED_FACTS', 'with_subject', 'facts', 'paired_facts']
+__all__ = ['SUBJECT', 'LONG', 'CORRUPTIONS', 'FACTS', 'PAIRED_FACTS', 'LONG_FACTS', 'with_subject', 'facts', 'paired_facts']
 
 # %% ../../nbs/library/tasks/08_recall.ipynb #2078483d
 SUBJECT = ("subject", "subject_first", "subject_middle", "subject_last")
+LONG = 3  # tokens of a subject that has some in the middle
 
 
 def with_subject(tp: TokenPair) -> TokenPair:
@@ -52,10 +55,11 @@ def facts(tokenizer: Any, choice: str = "subject", n: int = 60, seed: int = 0) -
     return [tp for tp in own if tp.id in chosen]
 
 # %% ../../nbs/library/tasks/08_recall.ipynb #c6c40c14
-def _cell(tables: FactTables, relation: Relation) -> Cell:
-    """Draws two facts of a relation in one of its wordings."""
+def _cell(tables: FactTables, relation: Relation, long: Callable[[str], bool]) -> Cell | None:
+    """Draws two facts of a relation in one of its wordings; `None` if fewer than two have subjects that will do."""
     wordings = [t for t in templates_of(tables, relation) if is_prompt(t) and placeholders(t) == {"e"}]
-    known = [f for f in relation.facts if f.answer.split()[0].casefold() not in f.entity.casefold()]
+    known = [f for f in relation.facts if f.answer.split()[0].casefold() not in f.entity.casefold() and long(f.entity)]
+    if len(known) < 2: return None
 
     def draw(rng: Random) -> Draft:
         a, b = rng.sample(known, 2)
@@ -65,15 +69,20 @@ def _cell(tables: FactTables, relation: Relation) -> Cell:
     return draw
 
 
-def paired_facts(tokenizer: Any, choice: str = "subject", n: int = 60, seed: int = 0) -> list[TokenPair]:
-    """`n` pairs of facts, each followed by itself turned around; relations take turns, and one that has no more pairs is passed over."""
+def paired_facts(tokenizer: Any, choice: str = "subject", n: int = 60, seed: int = 0, least: int = 1) -> list[TokenPair]:
+    """`n` pairs of facts, each followed by itself turned around; relations take turns, and one that has no more pairs is passed over.
+
+    `least`: of how many tokens a subject is at least."""
     tables, rng = load_facts(), Random(f"relations {seed}")
     plain = [r for r in tables.relations if not r.facts[0].given]
-    cells = [_cell(tables, relation) for relation in rng.sample(plain, len(plain))]
+    def long(entity): return len(tokenizer(f" {entity}", add_special_tokens=False).input_ids) >= least
+    cells = [cell for relation in rng.sample(plain, len(plain)) if (cell := _cell(tables, relation, long))]
     half = collect(tokenizer, cells, (n + 1) // 2, f"paired_facts {seed}", even=False, apart=True)
     return [with_subject(tp) for one in half for tp in (one, turned(tokenizer, one))][:n]
 
 # %% ../../nbs/library/tasks/08_recall.ipynb #fdb124ce
 CORRUPTIONS = {"subject": Corruption("the subject becomes another of the same kind", ("subject",))}
+
 FACTS = Recipe("facts", "What is the answer to a question of the battery?", CORRUPTIONS, SUBJECT, facts)
 PAIRED_FACTS = Recipe("paired_facts", "What does a fact of the tables say about its subject?", CORRUPTIONS, SUBJECT, paired_facts)
+LONG_FACTS = Recipe("long_facts", f"What does a fact of the tables say about its subject, of {LONG} tokens or more?", CORRUPTIONS, SUBJECT, partial(paired_facts, least=LONG))

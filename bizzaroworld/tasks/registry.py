@@ -17,14 +17,14 @@ from .choices import MULTIPLE_CHOICE
 from .docstring import DOCSTRING
 from .greater_than import GREATER_THAN
 from .ioi import IOI
-from .recall import FACTS, PAIRED_FACTS
+from .recall import FACTS, LONG_FACTS, PAIRED_FACTS
 from .recipes import Recipe, Task
 
 # %% auto #0
 __all__ = ['TASKS', 'make_task', 'task_table']
 
 # %% ../../nbs/library/tasks/09_registry.ipynb #8a83105b
-TASKS: dict[str, Recipe] = {r.name: r for r in (FACTS, PAIRED_FACTS, IOI, GREATER_THAN, DOCSTRING, *ARITHMETIC, MULTIPLE_CHOICE)}
+TASKS: dict[str, Recipe] = {r.name: r for r in (FACTS, PAIRED_FACTS, LONG_FACTS, IOI, GREATER_THAN, DOCSTRING, *ARITHMETIC, MULTIPLE_CHOICE)}
 
 
 def _known(kind: str, name: str, among: Iterable[str]) -> str:

@@ -21,8 +21,8 @@ METRICS, DIRECTIONS = ("ld", "prob", "kl"), ("noising", "denoising")
 def bump(at, n=12): return np.exp(-0.5 * (np.arange(n) - at) ** 2)
 
 
-def layers(windows=(1, 3, 5), positions=("entity", "entity_middle", "final"), n=6):
-    return pd.concat([plant({"STR": 1, "GN": 2}[c] * w ** 0.5 * bump({"entity": 7, "entity_middle": 4, "final": 10}[p]) / (1 + (p != "entity")) + RNG.normal(0, 0.05, (n, 12)),
+def layers(windows=(1, 3, 5), positions=("entity", "subject_middle", "final"), n=6):
+    return pd.concat([plant({"STR": 1, "GN": 2}[c] * w ** 0.5 * bump({"entity": 7, "subject_middle": 4, "final": 10}[p]) / (1 + (p != "entity")) + RNG.normal(0, 0.05, (n, 12)),
                             corruption=c, metric=m, direction=d, window=w, position=p)
                       for c, m, d, w, p in itertools.product(("STR", "GN"), METRICS, DIRECTIONS, windows, positions)], ignore_index=True)
 
@@ -69,7 +69,7 @@ def test_maps_are_the_table_on_one_scale(grid):
     maps = figure.axes[:3]
     for ax in maps:
         rows = curves[(curves.metric == ax.get_title())].pivot(index="position", columns="layer", values="mean")
-        np.testing.assert_allclose(ax.images[0].get_array(), rows.loc[["entity", "entity_middle", "final"]])
+        np.testing.assert_allclose(ax.images[0].get_array(), rows.loc[["entity", "subject_middle", "final"]])
     assert len({ax.images[0].norm.vmax for ax in maps}) == 1 and maps[0].images[0].norm.vmin == -maps[0].images[0].norm.vmax
     fits(figure)
 

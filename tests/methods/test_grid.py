@@ -14,6 +14,7 @@ from bizzaroworld.model.load import load_model
 from bizzaroworld.patch.interventions import grid
 from bizzaroworld.patch.noise import Noise
 from bizzaroworld.patch.sweep import sweep
+from bizzaroworld.tasks.ability import ability
 from bizzaroworld.tasks.registry import make_task
 
 SMALL = Settings(metrics=("ld", "prob"), widths=(1, 3), draws=2, group=2)
@@ -163,3 +164,23 @@ def test_a_grid_with_little_to_compare_has_its_other_tables_and_figures(model, t
 @pytest.mark.parametrize("asked, says", [(dict(widths=(float("inf"),)), "window of inf layers"), (dict(metrics=("ld", "ld_of_mean")), "name it without")])
 def test_settings_that_no_sweep_can_have_are_refused_at_once(asked, says):
     with pytest.raises(GridError, match=says): Settings(**asked)
+
+
+def test_long_subjects_give_the_ratio_of_last_to_middle_token(model, tmp_path):
+    folder = run_methods(model, "long_facts", n=4, known=True, out=tmp_path / "g",
+                         settings=Settings(metrics=("ld",), directions=("denoising",), corruptions=("STR",), widths=(1,), controls=()))
+    told = json.loads((folder / "ability.json").read_text())["sentence"]
+    assert "Chosen: of 32 pairs the first 4 whose clean answer it ranks first" in told
+    ratio, table = pd.read_csv(folder / "positions.csv"), pd.read_parquet(folder / "grid.parquet")
+    assert ratio["n"].tolist() == [4] and ratio["site"].tolist() == ["mlp_out"]
+    def peak(position): return max(t.groupby("layer").apply(lambda l: (l.patched - l.corrupt).mean()).max() for t in [table[(table.site == "mlp_out") & (table.position == position)]])
+    assert ratio["last"][0] / ratio["middle"][0] == pytest.approx(peak("entity") / peak("subject_middle"), rel=1e-4)
+
+
+def test_known_pairs_are_ranked_first(model):
+    """A pool is as large as the task allows; of it only pairs that are right stay, in their order."""
+    from bizzaroworld.methods_run import _made
+    made, said = _made(model, "paired_facts", 6, 0, None, True)
+    pool = make_task("paired_facts", model, 48)
+    right = ability(model, pool).table.set_index("pair_id")["first"]
+    assert [tp.id for tp in made.pairs] == [tp.id for tp in pool.pairs if right[tp.id]][:6] and said.startswith(" Chosen: of 48 pairs") and not right.all()

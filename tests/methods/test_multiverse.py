@@ -175,13 +175,13 @@ def test_a_window_of_one_is_its_layer_and_pairs_are_common():
 
 
 def test_the_ratio_of_last_to_middle_entity_token():
-    t = pd.concat([plant(alike(3 * bump(7)), position="entity"), plant(alike(1.5 * bump(4)), position="entity_middle"),
-                   plant(alike(bump(4)), position="entity", corruption="GN"), plant(alike(2 * bump(7)), position="entity_middle", corruption="GN"),
+    t = pd.concat([plant(alike(3 * bump(7)), position="entity"), plant(alike(1.5 * bump(4)), position="subject_middle"),
+                   plant(alike(bump(4)), position="entity", corruption="GN"), plant(alike(2 * bump(7)), position="subject_middle", corruption="GN"),
                    plant(alike(bump(4)), position="entity", corruption="other")])
     rows = position_ratios(t).set_index("corruption")
     np.testing.assert_allclose(rows.ratio[["STR", "GN"]], [2, 0.5])
     assert rows.last_layer["STR"] == 7 and rows.middle_layer["STR"] == 4 and len(rows) == 2
-    with pytest.raises(ValueError, match="entity_middle"): position_ratios(t[t.position == "entity"])
+    with pytest.raises(ValueError, match="subject_middle"): position_ratios(t[t.position == "entity"])
 
 
 def test_curves_are_means_with_the_percentiles_of_resamples():
@@ -198,11 +198,11 @@ def test_curves_are_means_with_the_percentiles_of_resamples():
 
 def test_a_ratio_of_peaks_is_uncertain_where_its_parts_are():
     rng = np.random.default_rng(1)
-    t = [plant(np.abs(factor) * bump(7) + rng.normal(0, 0.5, (30, 12)), position=p) for factor, p in ((3, "entity"), (1, "entity_middle"))]
+    t = [plant(np.abs(factor) * bump(7) + rng.normal(0, 0.5, (30, 12)), position=p) for factor, p in ((3, "entity"), (1, "subject_middle"))]
     row = position_ratios(pd.concat(t)).iloc[0]
     assert row.low < row.ratio < row.high and row.high - row.low > 0.5
 
 
 def test_no_effect_at_the_middle_token_has_no_ratio():
-    t = pd.concat([plant(alike(3 * bump(7)), position="entity"), plant(alike(-bump(4)), position="entity_middle")])
+    t = pd.concat([plant(alike(3 * bump(7)), position="entity"), plant(alike(-bump(4)), position="subject_middle")])
     assert position_ratios(t).ratio.isna().all()
