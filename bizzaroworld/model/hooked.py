@@ -215,6 +215,23 @@ class ModelContexts(ModelBatches):
         order), and for every `row pos` which of those outputs it gets."""
         with alone(self.hf), sparing({self.bridge.blocks[l].mlp: t for l, t in tokens.items()}): yield
 
+    @contextmanager
+    def frozen_norms(self) -> Iterator[None]:
+        """While the context lasts, a norm of what attention writes divides every row by what it divides the first one by (an approximation, linear in what
+        heads write). Nothing happens where there is no such norm. Raises `ValueError` where it is no RMS norm."""
+        ends = [self.points["attn_out", l] for l in range(self.n_layers)]
+        norms = [n for n in self.norms if any(n.hook_out is end for end in ends)]
+        if any(not n.uses_rms_norm for n in norms): raise ValueError(f"{self.name}: what attention writes goes through a norm that is not RMS, which cannot be frozen.")
+        def freeze(norm, args, out):
+            eps = getattr(norm, "eps", None) or norm.variance_epsilon
+            size = (args[0].float().pow(2).mean(-1, keepdim=True) + eps).sqrt()
+            return (out.float() * size / size[:1]).to(out)
+        with alone(self.hf):
+            handles = [n.original_component.register_forward_hook(freeze) for n in norms]
+            try: yield
+            finally:
+                for handle in handles: handle.remove()
+
     def close(self) -> None:
         """Take the hooks out of a model that was handed over in memory, and give it back as it was; a TransformerBridge keeps its own. What was
         loaded from the model cannot be run any more. The garbage collector does the same when nothing that was loaded from it is left."""
