@@ -33,10 +33,10 @@ def some_heads(model): return [as_node(f"L{l}H{h}.{s}") for l in range(1, LAYERS
 def test_every_edge_is_that_of_the_bare_model(name):
     model, tp = tiny_model(name), random_pair(1)
     paths = edges(model) + edges(model, None, some_heads(model)) + edges(model, ["embed", "L0H1", "L1.mlp"], ["L2H2", "L1H0"])
-    for direction in SIDES:
-        ours = path_effects(model, tp, paths, direction)
+    for direction, some in (("noising", paths), ("denoising", paths[::5])):
+        ours = path_effects(model, tp, some, direction)
         theirs, size = by_hand(name, tp, ours.paths, direction)
-        assert np.abs(ours.patched[0, :, 0] - theirs).max() < 1e-5 * size
+        assert np.abs(ours.patched[0, :, 0] - theirs).max() < 3e-6 * size
         assert (np.abs(ours.effects()[0]) > 1e-4 * size).mean() > 0.5
 
 
@@ -48,8 +48,8 @@ def test_longer_paths_are_those_of_the_bare_model(name):
     if model.n_kv_heads < model.n_heads: paths += ["L0.mlp -> L1KV0.v -> L2.mlp", "embed -> L1KV0.k -> L2KV0.v -> logits"]
     ours = path_effects(model, tp, paths)
     theirs, size = by_hand(name, tp, ours.paths)
-    assert np.abs(ours.patched[0, :, 0] - theirs).max() < 1e-5 * size
-    assert (np.abs(ours.effects()[0]) > 1e-4 * size).sum() > 5
+    assert np.abs(ours.patched[0, :, 0] - theirs).max() < 3e-6 * size
+    assert (np.abs(ours.effects()[0]) > 2e-5 * size).sum() > 5
 
 
 @pytest.mark.parametrize("name, reads", [("gpt2", "qkv"), ("gemma-mha", "qkv"), ("llama", "q"), ("qwen3", "q")])
@@ -64,8 +64,8 @@ def test_transformer_lens_agrees(name, reads):
             with torch.no_grad(): theirs = get_act_patch_direct_path(model.bridge, corrupt, *caches, metric, layer, head, s, verbose=False)
             receivers = [f"L{l}H{h}.{s}" for l in range(layer + 1, LAYERS) for h in range(4)]
             ours = path_effects(model, tp, edges(model, [f"L{layer}H{head}"], receivers), "denoising")
-            assert np.abs(ours.patched[0, :, 0] - theirs[layer + 1:].flatten().numpy()).max() < 1e-4
-            assert np.abs(ours.effects()).max() > 1e-2
+            gap, largest = np.abs(ours.patched[0, :, 0] - theirs[layer + 1:].flatten().numpy()).max(), np.abs(ours.effects()).max()
+            assert gap < 1e-5 and gap < 0.02 * largest
 
 
 def test_where_transformer_lens_refuses():
@@ -187,13 +187,14 @@ def test_a_place_at_a_time_and_a_donor_from_another_pair():
     assert final == pytest.approx(path_effects(model, tp, paths).effects(), abs=1e-4), "only the final position is read"
     assert path_effects(model, tp, paths, sender_at="entity").effects() == pytest.approx(np.zeros((1, 2)), abs=1e-6)
     deep, mixed = tiny_model("gemma3"), replace(tp, corrupt_ids=other.corrupt_ids)
-    asked = edges(deep, ["L0H1", "embed"], ["L1H0.q", "L2.mlp", "L1KV0.v"])
+    asked = edges(deep, ["L1H1", "embed"], ["L2H0.q", "L2.mlp", "L1KV0.v"])
     theirs = path_effects(deep, tp, asked, donors=[other])
     assert theirs.patched == pytest.approx(path_effects(deep, mixed, asked).patched, abs=1e-5)
     assert np.abs(theirs.patched - path_effects(deep, tp, asked).patched).max() > 1e-3
     at_end = path_effects(deep, tp, asked, receiver_at="final").effects()
     assert np.abs(at_end - path_effects(deep, tp, asked).effects()).max() > 1e-3
-    assert at_end[0, [i for i, p in enumerate(asked) if p[1].kind == "q"]] != pytest.approx(0, abs=1e-5)
+    queries = [i for i, p in enumerate(asked) if p[1].kind == "q"]
+    assert np.abs(at_end[0, queries]).max() > 1e-5 and np.abs(at_end[0] - path_effects(deep, tp, asked).effects()[0])[queries].max() < 1e-5, "the last block's queries are read at the end alone"
 
 
 def test_frozen_norms_are_a_linear_approximation_where_heads_go_through_a_norm():
