@@ -48,7 +48,7 @@ def as_wires(model: Model, edges: Iterable[str | Path]) -> Wires:
         reads.setdefault(receiver, {}).setdefault((sender.kind, sender.layer), set()).add(-1 if sender.head is None else sender.head)
     return {receiver: frozenset(Bundle(*key, frozenset(heads - {-1})) for key, heads in some.items()) for receiver, some in reads.items()}
 
-# %% ../../nbs/library/circuits/07_edge_sets.ipynb #0d75dc35
+# %% ../../nbs/library/circuits/07_edge_sets.ipynb #c877e129
 @dataclass(eq=False)
 class Streams:
     """Rows of a block: `runs` streams, then readers (run and bundles) and writers (run and bundle). `known`: what exchanging a bundle changes in a run's stream."""
@@ -65,9 +65,7 @@ class Streams:
         for run, _, bundles in self.here: self.readers.setdefault((run, bundles), len(self.wires) + len(self.readers))
         sent = dict.fromkeys((run, b) for run, wires in enumerate(self.wires) for bundles in wires.values() for b in bundles if b.layer == self.layer and b.kind != "embed")
         self.writers |= {key: i for i, key in enumerate(sent, len(self.wires) + len(self.readers))}
-
-    @property
-    def count(self) -> int: return len(self.wires) + len(self.readers) + len(self.writers)
+        self.count = len(self.wires) + len(self.readers) + len(self.writers)
 
     def exchanged(self, act: Tensor, run: int, bundles: frozenset[Bundle]) -> Tensor:
         "A run's stream with bundles of the other run in it, as far as they are known."
@@ -76,7 +74,8 @@ class Streams:
     def enter(self, act: Tensor) -> Tensor:
         n = len(self.wires)
         act = self.two.base.first[:, self.two.start:].to(act).repeat(n, 1, 1) if self.layer == 0 else act[:n]
-        return torch.cat([act, *(self.exchanged(act, *key)[None] for key in self.readers), act[[run for run, _ in self.writers]]])
+        rows = torch.cat([act, *(self.exchanged(act, *key)[None] for key in self.readers), act[[run for run, _ in self.writers]]])
+        return torch.cat([rows, act[:1].expand(self.count - len(rows), -1, -1)])
 
 # %% ../../nbs/library/circuits/07_edge_sets.ipynb #8acb8241
 class Wired(Streams):
@@ -119,10 +118,12 @@ class Wired(Streams):
               "mlp_out": self.write, "resid_post": self.leave}
         return [(site, self.layer, hook) for site, hook in at.items() if site in self.model.sites]
 
-# %% ../../nbs/library/circuits/07_edge_sets.ipynb #21742922
+# %% ../../nbs/library/circuits/07_edge_sets.ipynb #c28ff152
 def _blocks(model: Model, two: TwoRuns, wires: Sequence[Wires]) -> list[Wired]:
     known = {(run, b): two.embed for run, some in enumerate(wires) for bundles in some.values() for b in bundles if b.kind == "embed"}
-    return [Wired(model, two, layer, wires, known) for layer in range(model.n_layers)]
+    blocks = [Wired(model, two, layer, wires, known) for layer in range(model.n_layers)]
+    blocks[-1].count = max(block.count for block in blocks)  # some models count the prompts at their end
+    return blocks
 
 
 @torch.no_grad()
@@ -130,9 +131,9 @@ def run_sets(model: Model, two: TwoRuns, wires: Sequence[Wires]) -> Float[Tensor
     "The final hidden state of a run for each set of edges, all in one pass."
     blocks = _blocks(model, two, wires)
     counts = [block.count for block in blocks]
-    owner = torch.zeros(max(counts), dtype=torch.long, device=model.device)
+    owner = torch.zeros(counts[-1], dtype=torch.long, device=model.device)
     like = owner[:1] if model.one_row_serves else owner
-    with model.hooked(hook for block in blocks for hook in block.hooks()), model.growing([*counts, max(counts)]):
+    with model.hooked(hook for block in blocks for hook in block.hooks()), model.growing(counts):
         hidden = model.run(two.base.ids[like, two.start:], PrefixCache(two.base.cache, two.start, owner), two.start)
     return hidden[:len(wires)]
 

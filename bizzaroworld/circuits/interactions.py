@@ -23,7 +23,8 @@ from ..patch.passes import as_token_pairs
 from ..patch.sweep import sweep
 
 # %% auto #0
-__all__ = ['Component', 'REST', 'as_components', 'union', 'Interactions', 'interactions', 'Shapley', 'drawn', 'shapley']
+__all__ = ['Component', 'NEGLIGIBLE', 'REST', 'as_components', 'union', 'Interactions', 'interactions', 'Shapley', 'drawn',
+           'shapley']
 
 # %% ../../nbs/library/circuits/05_interactions.ipynb #39daf054
 Component = str | Node | Edit | Intervention
@@ -49,7 +50,10 @@ def union(parts: Iterable[Intervention]) -> Intervention:
     "Several interventions as one."
     return Intervention(edit for part in parts for edit in part.edits)
 
-# %% ../../nbs/library/circuits/05_interactions.ipynb #b50049e8
+# %% ../../nbs/library/circuits/05_interactions.ipynb #19b45623
+NEGLIGIBLE = 0.01  # of the whole change, at which an interaction is called a name
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Interactions:
     "Effects of components alone, in pairs and all together; in the unit of the metric (logits for `ld`). `swing`: the whole change, from the run that is patched to the other."
@@ -71,16 +75,16 @@ class Interactions:
 
     def to_frame(self) -> pd.DataFrame:
         """A row for each pair of prompts, pair of components and metric: effects `alone_first`, `alone_second` and `both`, their `interaction`, and its `kind`:
-        backup or conjunction, or neither where it is zero."""
+        backup or conjunction, or neither where it is less than `NEGLIGIBLE` of the swing."""
         two = list(combinations(range(len(self.names)), 2))
         shape = (len(self.pair_ids), len(two), len(self.metrics))
         def column(x): return np.broadcast_to(x, shape).ravel()
         values, first, second = self.values(), self.alone[:, [i for i, _ in two]], self.alone[:, [j for _, j in two]]
-        goes = np.sign(values * self.swing[:, None]) * (1 if self.direction == "noising" else -1)
+        share = values / np.where(self.swing, self.swing, np.inf)[:, None] * (1 if self.direction == "noising" else -1)
         out = pd.DataFrame({"pair_id": column(np.array(self.pair_ids)[:, None, None]), "first": column(np.array([self.names[i] for i, _ in two])[:, None]),
                             "second": column(np.array([self.names[j] for _, j in two])[:, None]), "metric": column(np.array(self.metrics)),
                             "alone_first": column(first), "alone_second": column(second), "both": column(self.both), "interaction": column(values)})
-        return out.assign(kind=[{1: "backup", -1: "conjunction"}.get(g, "") for g in goes.ravel()], direction=self.direction)
+        return out.assign(kind=["" if abs(x) < NEGLIGIBLE else "backup" if x > 0 else "conjunction" for x in share.ravel()], direction=self.direction)
 
     def parts(self) -> pd.DataFrame:
         """What the effect of all components together is made of, for each pair of prompts and metric: the sum of what each does `alone`, the sum of `pairwise`
