@@ -84,7 +84,7 @@ def _values(model, tp, donor, side, paths, sender_at, receiver_at, frozen, at_on
               for path, value in follow(model, runs, some, frozen).items()}
     return replace(tp, places=(*tp.places, (CHANGED, changed))), {edit_of(model, path): value for path, value in values.items()}
 
-# %% ../../nbs/library/circuits/04_paths.ipynb #c4f08790
+# %% ../../nbs/library/circuits/04_paths.ipynb #2766e0ae
 @dataclass(frozen=True, eq=False, repr=False)
 class PathEffects:
     "What each path changes in each pair. `clean`, `corrupt`, `patched` are in the unit of the metric (logits for `ld`)."
@@ -119,12 +119,12 @@ class PathEffects:
     def matrix(self, pair_id: str | None = None, metric: str | None = None) -> pd.DataFrame:
         "Effects of edges as senders x receivers, of one pair or the mean over all; not a number where there is no edge."
         rows = self.effects(metric) if pair_id is None else self.effects(metric)[[self.pair_ids.index(pair_id)]]
-        one = [i for i, p in enumerate(self.paths) if len(p) == 2]
+        one = list({p: i for i, p in enumerate(self.paths) if len(p) == 2}.values())
         names = [dict.fromkeys(str(self.paths[i][end]) for i in one) for end in (0, 1)]
         found = pd.Series(rows.mean(0)[one], index=pd.MultiIndex.from_tuples([tuple(map(str, self.paths[i])) for i in one], names=["sender", "receiver"]))
         return found.unstack().reindex(index=list(names[0]), columns=list(names[1]))
 
-# %% ../../nbs/library/circuits/04_paths.ipynb #0deb6874
+# %% ../../nbs/library/circuits/04_paths.ipynb #a6a01fd6
 @torch.no_grad()
 def path_effects(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPair | TokenPair], paths: str | Path | Iterable[str | Path], direction: str = "noising", *,
                  metrics: Sequence[str] = ("ld",), donors: Iterable[PromptPair | TokenPair] | None = None, sender_at: str | int = "all",
@@ -140,14 +140,14 @@ def path_effects(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPa
     token_pairs, metrics = as_token_pairs(model, pairs), (metrics,) if isinstance(metrics, str) else tuple(metrics)
     donors = token_pairs if donors is None else as_token_pairs(model, donors)
     single = isinstance(paths, str) or (isinstance(paths, tuple) and isinstance(paths[0], Node))
-    paths = tuple(dict.fromkeys(as_path(model, path) for path in ([paths] if single else paths)))
+    paths = tuple(as_path(model, path) for path in ([paths] if single else paths))
     check_metrics(metrics)
     if norms not in ("exact", "frozen"): raise ValueError(f"Unknown norms {norms!r}: use exact or frozen.")
     if direction not in DIRECTIONS: raise ValueError(f"Unknown direction {direction!r}: use {' or '.join(DIRECTIONS)}.")
     if len(donors) != len(token_pairs): raise ValueError(f"{len(donors)} donors for {len(token_pairs)} pairs: give one for each, in the same order.")
-    asked, found = [Intervention(edit_of(model, path)) for path in paths], []
+    asked, found, once = [Intervention(edit_of(model, path)) for path in paths], [], list(dict.fromkeys(paths))
     for tp, donor in zip(token_pairs, donors):
-        placed, values = _values(model, tp, donor, "clean" if direction == "noising" else "corrupt", paths, sender_at, receiver_at, norms == "frozen")
+        placed, values = _values(model, tp, donor, "clean" if direction == "noising" else "corrupt", once, sender_at, receiver_at, norms == "frozen")
         found.append(sweep(model, placed, asked, direction, metrics=metrics, values=values, max_rows=max_rows, memory=memory, progress=False))
     clean, corrupt, patched = (np.concatenate([getattr(one, side) for one in found]) for side in ("clean", "corrupt", "patched"))
     return PathEffects(tuple(tp.id for tp in token_pairs), paths, metrics, direction, clean, corrupt, patched)

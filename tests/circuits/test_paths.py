@@ -216,6 +216,8 @@ def test_pairs_of_several_lengths_and_their_table():
     assert found.matrix(pairs[1].id).loc["L0.mlp", "L2.mlp"] == pytest.approx(row.effect)
     assert found.matrix().loc["L0.mlp", "L2.mlp"] == pytest.approx(found.effects()[:, i].mean())
     assert list(found.matrix().columns) == ["L1H1.q", "L2.mlp", "logits"]
+    twice = path_effects(model, pairs[0], [paths[0], paths[1], paths[0]])
+    assert twice.patched[0, 0] == twice.patched[0, 2] != twice.patched[0, 1] and twice.matrix().size == 2
 
 
 def test_a_path_at_half_the_precision_is_nearly_the_same():
