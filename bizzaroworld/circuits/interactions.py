@@ -50,7 +50,7 @@ def union(parts: Iterable[Intervention]) -> Intervention:
     "Several interventions as one."
     return Intervention(edit for part in parts for edit in part.edits)
 
-# %% ../../nbs/library/circuits/05_interactions.ipynb #19b45623
+# %% ../../nbs/library/circuits/05_interactions.ipynb #cb63cf43
 NEGLIGIBLE = 0.01  # of the whole change, at which an interaction is called a name
 
 
@@ -75,12 +75,13 @@ class Interactions:
 
     def to_frame(self) -> pd.DataFrame:
         """A row for each pair of prompts, pair of components and metric: effects `alone_first`, `alone_second` and `both`, their `interaction`, and its `kind`:
-        backup or conjunction, or neither where it is less than `NEGLIGIBLE` of the swing."""
+        backup or conjunction; neither where it is less than `NEGLIGIBLE` of the swing, or one of the two goes against the swing by more."""
         two = list(combinations(range(len(self.names)), 2))
         shape = (len(self.pair_ids), len(two), len(self.metrics))
         def column(x): return np.broadcast_to(x, shape).ravel()
         values, first, second = self.values(), self.alone[:, [i for i, _ in two]], self.alone[:, [j for _, j in two]]
-        share = values / np.where(self.swing, self.swing, np.inf)[:, None] * (1 if self.direction == "noising" else -1)
+        scale = np.where(self.swing, self.swing, np.inf)[:, None]
+        share = np.where(np.minimum(first / scale, second / scale) > -NEGLIGIBLE, values / scale, 0) * (1 if self.direction == "noising" else -1)
         out = pd.DataFrame({"pair_id": column(np.array(self.pair_ids)[:, None, None]), "first": column(np.array([self.names[i] for i, _ in two])[:, None]),
                             "second": column(np.array([self.names[j] for _, j in two])[:, None]), "metric": column(np.array(self.metrics)),
                             "alone_first": column(first), "alone_second": column(second), "both": column(self.both), "interaction": column(values)})

@@ -73,6 +73,8 @@ def test_a_backup_is_told_from_a_conjunction(direction, sign, kinds):
     found = Interactions(("one",), ("a", "b", "c"), ("ld",), direction, np.array([[sign * 4.0]]), alone[None, :, None], both[None, :, None], np.array([[sign * 3.0]]))
     table = found.to_frame()
     assert table.kind.tolist() == kinds and table.interaction.tolist() == [sign * 2.5, sign * -0.25, 0.0]
+    against = Interactions(("one",), ("a", "b"), ("ld",), direction, np.array([[sign * 4.0]]), sign * np.array([[[-2.0], [3.0]]]), sign * np.array([[[3.0]]]), sign * np.array([[3.0]]))
+    assert against.to_frame().kind.tolist() == [""] and against.values().tolist() == [[[sign * 2.0]]]
 
 
 def by_definition(model, tp, edits):
