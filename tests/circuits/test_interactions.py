@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import LAYERS, random_pair, tiny_hf, tiny_model
 
-from bizzaroworld.circuits.interactions import REST, Interactions, as_components, interactions, shapley
+from bizzaroworld.circuits.interactions import REST, Interactions, as_components, drawn, interactions, shapley
 from bizzaroworld.model.load import load_model
 from bizzaroworld.patch.interventions import Edit, Intervention
 from bizzaroworld.patch.sweep import sweep
@@ -77,23 +77,21 @@ def test_a_backup_is_told_from_a_conjunction(direction, sign, kinds):
     assert against.to_frame().kind.tolist() == [""] and against.values().tolist() == [[[sign * 2.0]]]
 
 
-def by_definition(model, tp, edits):
-    "Shapley values as the mean over all orders; the last player is everything else."
-    n = len(edits) + 1
+def by_definition(model, tp, edits, orders, cleaning=False):
+    "Shapley values as the mean over orders in which players are corrupted, or cleaned; the last player is everything else."
+    n, known, shares = len(edits) + 1, {}, np.zeros(len(edits) + 1)
     def v(corrupted):
-        if n - 1 not in corrupted:
-            some, direction = [edits[i] for i in sorted(corrupted)], "noising"
+        if n - 1 not in corrupted: some, direction = [edits[i] for i in sorted(corrupted)], "noising"
         else: some, direction = [edits[i] for i in range(n - 1) if i not in corrupted], "denoising"
         if some: return sweep(model, tp, Intervention(some), direction, progress=False).patched.item()
         s = sweep(model, tp, edits[0], direction, progress=False)
         return (s.clean if direction == "noising" else s.corrupt).item()
-    known, shares = {}, np.zeros(n)
-    for order in permutations(range(n)):
-        for k, i in enumerate(order):
-            before, after = frozenset(order[:k]), frozenset(order[:k + 1])
-            for c in (before, after): known.setdefault(c, v(c)) if c not in known else None
-            shares[i] += known[after] - known[before]
-    return shares / len(list(permutations(range(n))))
+    def value(had_turn):
+        c = frozenset(range(n)) - frozenset(had_turn) if cleaning else frozenset(had_turn)
+        return known[c] if c in known else known.setdefault(c, v(c))
+    for order in orders:
+        for k, i in enumerate(order): shares[i] += value(order[:k + 1]) - value(order[:k])
+    return shares / len(orders)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "llama"])
@@ -101,9 +99,12 @@ def test_shapley_values_are_those_of_the_definition(name):
     model, tp = tiny_model(name), random_pair(1)
     edits = [Edit("z", 1, "all", 0), Edit("mlp_out", 0, "all"), Edit("mlp_out", 2, "final")]
     found = shapley(model, tp, ["L1H0", "L0.mlp", edits[2]], orders=None)
-    expected = by_definition(model, tp, edits)
+    expected = by_definition(model, tp, edits, list(permutations(range(4))))
     assert found.values[0, :, 0] == pytest.approx(expected, abs=1e-5) and np.abs(expected).min() > 1e-5
     assert found.names[-1] == REST and not found.errors.any()
+    some, few = drawn(4, 6, 0), shapley(model, tp, ["L1H0", "L0.mlp", edits[2]], orders=6)
+    for cleaning, sign in ((False, 1), (True, -1)): assert sign * few.values[0, :, 0] == pytest.approx(by_definition(model, tp, edits, some, cleaning), abs=1e-5)
+    assert np.abs(few.values - found.values).max() > 1e-4, "six orders are not all"
     sampled = shapley(model, tp, ["L1H0", "L0.mlp", edits[2]], orders=200)
     assert (np.abs(sampled.values - found.values) <= 4 * sampled.errors + 1e-6).all() and sampled.errors.max() > 0
     assert shapley(model, tp, ["L1H0", "L0.mlp"], seed=1).values.tolist() == shapley(model, tp, ["L1H0", "L0.mlp"], seed=1).values.tolist()
