@@ -50,7 +50,7 @@ def union(parts: Iterable[Intervention]) -> Intervention:
     "Several interventions as one."
     return Intervention(edit for part in parts for edit in part.edits)
 
-# %% ../../nbs/library/circuits/05_interactions.ipynb #cb63cf43
+# %% ../../nbs/library/circuits/05_interactions.ipynb #b4c8d4ee
 NEGLIGIBLE = 0.01  # of the whole change, at which an interaction is called a name
 
 
@@ -66,7 +66,7 @@ class Interactions:
     both: Float[np.ndarray, "pair two metric"]  # two: in the order of `combinations`
     together: Float[np.ndarray, "pair metric"]
 
-    def __repr__(self) -> str: return f"Interactions({len(self.pair_ids)} pairs x {len(self.names)} components, {', '.join(self.metrics)}, {self.direction})"
+    def __repr__(self) -> str: return f"Interactions({len(self.pair_ids)} pair{'s' * (len(self.pair_ids) != 1)} x {len(self.names)} components, {', '.join(self.metrics)}, {self.direction})"
 
     def values(self) -> Float[np.ndarray, "pair two metric"]:
         "E(u and v) - E(u) - E(v), of all pairs of components."
@@ -111,7 +111,7 @@ def interactions(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPa
     effects = found.patched - base[:, None]
     return Interactions(found.pair_ids, tuple(parts), metrics, direction, other - base, effects[:, :n], effects[:, n:-1], effects[:, -1])
 
-# %% ../../nbs/library/circuits/05_interactions.ipynb #01143cc3
+# %% ../../nbs/library/circuits/05_interactions.ipynb #eb527d57
 REST = "everything else"
 
 
@@ -126,7 +126,7 @@ class Shapley:
     errors: Float[np.ndarray, "pair player metric"]
     orders: int | None
 
-    def __repr__(self) -> str: return f"Shapley({len(self.pair_ids)} pairs x {len(self.names)} players, {', '.join(self.metrics)}, {self.orders or 'all'} orders)"
+    def __repr__(self) -> str: return f"Shapley({len(self.pair_ids)} pair{'s' * (len(self.pair_ids) != 1)} x {len(self.names)} players, {', '.join(self.metrics)}, {self.orders or 'all'} orders)"
 
     def to_frame(self) -> pd.DataFrame:
         "A row per pair x player x metric: `share` and `error`, in the unit of the metric."

@@ -84,7 +84,7 @@ def _values(model, tp, donor, side, paths, sender_at, receiver_at, frozen, at_on
               for path, value in follow(model, runs, some, frozen).items()}
     return replace(tp, places=(*tp.places, (CHANGED, changed))), {edit_of(model, path): value for path, value in values.items()}
 
-# %% ../../nbs/library/circuits/04_paths.ipynb #2766e0ae
+# %% ../../nbs/library/circuits/04_paths.ipynb #c7d7c2c7
 @dataclass(frozen=True, eq=False, repr=False)
 class PathEffects:
     "What each path changes in each pair. `clean`, `corrupt`, `patched` are in the unit of the metric (logits for `ld`)."
@@ -96,7 +96,7 @@ class PathEffects:
     corrupt: Float[np.ndarray, "pair metric"]
     patched: Float[np.ndarray, "pair path metric"]
 
-    def __repr__(self) -> str: return f"PathEffects({len(self.pair_ids)} pairs x {len(self.paths)} paths, {', '.join(self.metrics)}, {self.direction})"
+    def __repr__(self) -> str: return f"PathEffects({len(self.pair_ids)} pair{'s' * (len(self.pair_ids) != 1)} x {len(self.paths)} paths, {', '.join(self.metrics)}, {self.direction})"
 
     def effects(self, metric: str | None = None) -> Float[np.ndarray, "pair path"]:
         "Patched minus unpatched, of a metric that was asked for (else the first)."
