@@ -21,8 +21,8 @@ from transformer_lens.model_bridge.generalized_components.normalization import N
 from .bridge import alone, detach_bridge, forget_lengths, forward, growing, hooks_at, lean, sparing
 
 # %% auto #0
-__all__ = ['SITES', 'HEAD_SITES', 'PATTERN_SITES', 'Shape', 'Readout', 'readout_of', 'ModelFacts', 'ModelTrials', 'ModelBatches',
-           'ModelContexts', 'Model', 'free_bytes', 'hook_points']
+__all__ = ['SITES', 'HEAD_SITES', 'PATTERN_SITES', 'Shape', 'Readout', 'readout_of', 'ModelFacts', 'ModelTrials', 'ModelReads',
+           'ModelBatches', 'ModelContexts', 'Model', 'free_bytes', 'hook_points']
 
 # %% ../../nbs/library/model/03_hooked.ipynb #9e33cfdb
 SITES = {
@@ -174,8 +174,28 @@ class ModelTrials(ModelFacts):
             self.run(torch.stack([torch.arange(3, 11), torch.arange(40, 48)]) % self.d_vocab)
         return all(map(bool, same))
 
+# %% ../../nbs/library/model/03_hooked.ipynb #5a579eb6
+class ModelReads(ModelTrials):
+    "How the blocks of a `Model` read the stream."
+    @cached_property
+    def reads_at_sites(self) -> bool:
+        "Whether blocks read the stream through q, k, v and the MLP alone: while these stay, a change comes out as it went in. Tried out once."
+        gaps = []
+        def enter(act):
+            gaps.append(act[0].roll(1, 0) - act[0])
+            act[1] = act[0] + gaps[-1]
+            return act
+        def stay(act):
+            act[1] = act[0]
+            return act
+        def leave(act): gaps.append(((act[1] - act[0] - (change := gaps.pop())).abs().max() / change.abs().max()).float().item())
+        hooks = {"resid_pre": enter, **dict.fromkeys(("q", "k", "v", "mlp_out"), stay), "resid_post": leave}
+        with self.hooked((s, l, f) for l in range(self.n_layers) for s, f in hooks.items() if s in self.sites):
+            self.run(torch.stack([torch.arange(3, 11)] * 2) % self.d_vocab)
+        return max(gaps) < (1e-3 if self.dtype == torch.float32 else 0.1)
+
 # %% ../../nbs/library/model/03_hooked.ipynb #c4ec9002
-class ModelBatches(ModelTrials):
+class ModelBatches(ModelReads):
     "What a `Model` asks of prompts that run together."
     @cached_property
     def one_row_serves(self) -> bool:

@@ -122,10 +122,12 @@ def add_given(bank: Bank, rows: Sequence[Row], values: Mapping[Edit, Tensor], li
     def vector(g):
         value = values[g.edit][g.pair] if g.pair else values[g.edit]
         if not isinstance(value, Tensor): raise ValueError(f"{g.edit}: given as {type(value).__name__}, where a tensor is needed.")
+        shape = value.shape
+        if g.at is not None: value = value[g.at]
         by_head = value.ndim == 2 and g.edit.head is None and len(value) == heads.get(g.edit.site, 0)
         if not (value.ndim == 1 or by_head):
             each = f", or one for each of {heads[g.edit.site]} heads," if g.edit.site in heads and g.edit.head is None else ""
-            raise ValueError(f"{g.edit}: given as {' x '.join(map(str, value.shape))}, where a vector{each} is needed.")
+            raise ValueError(f"{g.edit}: given as {' x '.join(map(str, shape))}, where a vector{each} is needed, or as much for each token.")
         return value if g.head is None or g.edit.head is not None or value.ndim == 1 else value[g.head]
     for key, slots in _slots(rows, Given).items():
         vectors = [vector(g) for g in slots]

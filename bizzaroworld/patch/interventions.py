@@ -27,12 +27,13 @@ class Edit:
     is zero, `given` is a tensor that the sweep is handed for this edit (a mean, another pair's activation), `added` is such a tensor
     put on top of what is there (a steering vector; minus infinity on an attention score), and `function` is what a function that the
     sweep is handed makes of what is there (scaled, projected, capped). `head` is an index for the per-head sites
-    (`None`: all heads) and must be `None` elsewhere."""
+    (`None`: all heads) and must be `None` elsewhere. `label` tells edits apart that are handed different values for one place."""
     site: str
     layer: int
     position: str | int = "final"
     head: int | None = None
     source: str = "donor"
+    label: str = ""
 
     def __post_init__(self):
         if self.source not in SOURCES:
@@ -40,7 +41,8 @@ class Edit:
 
     def __str__(self) -> str:
         where = f"L{self.layer}" + (f"H{self.head}" if self.head is not None else "")
-        return f"{where} {self.site} @{self.position}" + ("" if self.source == "donor" else f" = {self.source}")
+        source = "" if self.source == "donor" else f" = {self.source}"
+        return f"{where} {self.site} @{self.position}{source}" + (f" ({self.label})" if self.label else "")
 
 # %% ../../nbs/library/patch/01_interventions.ipynb #ea69895d
 @dataclass(frozen=True)

@@ -70,10 +70,11 @@ class Donor(NamedTuple):
 
 
 class Given(NamedTuple):
-    "A value that the sweep was handed for an edit, or for an edit and a pair."
+    "A value that the sweep was handed for an edit, or for an edit and a pair; `at`: which row of it, where it has one for each token."
     edit: Edit
     head: int | None
     pair: str = ""
+    at: int | None = None
 
 
 class Mapped(NamedTuple):
@@ -118,17 +119,23 @@ def _places(tp: TokenPair, donor: TokenPair, e: Edit) -> Iterator[tuple[int, int
     return ((p - n, q - m) for p, q in zip(here, there if e.source == "donor" else here))
 
 
-def _value(e: Edit, head: int | None, pair: int, tp: TokenPair, there: int, values: Mapping[Edit, Any]) -> Donor | Given | Mapped | None:
-    "What an edit puts in place."
+def _row_of(value: Any, by_head: bool, i: int, n: int) -> int | None:
+    "The row of a value for the token `i` of `n`, if it has one for each token: `pos d`, or `pos head d` for all heads."
+    return i if getattr(value, "ndim", 0) == 2 + by_head and len(value) == n else None
+
+
+def _value(e: Edit, head: int | None, pair: int, tp: TokenPair, there: int, values: Mapping[Edit, Any], token: tuple[int, int]) -> Donor | Given | Mapped | None:
+    "What an edit puts in place, at one `token` of several: its number, and how many there are."
     if e.source == "donor": return Donor(pair, there, head)
     if e.source == "zero": return None
     if e not in values: raise ValueError(f"{e}: nothing was given for it. Pass values={{edit: {'function' if e.source == 'function' else 'tensor'}}} to the sweep.")
     if (e.source == "function") != callable(values[e]):
         raise ValueError(f"{e}: given as {type(values[e]).__name__}, where {'a function' if e.source == 'function' else 'a tensor'} is needed.")
     if e.source == "function": return Mapped(values[e])
-    if not isinstance(values[e], Mapping): return Given(e, head)
+    all_heads = e.head is None and head is not None
+    if not isinstance(values[e], Mapping): return Given(e, head, at=_row_of(values[e], all_heads, *token))
     if tp.id not in values[e]: raise ValueError(f"{e}: nothing was given for the pair {tp.id}.")
-    return Given(e, head, tp.id)
+    return Given(e, head, tp.id, _row_of(values[e][tp.id], all_heads, *token))
 
 
 def _writes(shape: Shape, pair: int, tp: TokenPair, donor: TokenPair, intervention: Intervention, values) -> Iterator[Write]:
@@ -136,9 +143,10 @@ def _writes(shape: Shape, pair: int, tp: TokenPair, donor: TokenPair, interventi
     for e in intervention.edits:
         n = shape.heads(e.site)
         if e.head is not None and not 0 <= e.head < n: raise ValueError(f"{intervention}: {e.site} has {n} heads.")
-        for position, there in _places(tp, donor, e):
+        places = list(_places(tp, donor, e))
+        for i, (position, there) in enumerate(places):
             for head in [e.head] if e.head is not None or not n else range(n):
-                yield Write(e.site, e.layer, position, head, _value(e, head, pair, tp, there, values))
+                yield Write(e.site, e.layer, position, head, _value(e, head, pair, tp, there, values, (i, len(places))))
 
 # %% ../../nbs/library/patch/04_passes.ipynb #5e1f0b02
 def _telling(writes: Sequence[Write], n: int, m: int, shared: int) -> tuple[Write, ...]:

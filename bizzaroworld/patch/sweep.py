@@ -129,7 +129,8 @@ def sweep(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPair | To
 
     `pairs`, `interventions`: one or several; an edit is an intervention by itself. `direction`: `noising` (corrupted into clean) or
     `denoising` (clean into corrupted). `donors`: pairs that provide the values instead (a control), one for each pair. `values`: for
-    every edit whose source is `given` or `added` a tensor (`d`, or `head d` for an edit of all heads), or one for each pair id; for a
+    every edit whose source is `given` or `added` a tensor (`d`, or `head d` for an edit of all heads; with `pos` in front, a value for
+    each token of its position), or one for each pair id; for a
     `function` a callable, from the values that are there (`row d`) to new ones. `noise`: the corrupted run is the clean prompt with
     noise on its embeddings, and every number is over the draws; its own corrupted prompts are not used. `max_rows`, `max_pairs` and
     `memory` (bytes; a quarter of what is free, unless given) bound a pass, not the result. `progress` shows a bar, on a terminal only,
