@@ -21,8 +21,8 @@ from transformer_lens.model_bridge.generalized_components.normalization import N
 from .bridge import alone, detach_bridge, forget_lengths, forward, growing, hooks_at, lean, sparing
 
 # %% auto #0
-__all__ = ['SITES', 'HEAD_SITES', 'PATTERN_SITES', 'Shape', 'Readout', 'readout_of', 'ModelFacts', 'ModelTrials', 'ModelBatches',
-           'ModelContexts', 'Model', 'free_bytes', 'hook_points']
+__all__ = ['SITES', 'NEURONS', 'HEAD_SITES', 'PATTERN_SITES', 'by_head', 'Shape', 'Readout', 'readout_of', 'ModelFacts',
+           'ModelTrials', 'ModelBatches', 'ModelContexts', 'Model', 'free_bytes', 'hook_points']
 
 # %% ../../nbs/library/model/03_hooked.ipynb #9e33cfdb
 SITES = {
@@ -31,8 +31,14 @@ SITES = {
     "z": "attn.hook_z", "q": "attn.hook_q", "k": "attn.hook_k", "v": "attn.hook_v",
     "pattern": "attn.hook_pattern", "scores": "attn.hook_attn_scores",
 }
+NEURONS = {"neurons": "mlp.out.hook_in"}  # row pos neuron
 HEAD_SITES = ("z", "q", "k", "v", "pattern", "scores")
 PATTERN_SITES = ("pattern", "scores")  # row head pos key, where the other per-head sites are row pos head d_head
+
+
+def by_head(site: str, act: Tensor) -> Tensor:
+    "A view of an activation with an axis of heads and one within them, where the site has heads: a neuron is a head of one dimension."
+    return act[..., None] if site in NEURONS else act
 
 # %% ../../nbs/library/model/03_hooked.ipynb #38aeeda3
 @dataclass(frozen=True)
@@ -54,7 +60,8 @@ class Shape:
                    getattr(cfg, "d_mlp", None) or 4 * cfg.d_model)
 
     def heads(self, site: str) -> int:
-        "How many heads a site has: 0 for the sites that are one vector per position."
+        "How many heads a site has (neurons are heads of one dimension): 0 for the sites that are one vector per position."
+        if site in NEURONS: return self.d_mlp
         if site not in HEAD_SITES: return 0
         return self.n_kv_heads if site in ("k", "v") else self.n_heads
 
@@ -128,6 +135,8 @@ class ModelFacts:
     def dtype(self) -> torch.dtype: return self.readout.head.weight.dtype
     @property
     def sites(self) -> tuple[str, ...]: return tuple(s for s in SITES if any((s, l) in self.points for l in range(self.n_layers)))
+    @property
+    def all_sites(self) -> tuple[str, ...]: return (*self.sites, *(s for s in NEURONS if any((s, l) in self.points for l in range(self.n_layers))))
     @property
     def n_layers(self) -> int: return self.shape.n_layers
     @property
@@ -237,6 +246,7 @@ class Model(ModelContexts):
     weights_sha256: str = ""
     weights_note: str = ""    # what became of the weights on the way: "Q4_K_M, dequantized to float32"
     limits: tuple[str, ...] = ()
+    no_neurons: str = ""      # why the site of single neurons cannot be had, where it cannot
     one_stream: bool = False  # whether a block's resid_post is, bit for bit, the next block's resid_pre
 
     def run(self, ids: Int[Tensor, "batch pos"], cache=None, start: int = 0,
@@ -271,6 +281,6 @@ def free_bytes(device: torch.device) -> int:
 # %% ../../nbs/library/model/03_hooked.ipynb #43b22e77
 def hook_points(bridge, n_layers: int) -> dict[tuple[str, int], Any]:
     "The hook point of every site and layer that the architecture has."
-    names = {(s, l): f"blocks.{l}.{hook}" for s, hook in SITES.items() for l in range(n_layers)}
+    names = {(s, l): f"blocks.{l}.{hook}" for s, hook in (SITES | NEURONS).items() for l in range(n_layers)}
     hooks = bridge.hook_dict
     return {key: hooks[name] for key, name in names.items() if name in hooks}
