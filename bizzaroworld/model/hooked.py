@@ -250,12 +250,12 @@ class Model(ModelContexts):
     one_stream: bool = False  # whether a block's resid_post is, bit for bit, the next block's resid_pre
 
     def run(self, ids: Int[Tensor, "batch pos"], cache=None, start: int = 0,
-            mask: Int[Tensor, "batch start+pos"] | None = None) -> Float[Tensor, "row d_model"]:
-        "Final hidden state (after the last norm) at the last position. `mask` is 0 at padding on the left."
+            mask: Int[Tensor, "batch start+pos"] | None = None, grad: bool = False) -> Float[Tensor, "row d_model"]:
+        "Final hidden state (after the last norm) at the last position. `mask` is 0 at padding on the left. With `grad`, autograd follows the run."
         if self.hf.training: self.hf.eval()  # who trains in between finds it in the other mode
         with alone(self.hf), lean(self.norms):
             if self.length_matters: forget_lengths(self.hf)
-            return forward(self.hf, ids.to(self.device), cache, start, mask)
+            return forward(self.hf, ids.to(self.device), cache, start, mask, grad)
 
     def without(self, sites: Iterable[str]) -> Model:
         "The same model without some of its sites."

@@ -219,9 +219,8 @@ def _join(model: Model, base: BaseRun, the_pass: Pass, layer: int, then=None):
 
 def _hooks(model: Model, base: BaseRun, the_pass: Pass, bank, spared: Mapping[int, tuple[Tensor, Tensor]]) -> list[tuple[str, int, object]]:
     "Every hook that a pass needs, and no other. `spared`: what the MLPs run."
-    written = {(s, l): _of_spared(writes, the_pass.tail, spared[l]) if s in NEURONS and l in spared else writes
-               for (s, l), writes in the_pass.writes().items()}
-    overwrites = {key: _overwrite(key[0], writes, bank.get(key), model.device) for key, writes in written.items() if writes}
+    overwrites = {key: _in_mlp(key[0], writes, the_pass.tail, spared[key[1]], bank.get(key), model.device) if key[0] in NEURONS and key[1] in spared else
+                  _overwrite(key[0], writes, bank.get(key), model.device) for key, writes in the_pass.writes().items()}
     joins = {0, *(row.layer for row in the_pass.rows)}
     out = [("resid_pre", l, _join(model, base, the_pass, l, overwrites.pop(("resid_pre", l), None))) for l in joins]
     return out + [(*key, hook) for key, hook in overwrites.items()]
@@ -240,12 +239,12 @@ def _tokens(the_pass: Pass, layer: int, count: int, last: bool) -> tuple[Tensor,
     return needed.flatten().nonzero()[:, 0], torch.where(needed, number, number[the_pass.source[:count]])
 
 
-def _of_spared(writes: list[tuple[int, Write]], tail: int, tokens: tuple[Tensor, Tensor]) -> list[tuple[int, Write]]:
-    "Writes inside an MLP that runs some tokens only, in one row: where their token is among these. The others change nothing that is read."
-    rows, positions = (torch.tensor(x) for x in zip(*((i, w.position) for i, w in writes)))
-    keep, number = tokens[0].cpu(), tokens[1].cpu()[rows, positions]
-    own = keep[number] == (rows + 1) * tail + positions
-    return [(0, w._replace(position=k)) for (_, w), k, ran in zip(writes, number.tolist(), own.tolist()) if ran]
+def _in_mlp(site: str, writes: list[tuple[int, Write]], tail: int, tokens: tuple[Tensor, Tensor], banked, device):
+    "`_overwrite` inside an MLP that runs some tokens, in one row, unless it is one that `Model.sparing` does not reach; what it does not run changes nothing."
+    keep, number = (x.tolist() for x in tokens)
+    some = [(0, w._replace(position=k)) for i, w in writes if keep[k := number[i][w.position]] == (i + 1) * tail + w.position]
+    whole, spared = _overwrite(site, writes, banked, device), _overwrite(site, some, banked, device) if some else lambda act: act
+    return lambda act: (spared if act.shape[:2] == (1, len(keep)) else whole)(act)
 
 
 def _spared(model: Model, the_pass: Pass) -> dict[int, tuple[Tensor, Tensor]]:

@@ -12,16 +12,20 @@ from bizzaroworld.patch.interventions import Edit, Intervention, grid
 from bizzaroworld.patch.means import mean_values
 from bizzaroworld.patch.sweep import sweep
 
-SHAPES = ("llama", "gemma", "gemma2", "gemma3", "gpt2", "pythia")
+# The MLP of phi3 is one that TransformerLens computes itself, so that it always runs all tokens.
+SHAPES = ("llama", "gemma", "gemma2", "gemma3", "gpt2", "pythia", "phi3")
 DOWN = {"gpt2": ("transformer.h", "mlp.c_proj"), "pythia": ("gpt_neox.layers", "mlp.dense_4h_to_h")}
 
 
 class Bare:
     """A Hugging Face model without TransformerLens, and what its MLPs' projections down read."""
     def __init__(self, name):
-        self.hf = tiny_hf(name)
+        self.hf = bare(name) if name == "phi3" else tiny_hf(name)
         blocks, down = DOWN.get(name, ("model.layers", "mlp.down_proj"))
         self.down = [block.get_submodule(down) for block in self.hf.get_submodule(blocks)]
+
+    @property
+    def layers(self): return range(len(self.down))
 
     @torch.no_grad()
     def ld(self, tp, side, hooks=()):
@@ -32,7 +36,7 @@ class Bare:
 
     def activations(self, tp, side):
         seen = {}
-        self.ld(tp, side, [(l, lambda m, args, l=l: seen.__setitem__(l, args[0].clone())) for l in range(LAYERS)])
+        self.ld(tp, side, [(l, lambda m, args, l=l: seen.__setitem__(l, args[0].clone())) for l in self.layers])
         return seen
 
     def patched(self, tp, direction, edits):
@@ -47,12 +51,16 @@ class Bare:
         return self.ld(tp, base, [(l, put(l, p, n)) for l, p, n in edits])
 
 
+def loaded(name): return load_model(bare(name)) if name == "phi3" else tiny_model(name)
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_neurons_agree_with_plain_hooks_on_the_bare_model(name):
     """In every layer, among rows of other sites whose MLPs run some tokens only; two pairs share the passes."""
-    model, oracle, pairs = tiny_model(name), Bare(name), [random_pair(1), random_pair(2)]
-    where = [(l, p, n) for l in range(LAYERS) for p in (3, 4, 6, 8) for n in (0, 5, 47)]
-    several = [((0, 4, 1), (1, 8, 2), (2, 8, 3)), ((1, 5, None),), ((2, 3, None),), ((2, 8, None), (0, 4, 3))]
+    model, oracle, pairs = loaded(name), Bare(name), [random_pair(1), random_pair(2)]
+    where = [(l, p, n) for l in oracle.layers for p in (3, 4, 6, 8) for n in (0, 5, 47)]
+    last = oracle.layers[-1]
+    several = [((0, 4, 1), (1, 8, 2), (last, 8, 3)), ((1, 5, None),), ((last, 3, None),), ((last, 8, None), (0, 4, 3))]
     asked = [Intervention(Edit("neurons", l, p, n) for l, p, n in some) for some in (*((w,) for w in where), *several)]
     others = grid(model, ["z", "mlp_out", "resid_pre", "k"], [4, 8])
     for direction in ("noising", "denoising"):
@@ -60,15 +68,15 @@ def test_neurons_agree_with_plain_hooks_on_the_bare_model(name):
         theirs = np.array([oracle.patched(pairs[1], direction, some) for some in (*((w,) for w in where), *several)])
         np.testing.assert_allclose(ours[:len(asked)], theirs, atol=1e-5)
         alone = oracle.ld(pairs[1], "clean" if direction == "noising" else "corrupt")
-        assert np.sort(np.abs(theirs - alone))[-8:].min() > 1e-3, "patches change the prediction"
+        assert np.sort(np.abs(theirs - alone))[-4:].min() > 1e-3, "patches change the prediction"
         np.testing.assert_allclose(ours[len(asked):], sweep(model, pairs, others, direction, progress=False).patched[1, :, 0], atol=1e-6)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_all_neurons_of_a_token_are_its_mlp(name):
     """What the projection down reads, all of it, is what it writes."""
-    model, tp = tiny_model(name), random_pair(3)
-    def swept(site): return sweep(model, tp, [Edit(site, l, p) for l in range(LAYERS) for p in (4, "final", "all")], progress=False).patched[0, :, 0]
+    model, tp = loaded(name), random_pair(3)
+    def swept(site): return sweep(model, tp, [Edit(site, l, p) for l in range(model.n_layers) for p in (4, "final", "all")], progress=False).patched[0, :, 0]
     np.testing.assert_allclose(swept("neurons"), swept("mlp_out"), atol=2e-5)
 
 
