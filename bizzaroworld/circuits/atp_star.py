@@ -19,36 +19,48 @@ from ..model.hooked import Model
 from ..patch.interventions import check_site
 
 # %% auto #0
-__all__ = ['STREAM', 'patched_attention', 'query_effects', 'key_effects', 'Attended', 'dropped', 'mean_sizes', 'estimated',
-           'atp_star']
+__all__ = ['STREAM', 'patched_attention', 'heads_apart', 'query_effects', 'key_effects', 'Attended', 'dropped', 'mean_sizes',
+           'estimated', 'atp_star']
 
 # %% ../../nbs/library/circuits/02_atp_star.ipynb #20a6577d
 @torch.no_grad()
-def patched_attention(model: Model, ends: Ends, acts: Mapping[Key, Tensor]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    "By layer: the pattern whose queries are the donor's, and the scores whose keys are (both `row head query key`). `acts`: the base run's stream."
+def patched_attention(model: Model, ends: Ends, acts: Mapping[Key, Tensor], head: int | None = None) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """By layer: the pattern whose queries are the donor's, and the scores whose keys are (both `row head query key`). `acts`: the base run's
+    stream. `head`: of one head only (there may be fewer heads of keys)."""
     ids, patterns, scores = ids_of(model, ends.pairs, ends.base), {}, {}
-    n = len(ids)
-    def put(some, values):
+    n, heads = len(ids), slice(None) if head is None else slice(head, head + 1)
+    def put(some, values, heads=slice(None)):
         def hook(act):
-            act[some] = values.detach().to(act)
+            act[some, :, heads] = values[:, :, heads].detach().to(act)
             return act
         return hook
     hooks = []
     for l in range(model.n_layers):
-        hooks += [("resid_pre", l, put(slice(None), torch.cat([acts["resid_pre", l]] * 2))), ("q", l, put(slice(n), ends.there["q", l])),
-                  ("k", l, put(slice(n, None), ends.there["k", l])),
+        hooks += [("resid_pre", l, put(slice(None), torch.cat([acts["resid_pre", l]] * 2))), ("q", l, put(slice(n), ends.there["q", l], heads)),
+                  ("k", l, put(slice(n, None), ends.there["k", l], heads)),
                   ("pattern", l, lambda act, l=l: patterns.__setitem__(l, act[:n].detach().clone())),
                   ("scores", l, lambda act, l=l: scores.__setitem__(l, act[n:].detach().clone()))]
     with model.hooked(hooks): model.run(torch.cat([ids, ids]))
     return patterns, scores
 
-# %% ../../nbs/library/circuits/02_atp_star.ipynb #ea8dcb91
+
+# %% ../../nbs/library/circuits/02_atp_star.ipynb #47186eef
+def heads_apart(model: Model, ends: Ends, acts: Mapping[Key, Tensor]) -> bool:
+    "Whether the first head's query and key leave the attention of the other groups of heads as it is."
+    group = model.n_heads // model.n_kv_heads
+    if model.n_heads == 1: return True
+    patterns, scores = patched_attention(model, ends, acts, 0)
+    def same(found, site, rest): return all(torch.allclose(found[l][:, rest:], acts[site, l][:, rest:], atol=1e-3, rtol=1e-2) for l in found)
+    return same(patterns, "pattern", 1) and same(scores, "scores", group)
+
+
+# %% ../../nbs/library/circuits/02_atp_star.ipynb #28c7410e
 def query_effects(pattern: Float[Tensor, "row head query key"], patched: Float[Tensor, "row head query key"],
                   slope: Float[Tensor, "row head query key"]) -> Float[Tensor, "row query head"]:
     "The QK fix for queries (Kramár et al. 2024, section 3.1.1): change of a query's pattern times the metric's slope there."
     return ((patched - pattern).float() * slope.float()).sum(-1).transpose(1, 2)
 
-# %% ../../nbs/library/circuits/02_atp_star.ipynb #bf570c49
+# %% ../../nbs/library/circuits/02_atp_star.ipynb #a19a17f5
 def key_effects(scores: Float[Tensor, "row head query key"], patched: Float[Tensor, "row head query key"], slope: Float[Tensor, "row head query key"],
                 n_kv_heads: int) -> Float[Tensor, "row key kv_head"]:
     "The QK fix for keys (section 3.1.1): one key at a time, summed over the queries that see it and the heads that share it."
@@ -61,38 +73,44 @@ def key_effects(scores: Float[Tensor, "row head query key"], patched: Float[Tens
     each = (torch.sigmoid(patched.float() - others) - p) * (g - rest)
     return each.sum(-2).unflatten(1, (n_kv_heads, -1)).sum(2).transpose(1, 2)
 
-# %% ../../nbs/library/circuits/02_atp_star.ipynb #ccb7bab3
+# %% ../../nbs/library/circuits/02_atp_star.ipynb #39bfda6d
 class Attended:
-    "What the QK fix needs of a batch: base patterns and scores, and those with the donor's queries or keys."
+    "What the QK fix needs of a batch: base patterns and scores, and those with the donor's queries or keys, of all heads at once or of each."
 
     def __init__(self, model: Model, ends: Ends, acts: Mapping[Key, Tensor]):
-        self.model, self.acts = model, acts
-        self.patterns, self.scores = patched_attention(model, ends, acts)
         for l in range(model.n_layers):
             gap = (acts["scores", l].float().softmax(-1) - acts["pattern", l].float()).abs().max().item()
             if not gap < 0.02: raise ValueError(f"{model.name}: the pattern of layer {l} is not the softmax of its scores (they differ by {gap:.2f}), as where "
                                                 "attention has a sink. The QK fix is not for such attention: use qk_fix=False.")
+        self.acts, self.n_heads, self.n_kv_heads = acts, model.n_heads, model.n_kv_heads
+        self.apart = heads_apart(model, ends, acts)
+        self.runs = [patched_attention(model, ends, acts, head) for head in ([None] if self.apart else range(model.n_heads))]
 
     def effects(self, slopes: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
         "Estimates of the queries and keys of every layer whose pattern has a slope."
         out, acts = {}, self.acts
         for site, l in [key for key in slopes if key[0] == "pattern"]:
-            out["q", l] = query_effects(acts["pattern", l], self.patterns[l], slopes["pattern", l])
-            out["k", l] = key_effects(acts["scores", l], self.scores[l], slopes["pattern", l], self.model.n_kv_heads)
+            g, groups = slopes["pattern", l], self.n_kv_heads if self.apart else 1
+            q = [query_effects(acts["pattern", l], patterns[l], g) for patterns, _ in self.runs]
+            k = [key_effects(acts["scores", l], scores[l], g, groups) for _, scores in self.runs[:1 if self.apart else self.n_kv_heads]]
+            out["q", l] = q[0] if self.apart else torch.stack([x.sum(-1) for x in q], -1)
+            out["k", l] = torch.cat(k, -1)
         return out
 
-# %% ../../nbs/library/circuits/02_atp_star.ipynb #90612e99
+# %% ../../nbs/library/circuits/02_atp_star.ipynb #0dd7f3e3
 STREAM = ("resid_pre", "resid_mid", "resid_post")
 
 
 def dropped(graph: Graph, keys: Iterable[Key], slopes: Mapping[Key, Tensor], layer: int) -> dict[Key, Tensor]:
     "Slopes up to a layer, with gradients stopped at what its attention and MLP write. `slopes`: without that, of its `resid_post`."
-    handles = [graph.acts[site, layer].register_hook(torch.zeros_like) for site in ("attn_out", "mlp_out")]
+    stopped = [("attn_out", layer), ("mlp_out", layer)]
+    handles = [graph.acts[key].register_hook(torch.zeros_like) for key in stopped]
     try:
-        with torch.enable_grad(): return slopes_of(graph.acts["resid_post", layer], {key: graph.acts[key] for key in keys if key[1] <= layer},
-                                                   slopes["resid_post", layer], again=True)
+        with torch.enable_grad(): found = slopes_of(graph.acts["resid_post", layer], {key: graph.acts[key] for key in keys if key[1] <= layer},
+                                                    slopes["resid_post", layer], again=True)
     finally:
         for handle in handles: handle.remove()
+    return found | {key: torch.zeros_like(found[key]) for key in stopped if key in found}  # autograd hands them out as they were before the stop
 
 
 def mean_sizes(sizes: Iterable[Mapping[Key, Tensor]], plain: Mapping[Key, Tensor], n_layers: int) -> dict[Key, Tensor]:
@@ -102,7 +120,7 @@ def mean_sizes(sizes: Iterable[Mapping[Key, Tensor]], plain: Mapping[Key, Tensor
         for key in total: total[key] += found.get(key, plain[key]).abs()
     return {key: x / (n_layers if key[0] in STREAM else n_layers - 1) for key, x in total.items()}
 
-# %% ../../nbs/library/circuits/02_atp_star.ipynb #44fee9b3
+# %% ../../nbs/library/circuits/02_atp_star.ipynb #1bd9abfb
 def estimated(model: Model, ends: Ends, qk_fix: bool, grad_drop: bool) -> tuple[Tensor, dict[Key, Tensor]]:
     "The metric of the base runs, and the estimates of AtP* or of one of its parts."
     layers = range(model.n_layers)
@@ -119,7 +137,7 @@ def estimated(model: Model, ends: Ends, qk_fix: bool, grad_drop: bool) -> tuple[
     if grad_drop: plain = mean_sizes((effects(dropped(graph, wanted, slopes, l)) for l in layers), plain, model.n_layers)
     return graph.metric.detach(), plain
 
-# %% ../../nbs/library/circuits/02_atp_star.ipynb #9757adc0
+# %% ../../nbs/library/circuits/02_atp_star.ipynb #63b86fe8
 def atp_star(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPair | TokenPair], direction: str = "noising", *, metric: str = "ld",
              qk_fix: bool = True, grad_drop: bool = True, sites: Iterable[str] | None = None, max_pairs: int = 8) -> Attribution:
     """Estimate the effect of patching every node: AtP* (Kramár et al. 2024, section 3.1), or with one of its two parts.
