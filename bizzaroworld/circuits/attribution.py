@@ -5,7 +5,8 @@
 # %% ../../nbs/library/circuits/01_attribution.ipynb #7fe2b91d
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,18 +14,21 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers.activations import ACT2CLS
 
 from ..battery.pairs import PromptPair
 from ..battery.tokens import TokenPair
 from .gradients import Graph, Key, Read, graph_batches, ids_of, keys_of, nodes_of, reader_of, recorded, run_graph
 from ..model.hooked import NEURONS, Model
 from ..patch.forecast import DIRECTIONS
+from ..patch.interventions import check_site
 from ..patch.metrics import effect, recovery
 from ..patch.passes import as_token_pairs, check_pairs
 from ..patch.sweep import Sweep
 
 # %% auto #0
-__all__ = ['Attribution', 'Ends', 'ends_of', 'products', 'first_order', 'integrated', 'attributed', 'attribution', 'beside']
+__all__ = ['Attribution', 'Ends', 'ends_of', 'products', 'first_order', 'integrated', 'relevance', 'relevant', 'attributed',
+           'attribution', 'beside']
 
 # %% ../../nbs/library/circuits/01_attribution.ipynb #96d4c1e1
 @dataclass(frozen=True, eq=False, repr=False)
@@ -115,7 +119,55 @@ def integrated(model: Model, ends: Ends, steps: int) -> tuple[Tensor, dict[Key, 
         for key, slope in slopes.items(): means[key] = means.get(key, 0) + slope.float() / steps
     with torch.no_grad(): return ends.read(hidden), products(ends.gap(here), means)
 
-# %% ../../nbs/library/circuits/01_attribution.ipynb #5423c4f5
+# %% ../../nbs/library/circuits/01_attribution.ipynb #7ca5d462
+def _held_norm(norm: torch.nn.Module, args: tuple, out: Tensor) -> Tensor:
+    "What a norm gives, with what it divides by held."
+    x, bias, eps = args[0].float(), getattr(norm, "bias", None), getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None) or 0.0
+    if isinstance(norm, torch.nn.LayerNorm): x = x - x.mean(-1, keepdim=True)
+    size = (x.square().mean(-1, keepdim=True) + eps).sqrt()
+    free = out if bias is None else out - bias
+    held = (free.float() * (size / size.detach())).to(out)
+    return held if bias is None else held + bias
+
+
+def _held_ratio(activation: torch.nn.Module, args: tuple, out: Tensor) -> Tensor:
+    "What an activation gives, with its ratio to what enters held."
+    x = args[0]
+    ratio = torch.where(x == 0, 0, out / torch.where(x == 0, 1, x)).detach()
+    return out.detach() + ratio * (x - x.detach())
+
+# %% ../../nbs/library/circuits/01_attribution.ipynb #c701c0fa
+@contextmanager
+def relevance(model: Model) -> Iterator[None]:
+    """While the context lasts, gradients of runs are RelP's coefficients.
+
+    Raises `ValueError` for a model whose patterns or neurons cannot be reached, or whose activations are no modules."""
+    for site in ("pattern", "neurons"): check_site(model, site)
+    kinds = tuple({kind[0] if isinstance(kind, tuple) else kind for kind in ACT2CLS.values()})
+    ran: set[torch.nn.Module] = set()
+    def held(activation, args, out):
+        ran.add(activation)
+        return _held_ratio(activation, args, out)
+    gated = [l for l in range(model.n_layers) if hasattr(model.bridge.blocks[l].mlp, "gate")]
+    handles = [norm.original_component.register_forward_hook(_held_norm) for norm in model.norms]
+    handles += [m.register_forward_hook(held) for m in model.hf.modules() if isinstance(m, kinds)]
+    hooks = [("pattern", l, lambda act: act.detach()) for l in range(model.n_layers)]
+    hooks += [("neurons", l, lambda act: act / 2 + (act / 2).detach()) for l in gated]
+    try:
+        with model.hooked(hooks): yield
+    finally:
+        for handle in handles: handle.remove()
+    if len(ran) < model.n_layers: raise ValueError(f"{model.name}: {len(ran)} of its {model.n_layers} MLPs have an activation that can be held. Use method='atp'.")
+
+
+def relevant(model: Model, ends: Ends) -> tuple[Tensor, dict[Key, Tensor]]:
+    "The metric of the base runs, and the estimates of Jafari et al. (2025); of queries and keys they are 0."
+    with relevance(model): graph = ends.graph(model)
+    keys, gaps = [key for key in ends.keys if key[0] not in ("q", "k")], ends.gap(graph.acts)
+    none = {key: torch.zeros_like(gap) for key, gap in gaps.items() if key not in keys}
+    return graph.metric.detach(), products(gaps, graph.slopes(keys) | none)
+
+# %% ../../nbs/library/circuits/01_attribution.ipynb #8c9349ee
 def attributed(model: Model, pairs, direction: str, metric: str, sites, max_pairs: int, method: str, estimate, signed: bool = True, also: Iterable[str] = ()) -> Attribution:
     """Run `estimate` (of a model and the ends of a batch, to base values and effects) on all batches. `also`: sites whose donors' values it needs.
 
@@ -133,20 +185,21 @@ def attributed(model: Model, pairs, direction: str, metric: str, sites, max_pair
         for row, i in enumerate(index): estimates[i] = {s: x[row] for s, x in stacked.items()}
     return Attribution(tuple(tp.id for tp in pairs), method, metric, direction, **values, estimates=tuple(estimates), signed=signed)
 
-# %% ../../nbs/library/circuits/01_attribution.ipynb #63e6e2f0
+# %% ../../nbs/library/circuits/01_attribution.ipynb #813a280d
 def attribution(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPair | TokenPair], direction: str = "noising", *, metric: str = "ld",
-                steps: int = 0, sites: Iterable[str] | None = None, max_pairs: int = 8) -> Attribution:
-    """Estimate the effect of patching every node, in every layer and position: attribution patching (Nanda 2022).
+                method: str = "atp", steps: int = 10, sites: Iterable[str] | None = None, max_pairs: int = 8) -> Attribution:
+    """Estimate the effect of patching every node, in every layer and position.
 
-    `direction`: `noising` (corrupted into clean) or `denoising`. `metric`: one of the sweep's, but not `rank`. `steps`: 0 for the gradient at the base
-    run; more for integrated gradients (Hanna et al. 2024, section 3.2), which run so many points between the two embeddings. `sites`: some of `NODES`,
-    else all that the model has. `max_pairs`: how many run together at most. Prompts may be of several lengths. Raises `ValueError` for an unknown
-    direction, site or metric."""
-    if steps < 0: raise ValueError(f"{steps} steps: use 0 for the gradient at the base run, or more.")
-    if not steps: return attributed(model, pairs, direction, metric, sites, max_pairs, "atp", first_order)
-    return attributed(model, pairs, direction, metric, sites, max_pairs, "ig", lambda model, ends: integrated(model, ends, steps))
+    `direction`: `noising` (corrupted into clean) or `denoising`. `metric`: one of the sweep's, but not `rank`. `method`: `atp`, attribution patching (Nanda
+    2022); `ig`, integrated gradients with `steps` points between the two embeddings (Hanna et al. 2024, section 3.2); `relp`, relevance patching (Jafari et al.
+    2025). `sites`: some of `NODES`, else all that the model has. `max_pairs`: how many run together at most. Prompts may be of several lengths. Raises
+    `ValueError` for an unknown direction, site, metric or method, and where a model cannot be run as a method asks."""
+    known = {"atp": first_order, "ig": lambda model, ends: integrated(model, ends, steps), "relp": relevant}
+    if method not in known: raise ValueError(f"Unknown method {method!r}: use {', '.join(known)}; AtP* is `atp_star`.")
+    if method == "ig" and steps < 1: raise ValueError(f"{steps} steps: integrated gradients need one or more.")
+    return attributed(model, pairs, direction, metric, sites, max_pairs, method, known[method])
 
-# %% ../../nbs/library/circuits/01_attribution.ipynb #fd6e9b5e
+# %% ../../nbs/library/circuits/01_attribution.ipynb #fc76ad11
 def beside(exact: Sweep | pd.DataFrame, *estimated: Attribution) -> pd.DataFrame:
     """The table of a sweep with a column of effects for each attribution, named by its method.
 

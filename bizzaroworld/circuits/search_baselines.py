@@ -156,12 +156,12 @@ def missed(measure: Measure, left: Sequence[int], samples: int = 100, confidence
 
 
 def coverage(measure: Measure, effects: Float[np.ndarray, "node"], verified: Sequence[Sequence[int]], samples: int = 100,
-             confidence: float = 0.95, seed: int = 0) -> pd.DataFrame:
+             confidence: float = 0.95, share: float = 0.5, seed: int = 0) -> pd.DataFrame:
     "The bound beside the truth, once for each set of nodes that were verified: `bound`, `largest` (the largest exact effect among the others), `covered`."
     rows = []
     for i, known in enumerate(verified):
         left = np.setdiff1d(np.arange(len(effects)), known)
-        bound, largest = missed(measure, left, samples, confidence, seed=seed + i).value, np.abs(effects[left]).max()
+        bound, largest = missed(measure, left, samples, confidence, share, seed + i).value, np.abs(effects[left]).max()
         rows.append({"verified": len(effects) - len(left), "bound": bound, "largest": largest, "covered": bool(bound >= largest - 1e-6)})
     return pd.DataFrame(rows)
 

@@ -124,3 +124,20 @@ def test_neurons_are_asked_for_by_name():
     mixture = load_model(bare("mixtral"))
     assert mixture.all_sites == mixture.sites and not any(s == "neurons" for s, _ in mixture.points)
     with pytest.raises(ValueError, match="has no neurons: nothing can be reached.*mixture of experts.*Use mlp_out"): grid(mixture, "neurons")
+
+
+def test_prompts_of_several_lengths_and_other_donors():
+    """In one sweep, whose rows are padded on the left, what each pair has alone; a donor of another length gives what is at its own end."""
+    model, oracle = tiny_model("gemma3"), Bare("gemma3")
+    pairs = [random_pair(1, 6, (1, 3)), random_pair(2, 12, (8, 9)), random_pair(3, 9)]
+    asked = [Edit("neurons", l, p, n) for l in range(LAYERS) for p in ("entity", "final", 2) for n in (0, 9)] + [Edit("neurons", 1, "final"), Edit("resid_pre", 1)]
+    together = sweep(model, pairs, asked, progress=False).patched
+    for i, tp in enumerate(pairs): np.testing.assert_allclose(together[i], sweep(model, tp, asked, progress=False).patched[0], atol=1e-5)
+    donor, tp = pairs[1], pairs[0]
+    theirs = oracle.activations(donor, "corrupt")[2][0, -1, 9]
+    def put(m, args):
+        x = args[0].clone()
+        x[0, -1, 9] = theirs
+        return (x,)
+    found = sweep(model, tp, Edit("neurons", 2, "final", 9), donors=[donor], progress=False)
+    assert found.patched[0, 0, 0] == pytest.approx(oracle.ld(tp, "clean", [(2, put)]), abs=1e-5) and abs(found.patched - found.clean).max() > 1e-4
