@@ -19,8 +19,8 @@ from ..model.hooked import Model
 from ..patch.interventions import check_site
 
 # %% auto #0
-__all__ = ['STREAM', 'patched_attention', 'heads_apart', 'query_effects', 'key_effects', 'Attended', 'dropped', 'mean_sizes',
-           'estimated', 'atp_star']
+__all__ = ['STREAM', 'patched_attention', 'query_effects', 'key_effects', 'Attended', 'dropped', 'mean_sizes', 'estimated',
+           'atp_star']
 
 # %% ../../nbs/library/circuits/02_atp_star.ipynb #20a6577d
 @torch.no_grad()
@@ -44,23 +44,13 @@ def patched_attention(model: Model, ends: Ends, acts: Mapping[Key, Tensor], head
     return patterns, scores
 
 
-# %% ../../nbs/library/circuits/02_atp_star.ipynb #47186eef
-def heads_apart(model: Model, ends: Ends, acts: Mapping[Key, Tensor]) -> bool:
-    "Whether the first head's query and key leave the attention of the other groups of heads as it is."
-    group = model.n_heads // model.n_kv_heads
-    if model.n_heads == 1: return True
-    patterns, scores = patched_attention(model, ends, acts, 0)
-    def same(found, site, rest): return all(torch.allclose(found[l][:, rest:], acts[site, l][:, rest:], atol=1e-3, rtol=1e-2) for l in found)
-    return same(patterns, "pattern", 1) and same(scores, "scores", group)
-
-
-# %% ../../nbs/library/circuits/02_atp_star.ipynb #28c7410e
+# %% ../../nbs/library/circuits/02_atp_star.ipynb #90caacb0
 def query_effects(pattern: Float[Tensor, "row head query key"], patched: Float[Tensor, "row head query key"],
                   slope: Float[Tensor, "row head query key"]) -> Float[Tensor, "row query head"]:
     "The QK fix for queries (Kramár et al. 2024, section 3.1.1): change of a query's pattern times the metric's slope there."
     return ((patched - pattern).float() * slope.float()).sum(-1).transpose(1, 2)
 
-# %% ../../nbs/library/circuits/02_atp_star.ipynb #a19a17f5
+# %% ../../nbs/library/circuits/02_atp_star.ipynb #2038fa1a
 def key_effects(scores: Float[Tensor, "row head query key"], patched: Float[Tensor, "row head query key"], slope: Float[Tensor, "row head query key"],
                 n_kv_heads: int) -> Float[Tensor, "row key kv_head"]:
     "The QK fix for keys (section 3.1.1): one key at a time, summed over the queries that see it and the heads that share it."
@@ -73,7 +63,7 @@ def key_effects(scores: Float[Tensor, "row head query key"], patched: Float[Tens
     each = (torch.sigmoid(patched.float() - others) - p) * (g - rest)
     return each.sum(-2).unflatten(1, (n_kv_heads, -1)).sum(2).transpose(1, 2)
 
-# %% ../../nbs/library/circuits/02_atp_star.ipynb #39bfda6d
+# %% ../../nbs/library/circuits/02_atp_star.ipynb #6e523b2c
 class Attended:
     "What the QK fix needs of a batch: base patterns and scores, and those with the donor's queries or keys, of all heads at once or of each."
 
@@ -83,7 +73,7 @@ class Attended:
             if not gap < 0.02: raise ValueError(f"{model.name}: the pattern of layer {l} is not the softmax of its scores (they differ by {gap:.2f}), as where "
                                                 "attention has a sink. The QK fix is not for such attention: use qk_fix=False.")
         self.acts, self.n_heads, self.n_kv_heads = acts, model.n_heads, model.n_kv_heads
-        self.apart = heads_apart(model, ends, acts)
+        self.apart = model.heads_apart
         self.runs = [patched_attention(model, ends, acts, head) for head in ([None] if self.apart else range(model.n_heads))]
 
     def effects(self, slopes: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
@@ -97,7 +87,7 @@ class Attended:
             out["k", l] = torch.cat(k, -1)
         return out
 
-# %% ../../nbs/library/circuits/02_atp_star.ipynb #0dd7f3e3
+# %% ../../nbs/library/circuits/02_atp_star.ipynb #336eb7cf
 STREAM = ("resid_pre", "resid_mid", "resid_post")
 
 
@@ -120,7 +110,7 @@ def mean_sizes(sizes: Iterable[Mapping[Key, Tensor]], plain: Mapping[Key, Tensor
         for key in total: total[key] += found.get(key, plain[key]).abs()
     return {key: x / (n_layers if key[0] in STREAM else n_layers - 1) for key, x in total.items()}
 
-# %% ../../nbs/library/circuits/02_atp_star.ipynb #1bd9abfb
+# %% ../../nbs/library/circuits/02_atp_star.ipynb #d2c503db
 def estimated(model: Model, ends: Ends, qk_fix: bool, grad_drop: bool) -> tuple[Tensor, dict[Key, Tensor]]:
     "The metric of the base runs, and the estimates of AtP* or of one of its parts."
     layers = range(model.n_layers)
@@ -137,7 +127,7 @@ def estimated(model: Model, ends: Ends, qk_fix: bool, grad_drop: bool) -> tuple[
     if grad_drop: plain = mean_sizes((effects(dropped(graph, wanted, slopes, l)) for l in layers), plain, model.n_layers)
     return graph.metric.detach(), plain
 
-# %% ../../nbs/library/circuits/02_atp_star.ipynb #63b86fe8
+# %% ../../nbs/library/circuits/02_atp_star.ipynb #640b8358
 def atp_star(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPair | TokenPair], direction: str = "noising", *, metric: str = "ld",
              qk_fix: bool = True, grad_drop: bool = True, sites: Iterable[str] | None = None, max_pairs: int = 8) -> Attribution:
     """Estimate the effect of patching every node: AtP* (Kramár et al. 2024, section 3.1), or with one of its two parts.
