@@ -204,10 +204,11 @@ def beside(exact: Sweep | pd.DataFrame, *estimated: Attribution) -> pd.DataFrame
     """The table of a sweep with a column of effects for each attribution, named by its method.
 
     The sweep's positions must be numbers counted from the beginning, as in `grid(model, sites, range(length))`. Raises `ValueError` where no node of an
-    attribution was swept."""
+    attribution was swept, and for a method that comes twice."""
     out = exact.to_frame() if isinstance(exact, Sweep) else exact
     on = ["pair_id", "intervention", "metric", "direction"]
     for one in estimated:
+        if one.method in out: raise ValueError(f"There is a column {one.method!r} already. Give each method once.")
         out = out.merge(one.to_frame()[[*on, "effect"]].rename(columns={"effect": one.method}), "left", on)
         if out[one.method].isna().all(): raise ValueError(f"No node of {one} is in the sweep. Sweep positions by number, the same pairs, metric and direction.")
     return out

@@ -96,6 +96,7 @@ def test_kl_and_what_is_refused():
                         (dict(method="ig", steps=0), "0 steps"), (dict(method="eap"), "Unknown method")):
         with pytest.raises(ValueError, match=text): attribution(model, tp, **wrong)
     with pytest.raises(ValueError, match="is in the sweep"): beside(sweep(model, tp, grid(model, "z", "final"), progress=False), attribution(model, tp, sites="z"))
+    with pytest.raises(ValueError, match="column 'atp' already"): beside(sweep(model, tp, grid(model, "z", range(9)), progress=False), *[attribution(model, tp, sites="z")] * 2)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "gemma3", "qwen3", "phi3"])
