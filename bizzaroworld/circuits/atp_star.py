@@ -19,8 +19,8 @@ from ..model.hooked import Model
 from ..patch.interventions import check_site
 
 # %% auto #0
-__all__ = ['STREAM', 'patched_attention', 'query_effects', 'key_effects', 'Attended', 'dropped', 'mean_sizes', 'estimated',
-           'atp_star']
+__all__ = ['STREAM', 'patched_attention', 'heads_apart', 'query_effects', 'key_effects', 'Attended', 'dropped', 'mean_sizes',
+           'estimated', 'atp_star']
 
 # %% ../../nbs/library/circuits/02_atp_star.ipynb #20a6577d
 @torch.no_grad()
@@ -44,13 +44,34 @@ def patched_attention(model: Model, ends: Ends, acts: Mapping[Key, Tensor], head
     return patterns, scores
 
 
-# %% ../../nbs/library/circuits/02_atp_star.ipynb #90caacb0
+# %% ../../nbs/library/circuits/02_atp_star.ipynb #f9f01876
+@torch.no_grad()
+def heads_apart(model: Model) -> bool:
+    "Whether a head's query and key leave the attention of other groups of heads alone. Tried out: one prompt gets another's in its first head."
+    ids, seen, group = torch.stack([torch.arange(3, 11), torch.arange(40, 48)]) % model.d_vocab, {}, model.n_heads // model.n_kv_heads
+    def keep(key): return lambda act: seen.setdefault(key, []).append(act.clone())
+    def put(l):
+        def hook(act):
+            act[:] = seen["resid_pre", l][0]
+            return act
+        return hook
+    def swap(act):
+        act[0, :, 0] = act[1, :, 0]
+        return act
+    layers = range(model.n_layers)
+    with model.hooked([(*key, keep(key)) for l in layers for key in (("resid_pre", l), ("pattern", l))]): model.run(ids)
+    hooks = [x for l in layers for x in (("resid_pre", l, put(l)), ("q", l, swap), ("k", l, swap), ("pattern", l, keep(("pattern", l))))]
+    with model.hooked(hooks): model.run(ids)
+    size = 1e-4 if model.dtype == torch.float32 else 1e-2
+    return all(torch.allclose(before[0, group:], after[0, group:], atol=size) for before, after in (seen["pattern", l] for l in layers))
+
+# %% ../../nbs/library/circuits/02_atp_star.ipynb #28c7410e
 def query_effects(pattern: Float[Tensor, "row head query key"], patched: Float[Tensor, "row head query key"],
                   slope: Float[Tensor, "row head query key"]) -> Float[Tensor, "row query head"]:
     "The QK fix for queries (Kramár et al. 2024, section 3.1.1): change of a query's pattern times the metric's slope there."
     return ((patched - pattern).float() * slope.float()).sum(-1).transpose(1, 2)
 
-# %% ../../nbs/library/circuits/02_atp_star.ipynb #2038fa1a
+# %% ../../nbs/library/circuits/02_atp_star.ipynb #a19a17f5
 def key_effects(scores: Float[Tensor, "row head query key"], patched: Float[Tensor, "row head query key"], slope: Float[Tensor, "row head query key"],
                 n_kv_heads: int) -> Float[Tensor, "row key kv_head"]:
     "The QK fix for keys (section 3.1.1): one key at a time, summed over the queries that see it and the heads that share it."
@@ -63,17 +84,16 @@ def key_effects(scores: Float[Tensor, "row head query key"], patched: Float[Tens
     each = (torch.sigmoid(patched.float() - others) - p) * (g - rest)
     return each.sum(-2).unflatten(1, (n_kv_heads, -1)).sum(2).transpose(1, 2)
 
-# %% ../../nbs/library/circuits/02_atp_star.ipynb #6e523b2c
+# %% ../../nbs/library/circuits/02_atp_star.ipynb #39bfda6d
 class Attended:
     "What the QK fix needs of a batch: base patterns and scores, and those with the donor's queries or keys, of all heads at once or of each."
 
-    def __init__(self, model: Model, ends: Ends, acts: Mapping[Key, Tensor]):
+    def __init__(self, model: Model, ends: Ends, acts: Mapping[Key, Tensor], apart: bool):
         for l in range(model.n_layers):
             gap = (acts["scores", l].float().softmax(-1) - acts["pattern", l].float()).abs().max().item()
             if not gap < 0.02: raise ValueError(f"{model.name}: the pattern of layer {l} is not the softmax of its scores (they differ by {gap:.2f}), as where "
                                                 "attention has a sink. The QK fix is not for such attention: use qk_fix=False.")
-        self.acts, self.n_heads, self.n_kv_heads = acts, model.n_heads, model.n_kv_heads
-        self.apart = model.heads_apart
+        self.acts, self.n_kv_heads, self.apart = acts, model.n_kv_heads, apart
         self.runs = [patched_attention(model, ends, acts, head) for head in ([None] if self.apart else range(model.n_heads))]
 
     def effects(self, slopes: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
@@ -87,7 +107,7 @@ class Attended:
             out["k", l] = torch.cat(k, -1)
         return out
 
-# %% ../../nbs/library/circuits/02_atp_star.ipynb #336eb7cf
+# %% ../../nbs/library/circuits/02_atp_star.ipynb #0dd7f3e3
 STREAM = ("resid_pre", "resid_mid", "resid_post")
 
 
@@ -110,14 +130,14 @@ def mean_sizes(sizes: Iterable[Mapping[Key, Tensor]], plain: Mapping[Key, Tensor
         for key in total: total[key] += found.get(key, plain[key]).abs()
     return {key: x / (n_layers if key[0] in STREAM else n_layers - 1) for key, x in total.items()}
 
-# %% ../../nbs/library/circuits/02_atp_star.ipynb #d2c503db
-def estimated(model: Model, ends: Ends, qk_fix: bool, grad_drop: bool) -> tuple[Tensor, dict[Key, Tensor]]:
-    "The metric of the base runs, and the estimates of AtP* or of one of its parts."
+# %% ../../nbs/library/circuits/02_atp_star.ipynb #1bd9abfb
+def estimated(model: Model, ends: Ends, qk_fix: bool, grad_drop: bool, apart: bool = True) -> tuple[Tensor, dict[Key, Tensor]]:
+    "The metric of the base runs, and the estimates of AtP* or of one of its parts. `apart`: whether heads attend apart."
     layers = range(model.n_layers)
     more = [(s, l) for l in layers for s in (("pattern", "scores", "resid_pre") if qk_fix else ()) + (("attn_out", "mlp_out", "resid_post") if grad_drop else ())]
     graph = ends.graph(model, more)
     gaps, wanted = ends.gap(graph.acts), dict.fromkeys([*ends.keys, *(key for key in more if key[0] not in ("scores",))])
-    attended = Attended(model, ends, {key: x.detach() for key, x in graph.acts.items()}) if qk_fix else None
+    attended = Attended(model, ends, {key: x.detach() for key, x in graph.acts.items()}, apart) if qk_fix else None
 
     def effects(slopes):
         found = products({key: gap for key, gap in gaps.items() if key in slopes}, slopes)
@@ -127,7 +147,7 @@ def estimated(model: Model, ends: Ends, qk_fix: bool, grad_drop: bool) -> tuple[
     if grad_drop: plain = mean_sizes((effects(dropped(graph, wanted, slopes, l)) for l in layers), plain, model.n_layers)
     return graph.metric.detach(), plain
 
-# %% ../../nbs/library/circuits/02_atp_star.ipynb #640b8358
+# %% ../../nbs/library/circuits/02_atp_star.ipynb #63b86fe8
 def atp_star(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPair | TokenPair], direction: str = "noising", *, metric: str = "ld",
              qk_fix: bool = True, grad_drop: bool = True, sites: Iterable[str] | None = None, max_pairs: int = 8) -> Attribution:
     """Estimate the effect of patching every node: AtP* (Kramár et al. 2024, section 3.1), or with one of its two parts.
@@ -142,5 +162,6 @@ def atp_star(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPair |
     fix = qk_fix and bool({"q", "k"} & set(sites))
     if fix:
         for site in ("q", "k", "pattern", "scores"): check_site(model, site)
-    return attributed(model, pairs, direction, metric, sites, max_pairs, method, lambda model, ends: estimated(model, ends, fix, grad_drop),
+    apart = not fix or heads_apart(model)
+    return attributed(model, pairs, direction, metric, sites, max_pairs, method, lambda model, ends: estimated(model, ends, fix, grad_drop, apart),
                       signed=not grad_drop, also=("q", "k") if fix else ())

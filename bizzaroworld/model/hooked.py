@@ -22,7 +22,7 @@ from .bridge import alone, detach_bridge, forget_lengths, forward, growing, hook
 
 # %% auto #0
 __all__ = ['SITES', 'NEURONS', 'HEAD_SITES', 'PATTERN_SITES', 'by_head', 'Shape', 'Readout', 'readout_of', 'ModelFacts',
-           'ModelTrials', 'ModelHeads', 'ModelBatches', 'ModelContexts', 'Model', 'free_bytes', 'hook_points']
+           'ModelTrials', 'ModelBatches', 'ModelContexts', 'Model', 'free_bytes', 'hook_points']
 
 # %% ../../nbs/library/model/03_hooked.ipynb #9e33cfdb
 SITES = {
@@ -183,27 +183,8 @@ class ModelTrials(ModelFacts):
             self.run(torch.stack([torch.arange(3, 11), torch.arange(40, 48)]) % self.d_vocab)
         return all(map(bool, same))
 
-# %% ../../nbs/library/model/03_hooked.ipynb #c4ec9006
-class ModelHeads(ModelTrials):
-    "What is tried out on a model's attention."
-    @cached_property
-    def heads_apart(self) -> bool:
-        "Whether a head's query and key leave the attention of other groups of heads alone. Tried out once: one prompt gets another's in its first head."
-        ids, seen, group = torch.stack([torch.arange(3, 11), torch.arange(40, 48)]) % self.d_vocab, {}, self.n_heads // self.n_kv_heads
-        def keep(key): return lambda act: seen.setdefault(key, []).append(act.clone())
-        def put(l):
-            def hook(act): act[:] = seen["resid_pre", l][0]
-            return hook
-        def swap(act): act[0, :, 0] = act[1, :, 0]
-        reads = [(*key, keep(key)) for l in range(self.n_layers) for key in (("resid_pre", l), ("pattern", l))]
-        with self.hooked(reads): self.run(ids)
-        with self.hooked([x for l in range(self.n_layers) for x in (("resid_pre", l, put(l)), ("q", l, swap), ("k", l, swap), ("pattern", l, keep(("pattern", l))))]):
-            self.run(ids)
-        pairs = [seen["pattern", l] for l in range(self.n_layers)]
-        return all(torch.allclose(before[0, group:], after[0, group:], atol=1e-4 if self.dtype == torch.float32 else 1e-2) for before, after in pairs)
-
 # %% ../../nbs/library/model/03_hooked.ipynb #c4ec9002
-class ModelBatches(ModelHeads):
+class ModelBatches(ModelTrials):
     "What a `Model` asks of prompts that run together."
     @cached_property
     def one_row_serves(self) -> bool:

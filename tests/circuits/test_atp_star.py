@@ -6,7 +6,7 @@ from families import bare
 from linear import linear_hf
 from tiny import LAYERS, random_pair, tiny_hf, tiny_model
 
-from bizzaroworld.circuits.atp_star import atp_star, key_effects, patched_attention
+from bizzaroworld.circuits.atp_star import atp_star, heads_apart, key_effects, patched_attention
 from bizzaroworld.circuits.attribution import attribution, beside, ends_of
 from bizzaroworld.circuits.gradients import NODES, gradients, keys_of, nodes_of
 from bizzaroworld.model.load import load_model
@@ -56,7 +56,7 @@ def test_exact_for_queries_and_keys_whose_pattern_is_read_linearly(name, directi
 def test_keys_one_at_a_time(name):
     """Every key of every layer, by a run in which it alone is the donor's: the pattern of that run times the slope. No formula on this side."""
     model, tp = tiny_model(name), random_pair(3)
-    assert model.heads_apart == (name != "olmo2")
+    assert heads_apart(model) == (name != "olmo2")
     keys = keys_of(model, ["q", "k", "pattern", "scores", "resid_pre"])
     ends, here = ends_of(model, [tp], "noising", "ld", keys), gradients(model, tp, sites=["pattern", "resid_pre"])
     found = atp_star(model, tp, sites=["q", "k"], grad_drop=False).estimates[0]
