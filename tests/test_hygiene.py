@@ -16,11 +16,11 @@ MODULES = sorted(p for p in (REPO / "bizzaroworld").rglob("*.py") if p.name not 
 WINGS = {wing: rooms.split() for wing, rooms in {
     "ground": "files",
     "battery": "pairs layouts formats tokens audit knowing triage facts builder chat",
-    "model": "names bridge hooked identity adapters gguf checks load catalog",
+    "model": "names bridge readout hooked identity adapters gguf checks load catalog",
     "tasks": "drafts recipes ioi greater_than docstring arithmetic choices recall registry ability",
     "patch": "interventions metrics noise passes engine means forecast sweep hops",
     "methods": "detections multiverse grid attention",
-    "circuits": "paths interactions knockout edge_sets",
+    "circuits": "gradients attribution atp_star search_baselines paths interactions knockout edge_sets",
     "study": "runs experiments controls",
     "planted": "weights families variants truth scoreboard",
     "results": "estimates effects layers heads correlations summary quantities compare",

@@ -89,14 +89,13 @@ def forget_lengths(hf_model) -> None:
             module.inv_freq = module.original_inv_freq.to(module.inv_freq.device, copy=True)
 
 
-@torch.no_grad()
-def forward(hf_model, ids, cache, start: int, mask):
-    "Run the decoder without its unembedding."
+def forward(hf_model, ids, cache, start: int, mask, grad: bool = False):
+    "Run the decoder without its unembedding; with `grad`, autograd follows."
     if mask is None: positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
     else: positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, start:]
     decoder = hf_model.base_model if hf_model.base_model is not hf_model else hf_model.model  # Llama 4 misnames its base
-    out = decoder(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                              use_cache=cache is not None)
+    with torch.set_grad_enabled(grad):
+        out = decoder(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
     return out.last_hidden_state[:, -1]
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from .hooked import HEAD_SITES, PATTERN_SITES, SITES, Model
+from .hooked import HEAD_SITES, NEURONS, PATTERN_SITES, SITES, Model
 from .names import ModelError
 
 # %% auto #0
@@ -89,15 +89,16 @@ def _misshapen(model: Model, seen: Seen) -> dict[str, str]:
     rows, pos = seen["resid_pre", 0].shape[:2]
     def fits(site, act):
         n = model.shape.heads(site)
+        if site in NEURONS: return act.shape == (rows, pos, n)
         if site in PATTERN_SITES: return act.ndim == 4 and act.shape[:3] == (rows, n, pos) and act.shape[3] >= pos
         return act.shape[:2] == (rows, pos) and (act.ndim == 4 and act.shape[2] == n if n else act.ndim == 3)
     out = {}
-    for site in model.sites:
+    for site in model.all_sites:
         acts = [seen.get((site, l)) for l in range(model.n_layers)]
         absent = [l for l, act in enumerate(acts) if act is None]
         if absent: out[site] = f"layer {absent[0]} has none of its own"
         elif odd := [act for act in acts if not fits(site, act)]:
-            out[site] = (f"it comes as {' x '.join(map(str, odd[0].shape))}, which is not {model.shape.heads(site)} heads at {pos} positions"
+            out[site] = (f"it comes as {' x '.join(map(str, odd[0].shape))}, which is not {model.shape.heads(site)} {'neurons' if site in NEURONS else 'heads'} at {pos} positions"
                          if model.shape.heads(site) else f"it comes as {' x '.join(map(str, odd[0].shape))}")
     return out
 
@@ -169,7 +170,7 @@ def _of_joined(model: Model, ids, seen: Seen) -> dict[str, str]:
     if not last: return {}
     def keep(site): return lambda act: found.__setitem__((site, last), act.detach().clone())
     hooks = [("resid_pre", 0, lambda act: act[:2]), ("resid_pre", last, lambda act: torch.cat([act, act[:1]])),
-             *((s, last, keep(s)) for s in model.sites if s != "resid_pre")]
+             *((s, last, keep(s)) for s in model.all_sites if s != "resid_pre")]
     try:
         with model.hooked(hooks), model.growing([2] * last + [3]): model.run(torch.cat([ids, ids.roll(1, 1), ids]))
     except Exception as error:
@@ -196,7 +197,8 @@ def _sums(seen: Mapping, n_layers: int) -> dict[str, float]:
 
 # %% ../../nbs/library/model/07_checks.ipynb #c4ec0019
 NOT_THERE = {"resid_mid": "attention and MLP read the same residual stream, so there is nothing between them"} | dict.fromkeys(
-    HEAD_SITES, "this architecture does not compute it per head")
+    HEAD_SITES, "this architecture does not compute it per head") | {
+    "neurons": "nothing can be reached between the activation of its MLPs and their projection down, as in a mixture of experts"}
 
 
 @torch.no_grad()
@@ -215,14 +217,14 @@ def validate(model: Model, bare: Float[Tensor, "1 d_vocab"]) -> Model:
     _check_blocks(model, seen)
     if not _is_causal(model, ids): raise ModelError(f"{model.name!r} is not causal: a position sees later ones.")
     _check_resuming(model, ids)
-    gone = {s: why for s, why in NOT_THERE.items() if s not in model.sites} | _misshapen(model, seen)
+    gone = {s: why for s, why in NOT_THERE.items() if s not in model.all_sites} | _misshapen(model, seen)
     model = model.without(gone)
     gone |= _of_joined(model, ids, seen)
     model = model.without(gone)
-    gone |= {s: "its hook listens, and what is written there changes nothing" for s in model.sites if not _acts(model, ids, seen, s)}
+    gone |= {s: "its hook listens, and what is written there changes nothing" for s in model.all_sites if not _acts(model, ids, seen, s)}
     model = model.without(gone)
     limits = [f"no {s}: {gone[s]}" for s in SITES if s in gone]
     limits += [f"{name} holds only up to {gap:.0e}: the sublayers are rescaled on their way into the residual stream"
                for name, gap in _sums({key: seen[key] for key in model.points}, model.n_layers).items() if gap > tolerance]
     joined = all(torch.equal(seen["resid_post", l], seen["resid_pre", l + 1]) for l in range(model.n_layers - 1))
-    return replace(model, limits=tuple(limits), one_stream=joined)
+    return replace(model, limits=tuple(limits), no_neurons=gone.get("neurons", ""), one_stream=joined)

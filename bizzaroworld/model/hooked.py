@@ -13,15 +13,15 @@ from typing import Any
 
 import psutil
 import torch
-from einops import einsum
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge
 
 from .bridge import alone, detach_bridge, forget_lengths, forward, growing, hooks_at, lean, sparing
+from .readout import Readout
 
 # %% auto #0
-__all__ = ['SITES', 'HEAD_SITES', 'PATTERN_SITES', 'Shape', 'Readout', 'readout_of', 'ModelFacts', 'ModelTrials', 'ModelReads',
+__all__ = ['SITES', 'NEURONS', 'HEAD_SITES', 'PATTERN_SITES', 'by_head', 'Shape', 'ModelFacts', 'ModelTrials', 'ModelReads',
            'ModelBatches', 'ModelContexts', 'Model', 'free_bytes', 'hook_points']
 
 # %% ../../nbs/library/model/03_hooked.ipynb #9e33cfdb
@@ -31,8 +31,14 @@ SITES = {
     "z": "attn.hook_z", "q": "attn.hook_q", "k": "attn.hook_k", "v": "attn.hook_v",
     "pattern": "attn.hook_pattern", "scores": "attn.hook_attn_scores",
 }
+NEURONS = {"neurons": "mlp.out.hook_in"}  # row pos neuron
 HEAD_SITES = ("z", "q", "k", "v", "pattern", "scores")
 PATTERN_SITES = ("pattern", "scores")  # row head pos key, where the other per-head sites are row pos head d_head
+
+
+def by_head(site: str, act: Tensor) -> Tensor:
+    "A view of an activation with an axis of heads and one within them, where the site has heads: a neuron is a head of one dimension."
+    return act[..., None] if site in NEURONS else act
 
 # %% ../../nbs/library/model/03_hooked.ipynb #38aeeda3
 @dataclass(frozen=True)
@@ -54,7 +60,8 @@ class Shape:
                    getattr(cfg, "d_mlp", None) or 4 * cfg.d_model)
 
     def heads(self, site: str) -> int:
-        "How many heads a site has: 0 for the sites that are one vector per position."
+        "How many heads a site has (neurons are heads of one dimension): 0 for the sites that are one vector per position."
+        if site in NEURONS: return self.d_mlp
         if site not in HEAD_SITES: return 0
         return self.n_kv_heads if site in ("k", "v") else self.n_heads
 
@@ -71,52 +78,6 @@ class Shape:
         "How many rows of a pass fit into `budget` bytes, by that estimate in fp32; at least one."
         return max(1, budget // (4 * self.row_values(tail, length)))
 
-# %% ../../nbs/library/model/03_hooked.ipynb #7c2c0e0e
-@dataclass(frozen=True, eq=False)
-class Readout:
-    "The map from the final hidden state (after the last norm) to logits."
-    head: torch.nn.Module
-    scale: float = 1.0
-    softcap: float | None = None
-    slice_rows: int = 0  # tokens of a part of the vocabulary; 0: 2048 on a processor, whose caches then hold their logits, else 8192
-
-    def __call__(self, hidden: Float[Tensor, "row d_model"],
-                 columns: Int[Tensor, "row col"] | None = None) -> Float[Tensor, "row out"]:
-        "fp32 logits: of `columns` (token ids, a set for each row), or of the whole vocabulary."
-        if columns is None: return torch.cat(list(self.slices(hidden)), dim=-1)
-        weight, bias = self.head.weight, getattr(self.head, "bias", None)
-        logits = einsum(hidden.float(), weight[columns].float(), "row d, row col d -> row col")
-        return self._scaled(logits if bias is None else logits + bias[columns].float())
-
-    def slices(self, hidden: Float[Tensor, "row d_model"]) -> Iterator[Float[Tensor, "row part"]]:
-        "fp32 logits of the whole vocabulary in order, a part at a time: all of them at once may be gigabytes."
-        hidden, bias, size = hidden.float(), getattr(self.head, "bias", None), self.slice_rows or (2048 if hidden.device.type == "cpu" else 8192)
-        parts = [None] * len(self.head.weight) if bias is None else bias.float().split(size)
-        for weight, part in zip(self.head.weight.split(size), parts):
-            logits = hidden @ weight.float().T
-            yield self._scaled(logits if part is None else logits + part)
-
-    def weighted(self, weights: Float[Tensor, "run d_vocab"]) -> tuple[Float[Tensor, "run d_model"], Float[Tensor, "run"]] | None:
-        """What gives the sum of all logits with these weights without making them: a direction and an offset, `hidden @ direction + offset`.
-
-        `None` where logits are no linear map of the hidden state."""
-        if self.softcap is not None: return None
-        bias = getattr(self.head, "bias", None)
-        directions = sum(part @ weight.float() for part, weight in zip(weights.split(8192, -1), self.head.weight.split(8192)))
-        return self.scale * directions, self.scale * (weights.new_zeros(len(weights)) if bias is None else weights @ bias.float())
-
-    def _scaled(self, logits: Tensor) -> Tensor:
-        if self.scale != 1.0: logits = logits * self.scale
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
-
-# %% ../../nbs/library/model/03_hooked.ipynb #bef5e85c
-def readout_of(hf_model) -> Readout:
-    "The readout of a Hugging Face causal language model."
-    config = hf_model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0
-    return Readout(hf_model.get_output_embeddings(), scale / (getattr(config, "logits_scaling", None) or 1.0),
-                   getattr(config, "final_logit_softcapping", None))
-
 # %% ../../nbs/library/model/03_hooked.ipynb #566400c1
 class ModelFacts:
     "Read-only facts about a `Model`, derived from its fields."
@@ -128,6 +89,8 @@ class ModelFacts:
     def dtype(self) -> torch.dtype: return self.readout.head.weight.dtype
     @property
     def sites(self) -> tuple[str, ...]: return tuple(s for s in SITES if any((s, l) in self.points for l in range(self.n_layers)))
+    @property
+    def all_sites(self) -> tuple[str, ...]: return (*self.sites, *(s for s in NEURONS if any((s, l) in self.points for l in range(self.n_layers))))
     @property
     def n_layers(self) -> int: return self.shape.n_layers
     @property
@@ -257,15 +220,16 @@ class Model(ModelContexts):
     weights_sha256: str = ""
     weights_note: str = ""    # what became of the weights on the way: "Q4_K_M, dequantized to float32"
     limits: tuple[str, ...] = ()
+    no_neurons: str = ""      # why the site of single neurons cannot be had, where it cannot
     one_stream: bool = False  # whether a block's resid_post is, bit for bit, the next block's resid_pre
 
     def run(self, ids: Int[Tensor, "batch pos"], cache=None, start: int = 0,
-            mask: Int[Tensor, "batch start+pos"] | None = None) -> Float[Tensor, "row d_model"]:
-        "Final hidden state (after the last norm) at the last position. `mask` is 0 at padding on the left."
+            mask: Int[Tensor, "batch start+pos"] | None = None, grad: bool = False) -> Float[Tensor, "row d_model"]:
+        "Final hidden state (after the last norm) at the last position. `mask` is 0 at padding on the left. With `grad`, autograd follows the run."
         if self.hf.training: self.hf.eval()  # who trains in between finds it in the other mode
         with alone(self.hf), lean(self.norms):
             if self.length_matters: forget_lengths(self.hf)
-            return forward(self.hf, ids.to(self.device), cache, start, mask)
+            return forward(self.hf, ids.to(self.device), cache, start, mask, grad)
 
     def without(self, sites: Iterable[str]) -> Model:
         "The same model without some of its sites."
@@ -291,6 +255,6 @@ def free_bytes(device: torch.device) -> int:
 # %% ../../nbs/library/model/03_hooked.ipynb #43b22e77
 def hook_points(bridge, n_layers: int) -> dict[tuple[str, int], Any]:
     "The hook point of every site and layer that the architecture has."
-    names = {(s, l): f"blocks.{l}.{hook}" for s, hook in SITES.items() for l in range(n_layers)}
+    names = {(s, l): f"blocks.{l}.{hook}" for s, hook in (SITES | NEURONS).items() for l in range(n_layers)}
     hooks = bridge.hook_dict
     return {key: hooks[name] for key, name in names.items() if name in hooks}

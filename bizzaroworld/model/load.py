@@ -24,9 +24,10 @@ from .adapters import has_adapter, merged
 from .bridge import attach_bridge, bridge_in_memory, bridge_of, detach_bridge, remember
 from .gguf import GgufFile, gguf_config, gguf_model, gguf_tokenizer, read_gguf
 from .checks import bare_logits, check_kind, explained_kind, gap_of, validate
-from .hooked import Model, Shape, free_bytes, hook_points, readout_of
+from .hooked import Model, Shape, free_bytes, hook_points
 from .identity import sha256_file, sha256_files, sha256_tensors, weight_files, weights_sha256
 from .names import PACKAGED, ModelError, called, embedded_models, locate
+from .readout import readout_of
 
 # %% auto #0
 __all__ = ['UNSURE', 'load_tokenizer', 'weight_bytes', 'checked', 'load_model', 'is_embedded', 'untrained']

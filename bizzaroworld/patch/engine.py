@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..model.checks import is_masked
-from ..model.hooked import PATTERN_SITES, Model
+from ..model.hooked import NEURONS, PATTERN_SITES, Model, by_head
 from .interventions import Edit
 from .noise import Added
 from .passes import Donor, Given, Mapped, Pass, Row, Write
@@ -83,7 +83,7 @@ def _keepers(bank: Bank, rows: Sequence[Row], first: int) -> list[tuple[str, int
     def keep(site, layer, slots):
         def hook(act):
             where = _index(site, [(first + d.pair, d.position, d.head) for d in slots], act.device)
-            bank[site, layer] = slots, act[where].detach().clone()
+            bank[site, layer] = slots, by_head(site, act)[where].detach().clone()
         return hook
     return [(*key, keep(*key, slots)) for key, slots in _slots(rows, Donor).items()]
 
@@ -124,6 +124,7 @@ def add_given(bank: Bank, rows: Sequence[Row], values: Mapping[Edit, Tensor], li
         if not isinstance(value, Tensor): raise ValueError(f"{g.edit}: given as {type(value).__name__}, where a tensor is needed.")
         shape = value.shape
         if g.at is not None: value = value[g.at]
+        if g.edit.site in NEURONS and value.ndim < (2 if g.edit.head is None else 1): value = value[..., None]  # a number is a vector of one
         by_head = value.ndim == 2 and g.edit.head is None and len(value) == heads.get(g.edit.site, 0)
         if not (value.ndim == 1 or by_head):
             each = f", or one for each of {heads[g.edit.site]} heads," if g.edit.site in heads and g.edit.head is None else ""
@@ -194,7 +195,8 @@ def _overwrite(site: str, writes: list[tuple[int, Write]], banked, device):
         if isinstance(w.value, Mapped): functions.setdefault(id(w.value.function), (w.value.function, []))[1].append(k)
     on_top = torch.tensor([isinstance(w.value, Given) and w.value.edit.source == "added" for _, w in writes])
 
-    def hook(act):
+    def hook(whole):
+        act = by_head(site, whole)
         where = tuple(x.to(act.device) for x in places)
         values = _values(slots, banked, act)
         if values.ndim and values.shape[-1] != act.shape[-1]:
@@ -202,7 +204,7 @@ def _overwrite(site: str, writes: list[tuple[int, Write]], banked, device):
         if functions: values = _mapped(act, where, values, functions.values(), f"{site} in layer {writes[0][1].layer}")
         if len(zeroed): values = torch.where((zeroed.to(act.device)[:, None]) & is_masked(act[where]), act[where], values)
         act[where] = torch.where(on_top.to(act.device)[:, None], act[where] + values, values) if on_top.any() else values
-        return act
+        return whole
     return hook
 
 # %% ../../nbs/library/patch/05_engine.ipynb #2af3a0e3
@@ -217,10 +219,10 @@ def _join(model: Model, base: BaseRun, the_pass: Pass, layer: int, then=None):
     return hook
 
 
-def _hooks(model: Model, base: BaseRun, the_pass: Pass, bank) -> list[tuple[str, int, object]]:
-    "Every hook that a pass needs, and no other."
-    overwrites = {key: _overwrite(key[0], writes, bank.get(key), model.device)
-                  for key, writes in the_pass.writes().items()}
+def _hooks(model: Model, base: BaseRun, the_pass: Pass, bank, spared: Mapping[int, tuple[Tensor, Tensor]]) -> list[tuple[str, int, object]]:
+    "Every hook that a pass needs, and no other. `spared`: what the MLPs run."
+    overwrites = {key: _in_mlp(key[0], writes, the_pass.tail, spared[key[1]], bank.get(key), model.device) if key[0] in NEURONS and key[1] in spared else
+                  _overwrite(key[0], writes, bank.get(key), model.device) for key, writes in the_pass.writes().items()}
     joins = {0, *(row.layer for row in the_pass.rows)}
     out = [("resid_pre", l, _join(model, base, the_pass, l, overwrites.pop(("resid_pre", l), None))) for l in joins]
     return out + [(*key, hook) for key, hook in overwrites.items()]
@@ -239,6 +241,14 @@ def _tokens(the_pass: Pass, layer: int, count: int, last: bool) -> tuple[Tensor,
     return needed.flatten().nonzero()[:, 0], torch.where(needed, number, number[the_pass.source[:count]])
 
 
+def _in_mlp(site: str, writes: list[tuple[int, Write]], tail: int, tokens: tuple[Tensor, Tensor], banked, device):
+    "`_overwrite` inside an MLP that runs some tokens, in one row, unless it is one that `Model.sparing` does not reach; what it does not run changes nothing."
+    keep, number = (x.tolist() for x in tokens)
+    some = [(0, w._replace(position=k)) for i, w in writes if keep[k := number[i][w.position]] == (i + 1) * tail + w.position]
+    whole, spared = _overwrite(site, writes, banked, device), _overwrite(site, some, banked, device) if some else lambda act: act
+    return lambda act: (spared if act.shape[:2] == (1, len(keep)) else whole)(act)
+
+
 def _spared(model: Model, the_pass: Pass) -> dict[int, tuple[Tensor, Tensor]]:
     "The tokens of every MLP that need not run all of them."
     if not model.mlp_by_token: return {}
@@ -252,7 +262,8 @@ def _run_pass(model: Model, base: BaseRun, the_pass: Pass, bank) -> Float[Tensor
     owner, start = torch.tensor(the_pass.owner, device=model.device), base.ids.shape[1] - the_pass.tail
     like = owner[:1] if base.mask is None and model.one_row_serves else owner
     mask = None if base.mask is None else base.mask[like]
-    hooks, counts, spared = _hooks(model, base, the_pass, bank), the_pass.counts(model.n_layers), _spared(model, the_pass)
+    counts, spared = the_pass.counts(model.n_layers), _spared(model, the_pass)
+    hooks = _hooks(model, base, the_pass, bank, spared)
     with model.hooked(hooks), model.growing(counts), model.sparing(spared):
         return model.run(base.ids[like, start:], PrefixCache(base.cache, start, owner), start, mask)
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..battery.pairs import PromptPair
 from ..battery.tokens import TokenPair
-from ..model.hooked import PATTERN_SITES, Model, free_bytes
+from ..model.hooked import NEURONS, PATTERN_SITES, Model, free_bytes
 from .interventions import Edit, Intervention, check_site, positions_of
 from .noise import Added, Noise
 from .passes import Pass, Row, as_interventions, as_token_pairs, batches_of, check_pairs, passes_of, rows_of
@@ -125,7 +125,7 @@ def kept_bytes(asked: Asked) -> tuple[int, list[int]]:
     shape, (tp, _) = asked.model.shape, max(zip(asked.pairs, asked.donors), key=lambda two: len(two[0].clean_ids))
     def of(e):
         heads = shape.heads(e.site)
-        width = asked.longest if e.site in PATTERN_SITES else shape.d_head if heads else shape.d_model
+        width = asked.longest if e.site in PATTERN_SITES else 1 if e.site in NEURONS else shape.d_head if heads else shape.d_model
         return len(positions_of(e.position, tp)) * (heads if heads and e.head is None else 1) * (WRITE + 4 * width)
     finals = 4 * shape.d_model * (asked.draws > 1)
     return 4 * asked.draws * shape.kept_values(asked.longest), [asked.draws * (finals + sum(map(of, i.edits))) for i in asked.once]

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..battery.tokens import TokenPair
-from ..model.hooked import SITES, Model
+from ..model.hooked import NEURONS, SITES, Model
 
 # %% auto #0
 __all__ = ['POSITIONS', 'SOURCES', 'Edit', 'Intervention', 'positions_of', 'check_site', 'grid']
@@ -26,8 +26,8 @@ class Edit:
     `source` is where the value comes from: `donor` takes it from the other run at the same named position, `zero`
     is zero, `given` is a tensor that the sweep is handed for this edit (a mean, another pair's activation), `added` is such a tensor
     put on top of what is there (a steering vector; minus infinity on an attention score), and `function` is what a function that the
-    sweep is handed makes of what is there (scaled, projected, capped). `head` is an index for the per-head sites
-    (`None`: all heads) and must be `None` elsewhere. `label` tells edits apart that are handed different values for one place."""
+    sweep is handed makes of what is there (scaled, projected, capped). `head` is an index for the per-head sites and for
+    `neurons` (`None`: all of them) and must be `None` elsewhere. `label` tells edits apart that are handed different values for one place."""
     site: str
     layer: int
     position: str | int = "final"
@@ -86,8 +86,9 @@ def positions_of(position: str | int, tp: TokenPair) -> tuple[int, ...]:
 # %% ../../nbs/library/patch/01_interventions.ipynb #68010f69
 def check_site(model: Model, site: str) -> None:
     "Refuse a site that the architecture does not have, and say what to use instead."
-    if site in model.sites: return
-    if site not in SITES: raise ValueError(f"Unknown site {site!r}: use one of {', '.join(model.sites)}.")
+    if site in model.all_sites: return
+    if site in NEURONS: raise ValueError(f"{model.name} has no {site}: {model.no_neurons or 'its architecture lacks it'}. Use mlp_out.")
+    if site not in SITES: raise ValueError(f"Unknown site {site!r}: use one of {', '.join(model.all_sites)}.")
     instead = {"resid_mid": "resid_pre or resid_post"}.get(site, "attn_out")
     raise ValueError(f"{model.name} has no {site}: {'; '.join(model.limits) or 'its architecture lacks it'}. "
                      f"Use {instead}.")

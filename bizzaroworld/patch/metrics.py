@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..battery.tokens import TokenPair
-from ..model.hooked import Readout
+from ..model.readout import Readout
 
 # %% auto #0
 __all__ = ['Values', 'METRICS', 'WHOLE_VOCABULARY', 'OF_MEAN', 'Readings', 'logit_difference', 'log_probability', 'probability',
@@ -128,7 +128,8 @@ class Reader:
     def add(self, logits: Float[Tensor, "row part"]) -> None:
         "The next part of the vocabulary."
         n, top = logits.shape[1], logits.amax(-1, keepdim=True)
-        if self.room.shape != logits.shape: self.room = torch.empty_like(logits)  # made once: what is new must be fetched into the caches
+        if logits.requires_grad: self.room = None  # autograd has to make its own
+        elif self.room.shape != logits.shape: self.room = torch.empty_like(logits)  # made once: what is new must be fetched into the caches
         if self.ranks:
             over, answer = torch.gt(logits, self.best, out=self.room), self.answer - self.start
             own = over.gather(-1, answer.clamp(0, n - 1)).masked_fill((answer < 0) | (answer >= n), 0)

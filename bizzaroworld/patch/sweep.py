@@ -90,7 +90,7 @@ def _sweep_part(plan: Plan, metrics, told: Telling):
     "Sweep a part: metrics of the base run, of the other run, and of each intervention, over all draws of the noise."
     model, draws, n, sides = plan.asked.model, plan.asked.draws, len(plan.part.pairs), plan.asked.sides
     base, bank, hidden = base_run(model, plan.prompts, plan.n, plan.rows, plan.added)
-    add_given(bank, plan.rows, plan.asked.values, base.first, {s: model.shape.heads(s) for s in model.sites if model.shape.heads(s)})
+    add_given(bank, plan.rows, plan.asked.values, base.first, {s: model.shape.heads(s) for s in model.all_sites if model.shape.heads(s)})
     other_hidden = hidden[-plan.n:]
     clean_hidden = (base.hidden if sides[0] == "clean" else other_hidden).unflatten(0, (n, draws))
     answers = answers_of([plan.asked.pairs[i] for i in plan.part.pairs]).to(model.device)

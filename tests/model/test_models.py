@@ -14,7 +14,8 @@ from tiny import BUILDERS, LAYERS, tiny_hf, tiny_model
 from transformers import BertConfig, BertForMaskedLM
 
 from bizzaroworld.model import hooked, load as models
-from bizzaroworld.model.hooked import Model, Readout
+from bizzaroworld.model.hooked import Model
+from bizzaroworld.model.readout import Readout
 from bizzaroworld.model.load import is_embedded, load_model, validate
 from bizzaroworld.model.names import ModelError, called, embedded_models
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import random_pair, tiny_model
 
-from bizzaroworld.model.hooked import Readout
+from bizzaroworld.model.readout import Readout
 from bizzaroworld.patch.interventions import Edit, Intervention, grid
 from bizzaroworld.patch.means import mean_values
 from bizzaroworld.patch.metrics import METRICS, answers_of, measured
