@@ -15,9 +15,9 @@ import pandas as pd
 from .figures.methods_figures import methods_plates
 from .figures.run_figures import write_plates
 from .files import write_json, write_table
-from .methods.detections import component_table, control_counts, detection_table, warnings_of
+from .methods.detections import combinations, component_name, component_table, control_counts, detection_table, support_matrix, warnings_of
 from .methods.grid import GridError, Settings, run_grid
-from .methods.multiverse import NothingToCompare, agreement, multiverse, peak_ratios, position_ratios, variance_explained
+from .methods.multiverse import NothingToCompare, agreement, multiverse, peak_ratios, position_ratios, third, variance_explained
 from .model.hooked import Model
 from .model.load import load_model
 from .model.names import called
@@ -26,7 +26,7 @@ from .tasks.recipes import Task
 from .tasks.registry import make_task
 
 # %% auto #0
-__all__ = ['POOL', 'of_heads', 'of_layers', 'grid_tables', 'run_methods', 'methods_lines']
+__all__ = ['POOL', 'of_heads', 'of_layers', 'phases', 'grid_tables', 'run_methods', 'methods_lines']
 
 # %% ../nbs/library/05_methods_run.ipynb #6b1d0a06
 def of_heads(table: pd.DataFrame, position: str = "all") -> pd.DataFrame:
@@ -38,14 +38,34 @@ def of_layers(table: pd.DataFrame, site: str = "mlp_out", position: str = "entit
     "The rows of whole layers of one site at one position."
     return table[table["head"].isna() & (table["site"] == site) & (table["position"] == position)]
 
+# %% ../nbs/library/05_methods_run.ipynb #6b1d0a32
+def _phase(rows: pd.DataFrame, unit: list[str]) -> dict | None:
+    "Where the largest mean support lies, and what part of the mean distance of the two runs it is there."
+    means = support_matrix(rows, unit).mean()
+    if not means.abs().max() > 0: return None
+    at = means.idxmax() if isinstance(means.index, pd.MultiIndex) else (means.idxmax(),)
+    fraction = float(support_matrix(rows, unit, "fraction").mean()[means.idxmax()])
+    return {"at": component_name(dict(zip(unit, at))), "fraction": fraction,
+            "value": f"{third(at[0], int(rows['layer'].max()) + 1)} layers" if unit == ["layer"] else "one head holds half" if fraction > 0.5 else "none holds half"}
 
+
+def phases(table: pd.DataFrame) -> pd.DataFrame:
+    """The study's three phases under each combination of corruption, metric and direction: `storage` (single MLPs at the entity), `routing` (single heads at
+    all positions), `readout` (single MLPs at the final token). `at`: the layer or head with the largest mean support; `fraction`: its part of the mean
+    distance of the two runs; `value`: in which third of the layers it is, or whether it holds more than half."""
+    asked = {"storage": (of_layers(table), ["layer"]), "routing": (of_heads(table), ["layer", "head"]), "readout": (of_layers(table, position="final"), ["layer"])}
+    found = [{"phase": phase, **key, **one} for phase, (rows, unit) in asked.items()
+             for key, part in combinations(rows[rows["window"] == 1], ["corruption", "metric", "direction"]) if (one := _phase(part, unit))]
+    return pd.DataFrame(found, columns=["phase", "corruption", "metric", "direction", "value", "at", "fraction"])
+
+# %% ../nbs/library/05_methods_run.ipynb #6b1d0a33
 def grid_tables(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Every table that a grid comes to, by name: `detections` (with the share of the bootstrap, and controls), the `components` behind it, `controls`,
-    `warnings`, the `conclusions` under every combination and how far they `agree`, the `variance` that each choice explains, and `windows`."""
+    `warnings`, the `conclusions` under every combination and how far they `agree`, the study's `phases`, the `variance` that each choice explains, and `windows`."""
     heads, layers = of_heads(table), of_layers(table)
     components, controls = component_table(heads), control_counts(heads)
     both = pd.concat([layers, heads])
-    found = {"detections": detection_table(components, controls).reset_index(), "components": components, "controls": controls, "warnings": warnings_of(heads)}
+    found = {"detections": detection_table(components, controls).reset_index(), "components": components, "controls": controls, "warnings": warnings_of(heads), "phases": phases(table)}
     real = both[both["control"] == ""]
     known = multiverse(real)
     found |= {"conclusions": known.assign(value=known["value"].map(str)), "agree": agreement(known).assign(value=lambda t: t["value"].map(str))}

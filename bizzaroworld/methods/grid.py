@@ -70,8 +70,8 @@ def widths_of(n_layers: int, asked: Sequence[int | float] = WIDTHS) -> list[int]
 
 
 def places_of(model: Model, widths: Sequence[int | float] = WIDTHS, named: Sequence[str] = (), few: bool = False) -> list[Place]:
-    """Everything that a part of the grid patches. With `few`, what every draw of noise and every control is made of: heads at all
-    positions, and the MLPs at the entity in the narrowest and the middle window.
+    """Everything that a part of the grid patches. With `few`, what every draw of noise is made of: heads at all positions, and the MLPs at
+    the entity in the narrowest and the middle window. (Controls are held against heads, and have no more than these.)
 
     `named`: places of the task at which single MLPs are patched as well, for the map of layers and positions."""
     found, all_widths = each_head(model, "all"), widths_of(model.n_layers, widths)
@@ -141,8 +141,8 @@ def _table(done: Sweep, worded: dict[str, str], places: Sequence[Place], task: s
 def sweep_part(model: Model, task: Task, part: Part, pairs: Sequence[TokenPair], *, metrics: Sequence[str], widths: Sequence[int | float] = WIDTHS,
                noise: Noise | None = None, donors: dict[str, TokenPair] | None = None, max_rows: int = 8192) -> pd.DataFrame:
     "Sweep some pairs of one part; see `run_grid`."
-    few = part.corruption == "GN" or bool(part.control)
-    places = places_of(model, widths, () if few else task.places, few)
+    few = part.corruption == "GN"
+    places = each_head(model, "all") if part.control else places_of(model, widths, () if few else task.places, few)
     done = sweep(model, pairs, [p.intervention for p in places], part.direction, metrics=metrics, max_rows=max_rows, progress=False,
                  noise=noise if part.corruption == "GN" else None, donors=[donors[tp.id] for tp in pairs] if part.control == "unrelated" else None)
     return _table(done, wordings(task), places, task.name, part)

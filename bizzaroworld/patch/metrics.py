@@ -127,14 +127,14 @@ class Reader:
 
     def add(self, logits: Float[Tensor, "row part"]) -> None:
         "The next part of the vocabulary."
-        n, top = logits.shape[1], logits.amax(-1, keepdim=True)
+        n = logits.shape[1]
         if logits.requires_grad: self.room = None  # autograd has to make its own
         elif self.room.shape != logits.shape: self.room = torch.empty_like(logits)  # made once: what is new must be fetched into the caches
         if self.ranks:
             over, answer = torch.gt(logits, self.best, out=self.room), self.answer - self.start
             own = over.gather(-1, answer.clamp(0, n - 1)).masked_fill((answer < 0) | (answer >= n), 0)
             self.above += over.sum(-1) - own.sum(-1)
-        self.total = torch.logaddexp(self.total, torch.sub(logits, top, out=self.room).exp_().sum(-1).log_() + top[:, 0])
+        self.total = torch.logaddexp(self.total, logits[:, 0] - logits.log_softmax(-1)[:, 0])  # faster than logsumexp, and the same
         for run in () if self.of is None or self.known else self.of.unique():
             self.cross[self.of == run] += logits[self.of == run] @ self.clean_runs.probabilities[run, self.start:self.start + n]
         self.start += n
