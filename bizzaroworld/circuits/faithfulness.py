@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..battery.pairs import PromptPair
 from ..battery.tokens import TokenPair
-from .edge_sets import _at_once, as_wires, run_sets
+from .edge_sets import Bundle, Wires, _at_once, as_wires, run_sets
 from .paths import name_of
 from ..methods.detections import resampled_means
 from ..model.hooked import Model
@@ -30,7 +30,8 @@ from ..patch.sweep import sweep
 
 # %% auto #0
 __all__ = ['Part', 'Circuit', 'ABLATIONS', 'STAGES', 'SHARES', 'Means', 'Circuits', 'name', 'ratios', 'Measured', 'nodes_at',
-           'NodeCircuits', 'read_sets', 'EdgeCircuits', 'draw_halves', 'completeness', 'minimality', 'curve', 'areas']
+           'NodeCircuits', 'wires_of', 'read_sets', 'EdgeCircuits', 'draw_halves', 'completeness', 'minimality',
+           'curve', 'areas']
 
 # %% ../../nbs/library/circuits/08_faithfulness.ipynb #65c1ee08
 class Means:
@@ -166,16 +167,23 @@ class NodeCircuits(Measured):
 
     def unheard(self, part: Edit, senders: Counter) -> bool: return False
 
-# %% ../../nbs/library/circuits/08_faithfulness.ipynb #35daa22b
+# %% ../../nbs/library/circuits/08_faithfulness.ipynb #f901d811
+def wires_of(edges: Iterable[Path]) -> Wires:
+    "What each receiver reads of other runs, of edges that were checked before."
+    reads: dict[Node, dict[tuple[str, int], set]] = {}
+    for sender, receiver in edges: reads.setdefault(receiver, {}).setdefault((sender.kind, sender.layer), set()).add(sender.head)
+    return {receiver: frozenset(Bundle(*key, frozenset(heads - {None})) for key, heads in some.items()) for receiver, some in reads.items()}
+
+
 @torch.no_grad()
 def read_sets(model: Model, tp: TokenPair, two: TwoRuns, sets: Sequence[Iterable[Path]], metric: str, at_once: int) -> Float[np.ndarray, "set"]:
     "The metric of a pair with each of these sets of edges ablated. `two`: its clean run, and what is sent instead."
-    wires = [as_wires(model, some) for some in sets]
+    wires = [wires_of(some) for some in sets]
     hidden = torch.cat([run_sets(model, two, wires[some.start:some.stop]) for some in _at_once(model, two, wires, at_once)])
     answers = answers_of([tp]).to(model.device).expand(len(hidden), -1, -1)
     return measured(model.readout, hidden[:, None], answers, two.base.hidden.expand_as(hidden)[:, None], [metric])[:, 0].double().cpu().numpy()
 
-
+# %% ../../nbs/library/circuits/08_faithfulness.ipynb #38c1d035
 @dataclass(eq=False)
 class EdgeCircuits(Measured):
     "Circuits of edges. `parts`: edges, as `edges` of a model gives them, or by name. `at_once`: about how many tokens a block runs."
@@ -183,6 +191,7 @@ class EdgeCircuits(Measured):
 
     def ready(self) -> None:
         self.parts = tuple(as_path(self.model, e) for e in self.parts)
+        as_wires(self.model, self.parts)
         if self.ablation == "mean": self.find_means([("resid_pre", 0), *((s, l) for s in ("z", "mlp_out") for l in range(self.model.n_layers))], ["all"])
         self.two = [self.ends(tp) for tp in self.pairs]
 
@@ -210,7 +219,7 @@ class EdgeCircuits(Measured):
         heads = range(node.head * group, (node.head + 1) * group) if node.shared else [node.head]
         return not any(senders[Node("head", node.layer, head)] for head in heads)
 
-# %% ../../nbs/library/circuits/08_faithfulness.ipynb #a82e5db7
+# %% ../../nbs/library/circuits/08_faithfulness.ipynb #0d7d0e6e
 def draw_halves(parts: Sequence[Part], draws: int, seed: int = 0) -> list[frozenset[Part]]:
     "Random sets: each part is in each of them with probability 0.5."
     return [frozenset(p for p, drawn in zip(parts, row) if drawn) for row in np.random.default_rng(seed).random((draws, len(parts))) < 0.5]
@@ -229,7 +238,7 @@ def completeness(circuits: Measured, circuit: Circuit, removed: Iterable[Circuit
     rows = [("; ".join(name(p) for p in own if p in some), len(some), a, b, abs(a - b)) for some, a, b in zip(sets, left, left[len(sets):])]
     return pd.DataFrame(rows, columns=["removed", "size", "circuit", "model", "gap"])
 
-# %% ../../nbs/library/circuits/08_faithfulness.ipynb #06b05da0
+# %% ../../nbs/library/circuits/08_faithfulness.ipynb #19f16863
 def minimality(circuits: Measured, circuit: Circuit, given: int = 1) -> pd.DataFrame:
     """How much each part of a circuit is needed, alone or when up to `given` others are ablated, too (Wang et al. 2023, section 4).
 
@@ -244,7 +253,7 @@ def minimality(circuits: Measured, circuit: Circuit, given: int = 1) -> pd.DataF
         rows.append((name(part), changes[frozenset()], changes[where], "; ".join(name(p) for p in own if p in where)))
     return pd.DataFrame(rows, columns=["part", "alone", "most", "without"])
 
-# %% ../../nbs/library/circuits/08_faithfulness.ipynb #c63f97e8
+# %% ../../nbs/library/circuits/08_faithfulness.ipynb #64572e98
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
