@@ -126,6 +126,7 @@ class Measured(Circuits):
                              "faithfulness": ratios(values.mean(0), self.full.mean(), self.empty.mean()), "low": low, "high": high, "distance": apart, "n": len(values)})
 
     def find_means(self, keys: Collection[tuple[str, int]], places: Collection[str | int]) -> None:
+        "Take the means that were given, or those over the reference pairs."
         if isinstance(self.reference, Means): self.means = self.reference
         else:
             self.means = Means(self.model, self.reference or self.pairs)

@@ -70,7 +70,7 @@ def prune(circuits: Measured, threshold: float = 0.01, rounds: int = 1, *, withi
     with; parts outside of it are ablated from the start. `at_once`: how many runs share a pass at most. Raises `ValueError` for a threshold that is not above 0."""
     if threshold <= 0: raise ValueError(f"A threshold of {threshold}: give one above 0, or nothing is ever pruned.")
     kept = set(circuits.parts if within is None else within)
-    start, steps, runs, (distance,) = len(kept), [], circuits.runs, circuits.distance([kept])
+    steps, runs, (distance,) = [], circuits.runs, circuits.distance([kept])
     for number in range(rounds):
         before = len(kept)
         for part, *step in _round(circuits, [p for p in circuits.order() if p in kept], kept, float(distance), threshold, at_once):
