@@ -19,10 +19,10 @@ from torch import Tensor
 from ..battery.pairs import PromptPair
 from ..battery.tokens import TokenPair
 from .edge_sets import Bundle, Wires, _at_once, as_wires, run_sets
-from .paths import name_of
+from .paths import name_of, receivers_of, senders_of
 from ..methods.detections import resampled_means
 from ..model.hooked import Model
-from ..patch.hops import Node, Path, TwoRuns, as_path, times, two_runs
+from ..patch.hops import Node, Path, TwoRuns, as_path, reaches, times, two_runs
 from ..patch.interventions import Edit, Intervention, grid, positions_of
 from ..patch.metrics import answers_of, check_metrics, measured
 from ..patch.passes import as_token_pairs, check_pairs
@@ -193,6 +193,8 @@ class EdgeCircuits(Measured):
     def ready(self) -> None:
         self.parts = tuple(as_path(self.model, e) for e in self.parts)
         as_wires(self.model, self.parts)
+        own = Counter(e[0] for e in self.parts)
+        self.open = {s for s in senders_of(self.model) if own[s] < sum(reaches(self.model, s, r) for r in receivers_of(self.model))}  # what they send is never ablated altogether
         if self.ablation == "mean": self.find_means([("resid_pre", 0), *((s, l) for s in ("z", "mlp_out") for l in range(self.model.n_layers))], ["all"])
         self.two = [self.ends(tp) for tp in self.pairs]
 
@@ -216,9 +218,10 @@ class EdgeCircuits(Measured):
     def unheard(self, part: Path, senders: Counter) -> bool:
         "Whether no component that reads through this edge sends anything on. `senders`: of how many edges each component is the sender."
         node, group = part[1], self.model.n_heads // self.model.n_kv_heads
-        if node.kind in ("logits", "mlp"): return node.kind == "mlp" and not senders[node]
+        if node.kind == "logits": return False
         heads = range(node.head * group, (node.head + 1) * group) if node.shared else [node.head]
-        return not any(senders[Node("head", node.layer, head)] for head in heads)
+        components = [node] if node.kind == "mlp" else [Node("head", node.layer, head) for head in heads]
+        return not any(senders[c] or c in self.open for c in components)
 
 # %% ../../nbs/library/circuits/08_faithfulness.ipynb #0d7d0e6e
 def draw_halves(parts: Sequence[Part], draws: int, seed: int = 0) -> list[frozenset[Part]]:
