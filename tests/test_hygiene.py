@@ -20,7 +20,7 @@ WINGS = {wing: rooms.split() for wing, rooms in {
     "tasks": "drafts recipes ioi greater_than docstring arithmetic choices recall registry ability",
     "patch": "interventions metrics noise passes engine means forecast sweep hops",
     "methods": "detections multiverse grid attention",
-    "circuits": "gradients attribution atp_star search_baselines paths interactions knockout edge_sets",
+    "circuits": "gradients attribution atp_star search_baselines paths interactions knockout edge_sets faithfulness search",
     "study": "runs experiments controls",
     "planted": "weights families variants truth scoreboard",
     "results": "estimates effects layers heads correlations summary quantities compare",
