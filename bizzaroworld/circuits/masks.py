@@ -128,7 +128,7 @@ class MaskOptions:
         if not 0 <= self.start <= 1: raise ValueError(f"Shares start between 0 and 1, not at {self.start}.")
         if min(self.epochs, self.batch) < 1 or self.lr <= 0 or self.penalty < 0: raise ValueError(f"{self}: epochs, batch and lr are positive, the penalty is not negative.")
 
-
+# %% ../../nbs/library/circuits/09_masks.ipynb #8f4a63e6
 def _steps(desiderata: Sequence[Sequence[TokenPair]], options: MaskOptions) -> list[list[TokenPair]]:
     "The pairs of every step, each of one desideratum and one length; every epoch has all pairs, in another order."
     rng, steps = random.Random(f"mask {options.seed}"), []
@@ -142,7 +142,7 @@ def _steps(desiderata: Sequence[Sequence[TokenPair]], options: MaskOptions) -> l
         raise ValueError(f"{len(steps)} steps of {options.lr} cannot carry a share past 0.5. Give more pairs or epochs, or a smaller batch.")
     return steps
 
-# %% ../../nbs/library/circuits/09_masks.ipynb #904c0685
+# %% ../../nbs/library/circuits/09_masks.ipynb #82dfbc0c
 @dataclass(frozen=True, eq=False)
 class Mask:
     "A trained mask: how much of each component comes from the donor, 0 to 1, and the loss of each step (in logits)."
@@ -170,7 +170,7 @@ class Mask:
         rows = [{"site": e.site, "layer": e.layer, "head": e.head, "position": str(e.position)} for e in self.components]
         return pd.DataFrame(rows).astype({"head": "Int64"}).assign(share=self.shares, chosen=[s > 0.5 for s in self.shares])
 
-# %% ../../nbs/library/circuits/09_masks.ipynb #659a63b4
+# %% ../../nbs/library/circuits/09_masks.ipynb #0169131b
 def _aim(model: Model, hidden: Float[Tensor, "row d_model"], asked: Sequence[TokenPair], objective: str) -> Tensor:
     "The mean logit of the answers that must win, or their mean distance from the others."
     answers = answers_of(asked).to(model.device)
@@ -198,7 +198,7 @@ def train_mask(model: Model, desiderata: Desideratum | Iterable[Desideratum], co
             losses.append(float(loss.detach()))
     return Mask(components, tuple(shares.detach().tolist()), tuple(losses))
 
-# %% ../../nbs/library/circuits/09_masks.ipynb #6c3e49d7
+# %% ../../nbs/library/circuits/09_masks.ipynb #c8d287d6
 def top_exact(model: Model, desiderata: Desideratum | Iterable[Desideratum], components: Sequence[Edit], size: int) -> tuple[Edit, ...]:
     "The `size` components that, patched alone and exactly, do most for the answer that must win (mean over all pairs)."
     effects = []
@@ -214,7 +214,7 @@ def random_sets(components: Sequence[Edit], size: int, draws: int = 20, seed: in
     rng = random.Random(f"control {seed}")
     return [tuple(components[i] for i in sorted(rng.sample(range(len(components)), size))) for _ in range(draws)]
 
-# %% ../../nbs/library/circuits/09_masks.ipynb #7f915e2f
+# %% ../../nbs/library/circuits/09_masks.ipynb #b7682629
 def judged(model: Model, desiderata: Desideratum | Iterable[Desideratum], sets: Mapping[str, Sequence[Edit] | Sequence[Sequence[Edit]]]) -> pd.DataFrame:
     """What sets of components do, exactly: a row for each desideratum, set and pair. A sequence of sets is one control in several draws.
 
@@ -233,7 +233,7 @@ def judged(model: Model, desiderata: Desideratum | Iterable[Desideratum], sets: 
                                       "won": after[:, 1] == 0, "won_unpatched": found.clean[:, 1] == 0}))
     return pd.concat(rows, ignore_index=True)
 
-# %% ../../nbs/library/circuits/09_masks.ipynb #ca2fa054
+# %% ../../nbs/library/circuits/09_masks.ipynb #fc40ba3a
 def faithfulness(model: Model, mask: Mask, held_out: Desideratum | Iterable[Desideratum], train: Desideratum | Iterable[Desideratum], draws: int = 20,
                  seed: int = 0) -> pd.DataFrame:
     """`judged` on pairs that training did not see: the rounded `mask`, `all` components, `none`, `top` (as many by exact effect alone), and `random` draws.

@@ -20,7 +20,7 @@ from ..battery.pairs import PromptPair
 from ..battery.tokens import AlignmentError, TokenPair, encode
 from ..model.hooked import Model
 from ..patch.engine import donor_run
-from ..patch.interventions import Edit, Intervention, check_site, positions_of
+from ..patch.interventions import Edit, Intervention, check_site
 from ..patch.metrics import OF_MEAN, effect, recovery
 from ..patch.passes import as_interventions, as_token_pairs, batches_of, check_pairs, rows_of
 from ..patch.sweep import sweep
@@ -49,7 +49,7 @@ def check_alike(a: Model, b: Model, pairs: Iterable[PromptPair | TokenPair] = ()
     (ours, theirs), kinds = (asdict(m.shape) for m in (a, b)), [type(m.hf).__name__ for m in (a, b)]
     found = [f"{name} ({ours[name]} and {theirs[name]})" for name in ours if ours[name] != theirs[name]]
     if kinds[0] != kinds[1]: found.insert(0, f"architecture ({kinds[0]} and {kinds[1]})")
-    elif not found and a.sites != b.sites: found.append(f"sites (only one of them has {', '.join(sorted({*a.sites} ^ {*b.sites}))})")
+    elif not found and a.all_sites != b.all_sites: found.append(f"sites (only one of them has {', '.join(sorted({*a.all_sites} ^ {*b.all_sites}))})")
     found += _vocabularies(a, b)
     if not found and a.tokenizer is not None and b.tokenizer is not None:
         texts = [text for p in pairs for text in ((p.pair if isinstance(p, TokenPair) else p).clean_prompt, (p.pair if isinstance(p, TokenPair) else p).corrupt_prompt)]
@@ -72,10 +72,11 @@ def _fed(model: Model, by: Model | None, ids: Int[Tensor, "row pos"]) -> Iterato
 @torch.no_grad()
 def own_values(model: Model, pairs: Iterable[PromptPair | TokenPair], edits: Iterable[Edit], side: str = "clean", *, fed: Model | None = None,
                max_pairs: int = 64) -> dict[Edit, dict[str, Float[Tensor, "... d"]]]:
-    """What a model computes at the place of each edit, which is one token, for each pair id: `d`, or `head d` for an edit of all heads.
+    """What a model computes at the place of each edit, for each pair id: `d`, with an axis `head` before it for an edit of all heads and one of tokens
+    first for an edit at several.
 
     `side`: the prompt that is run, `clean` or `corrupt`. `fed`: a model whose stream its blocks read instead of their own. The result is what
-    `sweep(values=...)` takes for edits whose source is `given`. Raises `ValueError` for an edit at several tokens."""
+    `sweep(values=...)` takes for edits whose source is `given`."""
     pairs, edits, found = as_token_pairs(model, pairs), list(edits), defaultdict(dict)
     asked = [Intervention(replace(e, source="donor")) for e in edits]
     for index in batches_of(pairs, pairs, max_pairs, one_length=True):
@@ -83,28 +84,14 @@ def own_values(model: Model, pairs: Iterable[PromptPair | TokenPair], edits: Ite
         ids, rows = [getattr(tp, f"{side}_ids") for tp in some], rows_of(model.shape, some, some, asked)
         with _fed(model, fed, torch.tensor(ids, device=model.device)): bank = donor_run(model, ids, rows)
         for row in rows:
-            if len({w.position for w in row.writes}) > 1: raise ValueError(f"{edits[row.intervention]}: several tokens in {some[row.pair].id}. Name one.")
-            slots, vectors = zip(*(bank[w.site, w.layer] for w in row.writes))
-            of = torch.stack([v[s[w.value]] for s, v, w in zip(slots, vectors, row.writes)])
-            found[edits[row.intervention]][some[row.pair].id] = of if edits[row.intervention].head is None and model.shape.heads(edits[row.intervention].site) else of[0]
+            e, heads = edits[row.intervention], len({w.head for w in row.writes})
+            slots, vectors = bank[e.site, e.layer]
+            whole = vectors[[slots[w.value] for w in row.writes]].unflatten(0, (-1, heads))  # token by token, and head by head within it
+            whole = whole if e.head is None and model.shape.heads(e.site) else whole[:, 0]
+            found[e][some[row.pair].id] = whole if len(whole) > 1 else whole[0]
     return dict(found)
 
-# %% ../../nbs/library/methods/08_cross_model.ipynb #2d8daa70
-def _spread(interventions: Sequence[Intervention], tp: TokenPair) -> tuple[Intervention, ...]:
-    "The same interventions with values that are given, and an edit for each token where a position is several."
-    def each(e):
-        where = positions_of(e.position, tp)
-        return [replace(e, source="given")] if len(where) == 1 else [replace(e, position=p, source="given") for p in where]
-    return tuple(Intervention(new for e in i.edits for new in each(e)) for i in interventions)
-
-
-def _groups(interventions: Sequence[Intervention], pairs: Sequence[TokenPair]) -> dict[tuple[Intervention, ...], list[int]]:
-    "The pairs whose tokens lie at the same places, by what is to be done to them."
-    found = defaultdict(list)
-    for i, tp in enumerate(pairs): found[_spread(interventions, tp)].append(i)
-    return found
-
-# %% ../../nbs/library/methods/08_cross_model.ipynb #18638d80
+# %% ../../nbs/library/methods/08_cross_model.ipynb #ff0f4ea8
 @dataclass(frozen=True, eq=False)
 class CrossPatch:
     """What one model's activations do in another one, which is patched. `own`: metrics of the patched model's run without a patch, `other`: of the model that
@@ -136,8 +123,8 @@ class CrossPatch:
         out = out.assign(metric=np.tile(self.metrics, n * k), own=own, other=other, patched=self.patched.ravel())
         return out.assign(effect=effect(out.patched, out.own), share=recovery(out.patched, out.other, out.own), into=self.into, out_of=self.out_of)
 
-# %% ../../nbs/library/methods/08_cross_model.ipynb #c56ac17c
-WRITERS = ("z", "q", "k", "v", "attn_out", "mlp_out")
+# %% ../../nbs/library/methods/08_cross_model.ipynb #515a30e8
+WRITERS = ("z", "q", "k", "v", "attn_out", "neurons", "mlp_out")
 
 
 def _asked(a: Model, b: Model, pairs, interventions, local: bool) -> tuple[list[TokenPair], list[Intervention]]:
@@ -152,7 +139,7 @@ def _asked(a: Model, b: Model, pairs, interventions, local: bool) -> tuple[list[
         if local and e.site not in WRITERS: raise ValueError(f"{e}: the stream is what components read; what they change themselves is asked of {', '.join(WRITERS)}.")
     return pairs, interventions
 
-# %% ../../nbs/library/methods/08_cross_model.ipynb #049c89b3
+# %% ../../nbs/library/methods/08_cross_model.ipynb #7635e109
 def cross_patch(into: Model, out_of: Model, pairs: PromptPair | TokenPair | Iterable[PromptPair | TokenPair], interventions: Edit | Intervention | Iterable[Edit | Intervention],
                 side: str = "clean", *, local: bool = False, metrics: Sequence[str] = ("ld",), max_pairs: int = 64, memory: int | None = None, progress: bool = True
                 ) -> CrossPatch:
@@ -163,13 +150,11 @@ def cross_patch(into: Model, out_of: Model, pairs: PromptPair | TokenPair | Iter
     for models that are no variants of each other, `ValueError` for pairs with the same id, another side, or an edit that does not fit."""
     if side not in ("clean", "corrupt"): raise ValueError(f"Unknown side {side!r}: use clean or corrupt.")
     metrics, (pairs, interventions) = (metrics,) if isinstance(metrics, str) else tuple(metrics), _asked(into, out_of, pairs, interventions, local)
-    direction, n, m = {"clean": "noising", "corrupt": "denoising"}[side], len(pairs), len(metrics)
-    own, other, patched = np.empty((n, m)), np.empty((n, m)), np.empty((n, len(interventions), m))
-    for given, index in _groups(interventions, pairs).items():
-        some, options = [pairs[i] for i in index], dict(metrics=metrics, max_pairs=max_pairs, memory=memory)
-        values = own_values(out_of, some, dict.fromkeys(e for i in given for e in i.edits), side, fed=into if local else None, max_pairs=max_pairs)
-        found = sweep(into, some, given, direction, values=values, progress=progress, **options)
-        theirs = sweep(out_of, some, Edit("resid_pre", 0, "final"), direction, progress=False, **options)
-        own[index], other[index], patched[index] = getattr(found, side), getattr(theirs, side), found.patched
+    direction = {"clean": "noising", "corrupt": "denoising"}[side]
+    asked, options = [Intervention(replace(e, source="given") for e in i.edits) for i in interventions], dict(metrics=metrics, max_pairs=max_pairs, memory=memory)
+    values = own_values(out_of, pairs, dict.fromkeys(e for i in asked for e in i.edits), side, fed=into if local else None, max_pairs=max_pairs)
+    found = sweep(into, pairs, asked, direction, values=values, progress=progress, **options)
+    theirs = sweep(out_of, pairs, Edit("resid_pre", 0, "final"), direction, progress=False, **options)
+    other = getattr(theirs, side).copy()
     other[:, [name.removesuffix(OF_MEAN) == "kl" for name in metrics]] = np.nan
-    return CrossPatch(into.name, out_of.name, tuple(tp.id for tp in pairs), tuple(interventions), metrics, own, other, patched)
+    return CrossPatch(into.name, out_of.name, tuple(tp.id for tp in pairs), tuple(interventions), metrics, getattr(found, side), other, found.patched)

@@ -150,7 +150,7 @@ def test_a_fact_that_is_stored_differently_is_found_where_it_is(name, family):
 
 def test_values_are_those_of_each_pairs_run_and_the_table_says_what_it_is():
     a, b = (load_model(x) for x in (base_hf("gemma3"), tuned_hf("gemma3")))
-    edits = [Edit("z", 1, "final", 2), Edit("k", 0, "entity", 1), Edit("mlp_out", 2, "entity"), Edit("z", 1, "entity")]
+    edits = [Edit("z", 1, "final", 2), Edit("k", 0, "entity", 1), Edit("mlp_out", 2, "entity"), Edit("z", 1, "entity"), Edit("z", 2, "entity_span", 1), Edit("z", 0, "entity_span")]
     values = own_values(b, PAIRS, edits)
     assert set(values) == set(edits) and all(set(v) == {tp.id for tp in PAIRS} for v in values.values())
     for tp in PAIRS:
@@ -158,7 +158,10 @@ def test_values_are_those_of_each_pairs_run_and_the_table_says_what_it_is():
         torch.testing.assert_close(values[edits[0]][tp.id], acts["z", 1][0, -1, 16:24], atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(values[edits[2]][tp.id], acts["mlp_out", 2][0, tp.entity], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(values[edits[3]][tp.id].flatten(), acts["z", 1][0, tp.entity], atol=1e-6, rtol=1e-5)
-    found = cross_patch(a, b, PAIRS, edits, metrics=("ld", "kl"))
+        span = slice(*tp.entity_span)
+        several = (values[e][tp.id] if span.stop - span.start > 1 else values[e][tp.id][None] for e in edits[4:])
+        for v, l, where in zip(several, (2, 0), (slice(8, 16), slice(None))): torch.testing.assert_close(v.flatten(1), acts["z", l][0, span, where], atol=1e-5, rtol=1e-5)
+    found = cross_patch(a, b, PAIRS, edits[:4], metrics=("ld", "kl"))
     frame = found.to_frame()
     assert len(frame) == 4 * 4 * 2 and frame.pair_id.tolist()[::8] == [tp.id for tp in PAIRS]
     ld = frame[frame.metric == "ld"]
@@ -203,7 +206,6 @@ def test_what_else_is_refused():
     with pytest.raises(ValueError, match="same id"): cross_patch(a, a, [PAIRS[0], PAIRS[0]], Edit("z", 0))
     with pytest.raises(ValueError, match="source is 'donor'"): cross_patch(a, a, PAIRS, Edit("z", 0, source="zero"))
     with pytest.raises(ValueError, match="stream is what components read"): cross_patch(a, a, PAIRS, Edit("resid_pre", 1), local=True)
-    with pytest.raises(ValueError, match="several tokens in pair-0. Name one"): own_values(a, PAIRS, [Edit("z", 0, "entity_span", 1)])
 
 
 def test_prompt_pairs_are_aligned_and_models_are_left_without_hooks():
