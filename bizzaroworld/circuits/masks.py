@@ -181,7 +181,7 @@ def _aim(model: Model, hidden: Float[Tensor, "row d_model"], asked: Sequence[Tok
 
 def train_mask(model: Model, desiderata: Desideratum | Iterable[Desideratum], components: Iterable[Edit] | None = None,
                options: MaskOptions = MaskOptions()) -> Mask:
-    """A mask over components (every head at the final token, unless given) under which all desiderata hold (Prakash et al. 2024, section 5.1).
+    """A mask over components (every head at the final token, unless given) under which all desiderata hold (Prakash et al. 2024).
 
     One mask for all; for one each, call it for each. The same for the same arguments. Raises `ValueError` for a component that cannot be mixed, and where
     there are too few steps to move a mask."""

@@ -143,7 +143,7 @@ def _asked(a: Model, b: Model, pairs, interventions, local: bool) -> tuple[list[
 def cross_patch(into: Model, out_of: Model, pairs: PromptPair | TokenPair | Iterable[PromptPair | TokenPair], interventions: Edit | Intervention | Iterable[Edit | Intervention],
                 side: str = "clean", *, local: bool = False, metrics: Sequence[str] = ("ld",), max_pairs: int = 64, memory: int | None = None, progress: bool = True
                 ) -> CrossPatch:
-    """Put activations of one model into the same places of another one, on the same prompt, exactly (CMAP; Prakash et al. 2024, section 6).
+    """Put activations of one model into the same places of another one, on the same prompt, exactly (CMAP; Prakash et al. 2024).
 
     `interventions`: as for a sweep; `donor` is the other model. `side`: the prompt that both run, `clean` or `corrupt`. `local`: the other
     model's components read the patched model's stream, so that what is put in is what each of them changed itself, not what it carries. Raises `ModelsDiffer`
