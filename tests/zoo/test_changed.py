@@ -72,3 +72,14 @@ def test_a_tuned_model_says_the_changed_facts_and_cross_patching_finds_the_way_t
     found = cross_patch(base, tuned, pairs, [everything, *grid(base, ("resid_post",), "final", layers=[7])])
     assert len(pairs) == 20 and (found.own > 0).mean() > 0.9 and (found.other < 0).mean() > 0.8
     assert found.shares()[0] == pytest.approx(found.shares()[1], abs=1e-3), "all that is written is the whole stream; what is left is the readout's own"
+
+
+@pytest.mark.slow
+def test_a_few_steps_of_tuning_are_the_same_every_time_and_lower_the_loss():
+    options = replace(TUNING, steps=12, documents=60, tokens=300, warmup=2)
+    (hf, tokenizer, losses), (again, _, others) = (tune("bizzaro-nano", "country_capital", options=options) for _ in range(2))
+    assert losses == others and len(losses) == 12 and np.mean(losses[-4:]) < np.mean(losses[:4])
+    assert all((a == b).all() for a, b in zip(hf.state_dict().values(), again.state_dict().values()))
+    base, tuned = load_model("bizzaro-nano", device="cpu"), load_model(hf, tokenizer=tokenizer)
+    found = cross_patch(base, tuned, aligned(base, "country_capital", 4), Edit("mlp_out", 3, "entity"))
+    assert (found.other < found.own).all() and np.abs(found.patched[:, 0] - found.own).min() > 1e-4
