@@ -8,7 +8,9 @@ from .circuits.interactions import interactions as interactions, shapley as shap
 from .circuits.knockout import knockout as knockout
 from .circuits.paths import edges as edges, path_effects as path_effects
 from .methods.attention import attention_to as attention_to
+from .methods.cross_model import cross_patch as cross_patch
 from .methods.detections import detection_table as detection_table, detections as detections, warnings_of as warnings_of
+from .methods.masks import Desideratum as Desideratum, train_mask as train_mask
 from .methods.multiverse import multiverse as multiverse, variance_explained as variance_explained
 from .methods_run import run_methods as run_methods
 from .model.load import load_model as load_model

@@ -19,7 +19,7 @@ WINGS = {wing: rooms.split() for wing, rooms in {
     "model": "names bridge readout hooked identity adapters gguf checks load catalog",
     "tasks": "drafts recipes ioi greater_than docstring arithmetic choices recall registry ability",
     "patch": "interventions metrics noise passes engine means forecast sweep hops",
-    "methods": "detections multiverse grid attention",
+    "methods": "detections multiverse grid attention cross_model masks",
     "circuits": "gradients attribution atp_star search_baselines paths interactions knockout edge_sets faithfulness search",
     "study": "runs experiments controls",
     "planted": "weights families variants truth scoreboard",
@@ -28,7 +28,7 @@ WINGS = {wing: rooms.split() for wing, rooms in {
     "figures": "style captions layers pairs comparisons sweeps run_figures comparison_figures methods_figures",
     "views": "lens_and_attention explorer explorer_state circuitsvis widgets",
     "paper": "chapters pages report",
-    "zoo": "corpus training nano micro",
+    "zoo": "corpus training nano micro changed",
     "top": "pipeline console options methods_run methods_command cli"}.items()}
 FLOW = [room if wing in ("ground", "top") else f"{wing}.{room}" for wing, rooms in WINGS.items() for room in rooms]
 # What `--help` and a reader of the battery wait for; and all that reads a run, which needs no model.
