@@ -76,7 +76,7 @@ def test_edges_that_may_be_nothing_are_passed_over():
 
 def test_names_say_when_and_what():
     assert [kind_of(n) for n in ("embed", "logits", "L3.mlp", "L12H1")] == ["end", "end", "mlp", "head"]
-    assert sorted(["logits", "L10H0", "L2.mlp", "L2H3", "embed", "L10.mlp"], key=when) == ["embed", "L2H3", "L2.mlp", "L10H0", "L10.mlp", "logits"]
+    assert sorted(["logits", "L10H0", "L2.mlp", "L2H3", "L2H1", "embed", "L10.mlp"], key=when) == ["embed", "L2H1", "L2H3", "L2.mlp", "L10H0", "L10.mlp", "logits"]
 
 
 def test_every_arrow_leads_upward_and_no_boxes_share_a_place():
@@ -140,4 +140,4 @@ def test_captions_say_metric_direction_pairs_and_model(audit):
     for plate, n in zip(made, (6, 1)): assert all(word in plate.caption for word in ("noising", "metric ld", f"n = {n} pairs", "M-1"))
     assert "The 8 strongest" in made[0].caption and "8.0% of the swing" in made[0].caption
     assert "embed at entity to L0.mlp at entity 0.90" in made[0].alt and "L5H3 at final to L6.mlp at final -0.15" in made[0].alt
-    assert "AtP 0.50" in made[1].alt
+    assert "AtP 0.00, AtP, QK fix 1.00" in made[1].alt  # ranks of sizes 5 3 1 4 2 and 1 4 2 5 3
