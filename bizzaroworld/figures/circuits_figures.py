@@ -147,9 +147,9 @@ def draw_estimates(audit: pd.DataFrame, methods: Sequence[str] = tuple(METHODS),
     for ax, method in zip(axes, methods):
         sizes = (audit[method].abs() / swing).clip(FLOOR)
         ax.plot([FLOOR, 2], [FLOOR, 2], color="0.6", lw=1, zorder=0)
-        for (label, sites), look in zip(GROUPS.items(), RUN_LOOKS):
+        for above, ((label, sites), look) in enumerate(zip(GROUPS.items(), RUN_LOOKS)):
             keep = audit["site"].isin(sites) & ((exact >= least) | (sizes >= least))
-            ax.plot(exact[keep], sizes[keep], ls="", marker=look["marker"], ms=3.5, mew=0.7, color=look["color"], mfc="none", label=label)
+            ax.plot(exact[keep], sizes[keep], ls="", marker=look["marker"], ms=3.5, mew=0.7, color=look["color"], mfc="none", label=label, zorder=3 - above)
         ax.set(xscale="log", yscale="log", xlim=(0.8 * FLOOR, 2), ylim=(0.8 * FLOOR, 2), title=METHODS.get(method, method))
         ax.set_xticks([0.001, 0.01, 0.1, 1], ["0.1%", "1%", "10%", "100%"], fontsize=SMALL), ax.set_yticks([0.001, 0.01, 0.1, 1], ["0.1%", "1%", "10%", "100%"], fontsize=SMALL)
         ax.minorticks_off()

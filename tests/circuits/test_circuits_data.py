@@ -78,7 +78,8 @@ def test_the_audit_has_every_node_and_every_estimate(audit):
     assert set(per) == {LAYERS * (HEADS + 1 + 1 + HEADS + 1)}
     assert audit[["effect", "atp", "atp_qk", "atp_star", "ig", "relp"]].notna().all(axis=None)
     keys = audit.site.isin(["q", "k"])
-    assert (audit.atp_star >= 0).all() and (audit.relp[keys] == 0).all() and (audit.atp[~keys] == audit.atp_qk[~keys]).all()
+    assert (audit.atp_star >= 0).all() and (audit.relp[keys] == 0).all()
+    np.testing.assert_allclose(audit.atp[~keys], audit.atp_qk[~keys], atol=2e-4)
     assert audit.groupby("pair_id").place.agg(lambda p: (p == "final").sum()).eq(LAYERS * (2 * HEADS + 3)).all()
 
 
