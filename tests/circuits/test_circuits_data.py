@@ -100,8 +100,12 @@ def test_all_edges_together_are_the_other_run(tables):
 def test_the_scoreboard_is_of_every_method_and_circuit():
     board, variants = (pd.read_csv(data_path("circuits", "planted", f"{name}.csv")) for name in ("scoreboard", "variants"))
     assert set(board.groupby(["kind", "method"]).variant.nunique()) == {8} and set(board.variant) == set(variants.name)
-    told = board.set_index(["kind", "method", "variant"])
+    told = board.set_index(["kind", "method", "variant"]).sort_index()
     assert told.exact["nodes", "exact, beside every other"].all()
     masked = {"backup", "cancelled", "spread"}
     for way in ("exact, noising", "exact, denoising"): assert set(told.exact["nodes", way].loc[lambda x: ~x].index) == masked
-    assert (told.result["nodes", "AtP"].loc[["flat", "saturated"]].str.startswith(("0/", "1/"))).all() and told.exact["inputs", "AtP, QK fix"]["saturated"]
+    assert told.result["nodes", "AtP"][["flat", "saturated"]].tolist() == ["0/2", "1/3"] and told.exact["nodes", "AtP*"]["flat"]
+    saturated = {method: told.result["inputs", method]["saturated"] for method in ("AtP", "AtP, QK fix", "IG", "exact, noising")}
+    assert saturated == {"AtP": "0/2", "AtP, QK fix": "1/2", "IG": "2/2", "exact, noising": "2/2"}  # its query is mended, the value before it is not
+    edges = told.result["edges", "exact paths"]
+    assert not edges.str.contains("+", regex=False).any() and set(edges.index[~told.exact["edges", "exact paths"].to_numpy()]) == masked
