@@ -25,7 +25,7 @@ WINGS = {wing: rooms.split() for wing, rooms in {
     "planted": "weights families variants truth scoreboard",
     "results": "estimates effects layers heads correlations summary quantities compare",
     "replication": "published numbers claims verdicts",
-    "figures": "style captions layers pairs comparisons sweeps run_figures comparison_figures methods_figures",
+    "figures": "style captions layers pairs comparisons sweeps run_figures comparison_figures methods_figures circuits_figures",
     "views": "lens_and_attention explorer explorer_state circuitsvis widgets",
     "paper": "chapters pages report",
     "zoo": "corpus training nano micro changed",

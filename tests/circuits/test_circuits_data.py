@@ -1,0 +1,111 @@
+"""The data of the chapter on edges: complete, of the pairs that they say, and the same numbers wherever two files have one."""
+import numpy as np
+import pandas as pd
+import pytest
+
+from bizzaroworld.battery.formats import load_battery
+from bizzaroworld.battery.knowing import pairs_that
+from bizzaroworld.files import data_path
+from bizzaroworld.pipeline import paper_run
+
+FOLDER = data_path("circuits", "gemma-3-270m")
+LAYERS, HEADS = 18, 4
+NAMES = ("cost", "nodes", "split", "sets", "interactions", "cuts")
+
+
+def when(name):
+    """When a component reads and writes, in half layers."""
+    if name in ("embed", "logits"): return -1 if name == "embed" else 2 * LAYERS
+    layer = int(name[1:].partition("H")[0].partition(".")[0])
+    return 2 * layer + name.endswith(".mlp")
+
+
+@pytest.fixture(scope="module")
+def edges(): return pd.read_parquet(FOLDER / "edges.parquet").astype({c: str for c in ("pair_id", "lane", "sender", "receiver")})
+
+
+@pytest.fixture(scope="module")
+def audit(): return pd.read_parquet(FOLDER / "audit.parquet").astype({c: str for c in ("pair_id", "site", "place")})
+
+
+@pytest.fixture(scope="module")
+def tables(): return {name: pd.read_csv(FOLDER / f"{name}.csv") for name in NAMES}
+
+
+def test_pairs_are_those_of_the_battery_that_the_model_ranks_first(edges, audit, tables):
+    known = pairs_that(paper_run().triage, "first_of_all")
+    chosen = list(dict.fromkeys(edges.pair_id))
+    assert set(chosen) == set(known[:len(chosen)]) <= {p.id for p in load_battery()} and len(chosen) >= 8
+    assert set(audit.pair_id) == set(known[:audit.pair_id.nunique()]) and audit.pair_id.nunique() >= 4
+    for name in ("nodes", "split", "sets", "interactions", "cuts"): assert set(tables[name].pair_id) == set(chosen), name
+
+
+def test_both_runs_are_those_of_the_papers_run(edges, audit, tables):
+    triage = paper_run().triage.set_index("pair_id")
+    for table in (edges, audit, tables["nodes"], tables["split"], tables["sets"]):
+        for side in ("clean", "corrupt"): np.testing.assert_allclose(table[side], triage[f"ld_{side}"].loc[table.pair_id], atol=2e-3)
+
+
+def test_every_edge_is_measured_on_every_pair(edges):
+    counted = edges.groupby(["lane", "sender", "receiver"]).pair_id.agg(["size", "nunique"])
+    assert (counted == edges.pair_id.nunique()).all(axis=None) and edges.effect.notna().all()
+    parts = [f"L{l}{part}" for l in range(LAYERS) for part in (*(f"H{h}" for h in range(HEADS)), ".mlp")]
+    heads = [p for p in parts if "H" in p]
+    def all_of(lane, senders, receivers): return {(lane, s, r) for s in senders for r in receivers if when(s) < when(r)}
+    expected = all_of("entity", ["embed", *parts], parts) | all_of("routing", ["embed", *parts], heads) | all_of("final", parts, [*parts, "logits"])
+    assert set(counted.index) == expected
+
+
+def test_effects_are_within_the_swing(edges, audit, tables):
+    for table, most in ((edges, 1.5), (audit, 1.5), (tables["nodes"], 1.5)):
+        assert (table.effect.abs() / (table.corrupt - table.clean).abs()).max() < most
+
+
+def test_the_first_layer_has_the_whole_effect_and_files_agree(audit, tables):
+    nodes = tables["nodes"]
+    whole = nodes[nodes.site == "resid_pre"]
+    np.testing.assert_allclose(whole.effect, whole.corrupt - whole.clean, atol=2e-3)
+    at_end = nodes[(nodes.position == "final") & nodes.site.isin(["z", "mlp_out"])].fillna({"head": -1})
+    other = audit[(audit.place == "final") & audit.site.isin(["z", "mlp_out"])].astype({"head": float}).fillna({"head": -1})
+    on = ["pair_id", "site", "layer", "head"]
+    merged = at_end.merge(other, on=on, suffixes=("", "_audit"))
+    assert len(merged) == audit.pair_id.nunique() * LAYERS * (HEADS + 1)
+    np.testing.assert_allclose(merged.effect, merged.effect_audit, atol=2e-3)
+
+
+def test_the_audit_has_every_node_and_every_estimate(audit):
+    per = audit.groupby(["pair_id", "position"]).size()
+    assert set(per) == {LAYERS * (HEADS + 1 + 1 + HEADS + 1)}
+    assert audit[["effect", "atp", "atp_qk", "atp_star", "ig", "relp"]].notna().all(axis=None)
+    keys = audit.site.isin(["q", "k"])
+    assert (audit.atp_star >= 0).all() and (audit.relp[keys] == 0).all()
+    np.testing.assert_allclose(audit.atp[~keys], audit.atp_qk[~keys], atol=2e-4)
+    assert audit.groupby("pair_id").place.agg(lambda p: (p == "final").sum()).eq(LAYERS * (2 * HEADS + 3)).all()
+
+
+def test_interactions_are_differences_of_effects(tables):
+    both = tables["interactions"]
+    np.testing.assert_allclose(both.interaction, both.both - both.alone_first - both.alone_second, atol=3e-4)
+    nodes = tables["nodes"].query("site == 'z' and position == 'final'").set_index(["pair_id", "layer", "head"]).effect
+    first = both["first"].str.extract(r"L(\d+)H(\d+)").astype(int)
+    np.testing.assert_allclose(both.alone_first, [nodes[key] for key in zip(both.pair_id, first[0], first[1])], atol=2e-3)
+
+
+def test_all_edges_together_are_the_other_run(tables):
+    every = tables["sets"].query("set == 'all'")
+    np.testing.assert_allclose(every.patched, np.where(every.direction == "noising", every.corrupt, every.clean), atol=5e-3)
+    assert set(tables["sets"].direction) == {"noising", "denoising"}
+
+
+def test_the_scoreboard_is_of_every_method_and_circuit():
+    board, variants = (pd.read_csv(data_path("circuits", "planted", f"{name}.csv")) for name in ("scoreboard", "variants"))
+    assert set(board.groupby(["kind", "method"]).variant.nunique()) == {8} and set(board.variant) == set(variants.name)
+    told = board.set_index(["kind", "method", "variant"]).sort_index()
+    assert told.exact["nodes", "exact, beside every other"].all()
+    masked = {"backup", "cancelled", "spread"}
+    for way in ("exact, noising", "exact, denoising"): assert set(told.exact["nodes", way].loc[lambda x: ~x].index) == masked
+    assert told.result["nodes", "AtP"][["flat", "saturated"]].tolist() == ["0/2", "1/3"] and told.exact["nodes", "AtP*"]["flat"]
+    saturated = {method: told.result["inputs", method]["saturated"] for method in ("AtP", "AtP, QK fix", "IG", "exact, noising")}
+    assert saturated == {"AtP": "0/2", "AtP, QK fix": "1/2", "IG": "2/2", "exact, noising": "2/2"}  # its query is mended, the value before it is not
+    edges = told.result["edges", "exact paths"]
+    assert not edges.str.contains("+", regex=False).any() and set(edges.index[~told.exact["edges", "exact paths"].to_numpy()]) == masked
