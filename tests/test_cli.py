@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from bizzaroworld import __version__, cli, console
 from bizzaroworld.model import catalog
 
-COMMANDS = ["study", "triage", "audit", "battery", "models", "claims", "compare", "report", "view"]
+COMMANDS = ["study", "triage", "audit", "battery", "methods", "paths", "attribute", "circuit", "models", "claims", "compare", "report", "view"]
 
 
 def run(*args: str):
