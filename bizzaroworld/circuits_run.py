@@ -166,7 +166,7 @@ def attribution_lines(folder: str | Path, top: int = 5) -> list[str]:
     if (folder / "audit.csv").exists():
         missed = pd.read_csv(folder / "missed.csv")
         for method, rows in pd.read_csv(folder / "audit.csv").groupby("method", sort=False):
-            most = Counter(missed[missed.method == method].intervention.str.rpartition(" @")[0]).most_common(1)
+            most = Counter(text.rpartition(" @")[0] for text in missed[missed.method == method].intervention).most_common(1)
             told.append(f"{method} beside the exact effects: " + "; ".join(f"{row.measure} {row.value:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in rows.itertuples())
                         + (f"; missed most often: {most[0][0]} ({most[0][1]} times)" if most else ""))
     return [chosen_line(folder), *told, *file_lines(folder, {"attribution.csv": "each node and place: means over pairs, with intervals", "attribution.parquet": "each node of each pair, at each token",
