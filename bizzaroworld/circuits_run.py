@@ -106,7 +106,7 @@ def with_places(table: pd.DataFrame, pairs: Sequence[TokenPair]) -> pd.DataFrame
     found = [at.get(key) for key in zip(table.pair_id, table.position)]
     return table.assign(place=found)[pd.notna(found)]
 
-# %% ../nbs/library/08_circuits_run.ipynb #4e62dfff
+# %% ../nbs/library/08_circuits_run.ipynb #a0154e4d
 def run_attribution(model: str | Model, *, methods: Sequence[str] = ("atp", "atp_star"), sites: Sequence[str] | None = SITES, metric: str = "ld", exact: bool = False,
                     top: int = 20, max_rows: int = 8192, **asked) -> Path:
     """Estimated effects of every node at every token; returns the folder.
@@ -134,7 +134,7 @@ def run_attribution(model: str | Model, *, methods: Sequence[str] = ("atp", "atp
     run.write(audited(table, methods, top) if exact else dict.fromkeys(("audit.csv", "missed.csv")))
     return run.folder
 
-# %% ../nbs/library/08_circuits_run.ipynb #a0154e4d
+# %% ../nbs/library/08_circuits_run.ipynb #0605ad0f
 def by_place(table: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
     "Means over pairs of each node, its tokens of one place summed: `node`, `site`, `layer`, `head`, `place`, `method` and the columns of `over_pairs`."
     node = table.intervention.str.rpartition(" @")[0] + " @" + table.place
@@ -157,7 +157,7 @@ def audited(table: pd.DataFrame, methods: Sequence[str], top: int) -> dict[str, 
             rows.append({"method": method, "measure": what, **estimate(values).to_dict()})
     return {"audit.csv": pd.DataFrame(rows), "missed.csv": pd.concat(missed, ignore_index=True)}
 
-# %% ../nbs/library/08_circuits_run.ipynb #c0d86477
+# %% ../nbs/library/08_circuits_run.ipynb #6c59e8bb
 def attribution_lines(folder: str | Path, top: int = 5) -> list[str]:
     "What a run of estimates found, in a few lines."
     folder, told = Path(folder), []
@@ -172,7 +172,7 @@ def attribution_lines(folder: str | Path, top: int = 5) -> list[str]:
     return [chosen_line(folder), *told, *file_lines(folder, {"attribution.csv": "each node and place: means over pairs, with intervals", "attribution.parquet": "each node of each pair, at each token",
             "audit.csv": "each method beside the exact effects", "missed.csv": "which large effects a method ranks low", "triage.csv": "every pair, ranked by TotalSwing"})]
 
-# %% ../nbs/library/08_circuits_run.ipynb #6c59e8bb
+# %% ../nbs/library/08_circuits_run.ipynb #b05f17f3
 def parts_of(model: Model, of: str, at: Sequence[str | int]) -> list:
     "What circuits are made of: heads and MLPs at places, or all edges. Raises `ValueError` for another word."
     if of == "edges": return edges(model)
@@ -187,7 +187,7 @@ def effects_of(run: Opened, parts: list, of: str, metric: str, max_rows: int) ->
     return run.swept("pairs", lambda group: sweep(run.model, group, [Intervention(e) for e in parts], run.direction, progress=False, **asked).to_frame(),
                      8).assign(part=lambda t: t.intervention)
 
-# %% ../nbs/library/08_circuits_run.ipynb #167c412e
+# %% ../nbs/library/08_circuits_run.ipynb #90542b55
 def run_circuit(model: str | Model, *, of: str = "nodes", at: Sequence[str | int] = ("all",), ablation: str = "noising", metric: str = "ld", threshold: float = 0.01, rounds: int = 1,
                 each: bool = False, max_rows: int = 8192, **asked) -> Path:
     """The circuit of a model on its pairs, and what it is worth; returns the folder.
@@ -217,7 +217,7 @@ def run_circuit(model: str | Model, *, of: str = "nodes", at: Sequence[str | int
         if each: write_json(run.folder / "circuit.json", told | {"each": _each(run, circuits, threshold, rounds)})
     return run.folder
 
-# %% ../nbs/library/08_circuits_run.ipynb #cb72902c
+# %% ../nbs/library/08_circuits_run.ipynb #57181f56
 def _whole(run: Opened) -> dict | None:
     "What a folder says of the circuit of these pairs, if that was found."
     if not all((run.folder / file).exists() for file in ("circuit.json", "circuit.csv", "curve.csv", "steps.csv")): return None
@@ -233,7 +233,7 @@ def _telling(run: Opened, circuits: Measured) -> None:
         return ablated(outside)
     circuits.ablated = told
 
-# %% ../nbs/library/08_circuits_run.ipynb #90542b55
+# %% ../nbs/library/08_circuits_run.ipynb #2b1c1c5b
 def _joint(run: Opened, circuits: Measured, effects: pd.DataFrame, threshold: float, rounds: int) -> dict:
     "Write the curve and the circuit of all pairs; returns what `circuit.json` says of them."
     scores = scores_of(effects, circuits)
@@ -256,7 +256,7 @@ def _part_table(circuits: Measured, found: Pruned, effects: pd.DataFrame, scores
     rows = pd.DataFrame([{"part": name(p), "rank": i, "score": scores[p], "kept": p in found.circuit, "alone": alone.get(name(p), np.nan)} for i, p in enumerate(ranking, 1)])
     return rows.merge(over_pairs(effects, "part").drop(columns="share"), on="part", how="left")
 
-# %% ../nbs/library/08_circuits_run.ipynb #57181f56
+# %% ../nbs/library/08_circuits_run.ipynb #99386512
 def _each(run: Opened, circuits: Measured, threshold: float, rounds: int) -> dict | None:
     "Prune each pair alone, those that are missing; write how many pairs share a part, and clusters. Returns the mean Jaccard distances within and between categories."
     alone = {tp.id: tp for tp in run.pairs}
@@ -273,7 +273,7 @@ def _each(run: Opened, circuits: Measured, threshold: float, rounds: int) -> dic
     try: return by_category(found, categories).round(4).to_dict()
     except ValueError: return None  # one category, or no two pairs of one
 
-# %% ../nbs/library/08_circuits_run.ipynb #2b1c1c5b
+# %% ../nbs/library/08_circuits_run.ipynb #1dc4e6eb
 def circuit_lines(folder: str | Path, top: int = 12) -> list[str]:
     "What a run of circuits found, in a few lines."
     folder = Path(folder)
