@@ -132,7 +132,7 @@ def over_pairs(table: pd.DataFrame, by: str, value: str = "effect", at_once: int
 def mean_words(row) -> str:
     "A row of `over_pairs` in words."
     interval = "" if pd.isna(row.low) else f" [{row.low:+.2f}, {row.high:+.2f}]"
-    return f"{row.mean:+.2f}{interval} (n = {row.n}), {row.share:.0%} of the swing"
+    return f"{row.mean:+.2f}{interval} (n = {row.n})" + ("" if pd.isna(row.share) else f", {row.share:.0%} of the swing")
 
 
 def file_lines(folder: Path, known: dict[str, str]) -> list[str]:

@@ -32,8 +32,9 @@ from .patch.sweep import sweep
 from .results.estimates import estimate, estimate_share
 
 # %% auto #0
-__all__ = ['METHODS', 'SITES', 'NODE', 'run_paths', 'paths_lines', 'attributed_by', 'place_of', 'with_places', 'run_attribution',
-           'by_place', 'audited', 'attribution_lines', 'parts_of', 'effects_of', 'run_circuit', 'circuit_lines']
+__all__ = ['METHODS', 'SIZES', 'SITES', 'NODE', 'run_paths', 'paths_lines', 'attributed_by', 'place_of', 'with_places',
+           'run_attribution', 'by_place', 'audited', 'attribution_lines', 'parts_of', 'effects_of', 'run_circuit',
+           'circuit_lines']
 
 # %% ../nbs/library/08_circuits_run.ipynb #78ed9015
 def run_paths(model: str | Model, *, paths: Sequence[str] = (), senders: Sequence[str] | None = None, receivers: Sequence[str] | None = None, sender_at: str | int = "all",
@@ -82,7 +83,7 @@ def paths_lines(folder: str | Path, top: int = 10) -> list[str]:
             *file_lines(folder, {"paths.csv": "each path: its mean effect over pairs, with an interval", "paths.parquet": "each path of each pair", "triage.csv": "every pair, ranked by TotalSwing"})]
 
 # %% ../nbs/library/08_circuits_run.ipynb #20a51039
-METHODS = ("atp", "ig", "relp", "atp_star", "atp_qk", "atp_drop")
+METHODS, SIZES = ("atp", "ig", "relp", "atp_star", "atp_qk", "atp_drop"), ("atp_star", "atp_drop")  # those with GradDrop estimate sizes, without a sign
 SITES = ("q", "k", "v", "z", "mlp_out")
 NODE = ["pair_id", "site", "layer", "head", "position", "metric", "direction", "clean", "corrupt", "intervention"]
 
@@ -136,12 +137,14 @@ def run_attribution(model: str | Model, *, methods: Sequence[str] = ("atp", "atp
 
 # %% ../nbs/library/08_circuits_run.ipynb #0605ad0f
 def by_place(table: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
-    "Means over pairs of each node, its tokens of one place summed: `node`, `site`, `layer`, `head`, `place`, `method` and the columns of `over_pairs`."
+    """Means over pairs of each node, its tokens of one place summed: `node`, `site`, `layer`, `head`, `place`, `method` and the columns of `over_pairs`. Sizes, which
+    have no sign, have no share of the swing."""
     node = table.intervention.str.rpartition(" @")[0] + " @" + table.place
     summed = table.assign(node=node).groupby(["pair_id", "node"], sort=False).agg({"site": "first", "layer": "first", "head": "first", "place": "first", "clean": "first", "corrupt": "first",
                                                                                    "direction": "first", **dict.fromkeys(methods, "sum")}).reset_index()
     what = summed[["node", "site", "layer", "head", "place"]].drop_duplicates()
-    return pd.concat([what.merge(over_pairs(summed, "node", m), on="node", how="right").assign(method=m) for m in methods], ignore_index=True)
+    found = pd.concat([what.merge(over_pairs(summed, "node", m), on="node", how="right").assign(method=m) for m in methods], ignore_index=True)
+    return found.assign(share=found.share.where(~found.method.isin(SIZES)))
 
 
 def audited(table: pd.DataFrame, methods: Sequence[str], top: int) -> dict[str, pd.DataFrame]:
@@ -162,13 +165,13 @@ def attribution_lines(folder: str | Path, top: int = 5) -> list[str]:
     "What a run of estimates found, in a few lines."
     folder, told = Path(folder), []
     for method, rows in pd.read_csv(folder / "attribution.csv").groupby("method", sort=False):
-        told += [f"{method}, the largest of {count_words(len(rows), 'node')}:", *(f"  {row.node}: {mean_words(row)}" for row in rows.head(top).itertuples())]
+        told += [f"{method}{' (sizes)' * (method in SIZES)}, the largest of {count_words(len(rows), 'node')}:", *(f"  {row.node}: {mean_words(row)}" for row in rows.head(top).itertuples())]
     if (folder / "audit.csv").exists():
         missed = pd.read_csv(folder / "missed.csv")
         for method, rows in pd.read_csv(folder / "audit.csv").groupby("method", sort=False):
             most = Counter(text.rpartition(" @")[0] for text in missed[missed.method == method].intervention).most_common(1)
             told.append(f"{method} beside the exact effects: " + "; ".join(f"{row.measure} {row.value:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in rows.itertuples())
-                        + (f"; missed most often: {most[0][0]} ({most[0][1]} times)" if most else ""))
+                        + (f"; missed most often: {most[0][0]} ({count_words(most[0][1], 'time')})" if most else ""))
     return [chosen_line(folder), *told, *file_lines(folder, {"attribution.csv": "each node and place: means over pairs, with intervals", "attribution.parquet": "each node of each pair, at each token",
             "audit.csv": "each method beside the exact effects", "missed.csv": "which large effects a method ranks low", "triage.csv": "every pair, ranked by TotalSwing"})]
 

@@ -162,6 +162,7 @@ def test_a_place_is_the_sum_of_its_tokens(ranked, estimated):
     (row,) = means[(means.node == "L2 mlp_out @between") & (means.method == "atp")].itertuples()
     assert row.mean == pytest.approx(summed.mean(), abs=1e-5) and row.n == len(summed)
     assert set(means.method) == {"atp", "atp_star", "exact"}
+    assert set(means.method[means.share.isna()]) == {"atp_star"} and (means["mean"][means.method == "atp_star"] >= 0).all(), "sizes have no sign, and no share of the swing"
 
 
 def test_the_audit_is_by_rank_and_names_what_was_missed(estimated):
