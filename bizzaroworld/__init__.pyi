@@ -7,6 +7,7 @@ from .circuits.edge_sets import edge_sets as edge_sets
 from .circuits.interactions import interactions as interactions, shapley as shapley
 from .circuits.knockout import knockout as knockout
 from .circuits.paths import edges as edges, path_effects as path_effects
+from .circuits_run import run_attribution as run_attribution, run_circuit as run_circuit, run_paths as run_paths
 from .methods.attention import attention_to as attention_to
 from .methods.cross_model import cross_patch as cross_patch
 from .methods.detections import detection_table as detection_table, detections as detections, warnings_of as warnings_of

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from bizzaroworld import __version__, cli, console
 from bizzaroworld.model import catalog
 
-COMMANDS = ["study", "triage", "audit", "battery", "models", "claims", "compare", "report", "view"]
+COMMANDS = ["study", "triage", "audit", "battery", "methods", "paths", "attribute", "circuit", "models", "claims", "compare", "report", "view"]
 
 
 def run(*args: str):
@@ -90,7 +90,7 @@ def test_study_defaults(stand_in):
     assert run("study", "-m", "google/gemma-2b").exit_code == 0
     (name, options), (_, other) = calls
     assert name == "bizzaro-nano"
-    assert (options["dtype"], options["direction"], options["max_rows"], options["controls"]) == ("float32", "noising", 1024, None)
+    assert (options["dtype"], options["direction"], options["max_rows"], options["controls"]) == ("float32", "noising", 8192, None)
     assert other["out"] is None, "the library chooses the folder"
     assert reports == 2 * [("runs/default", None)], "the paper about the run, in the run folder"
 

@@ -11,7 +11,7 @@ import pytest
 import bizzaroworld as bw
 
 NAMES = ("Desideratum Edit Intervention Noise PromptPair Task ability align attention_to audit claims compare cross_patch detection_table detections edge_sets edges forecast grid interactions knockout load_battery load_model make_task "
-         "mean_values multiverse only_right open_run path_effects report run_methods run_study shapley sweep train_mask triage variance_explained warnings_of").split()
+         "mean_values multiverse only_right open_run path_effects report run_attribution run_circuit run_methods run_paths run_study shapley sweep train_mask triage variance_explained warnings_of").split()
 
 
 def test_the_names():

@@ -232,6 +232,7 @@ def open_run(folder: str | Path | Run) -> Run:
         raise RunError(f"A {type(folder).__name__} is no run. Give a run folder, or the name of one that comes along: "
                        f"{', '.join(shipped_runs()) or 'none'}.") from error
     info = read_info(folder)
+    if command := (info.get("options") or {}).get("command"): raise RunError(f"{folder} holds what `bizzaroworld {command}` found, not a study.")
     if not (folder / "effects.parquet").is_file():
         raise RunError(f"The study in {folder} is not finished. Run the same command again: it does only what is missing.")
     return Run(folder, info)

@@ -1,0 +1,272 @@
+"""The commands about circuits, end to end on the embedded model: what a folder holds, that it goes on where it was stopped, and what it refuses."""
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from typer.testing import CliRunner
+
+from bizzaroworld import circuits_folder, circuits_run
+from bizzaroworld.battery.formats import load_battery, load_spares
+from bizzaroworld.battery.triage import triage
+from bizzaroworld.circuits.attribution import attribution
+from bizzaroworld.circuits.faithfulness import NodeCircuits, nodes_at
+from bizzaroworld.circuits.paths import path_effects
+from bizzaroworld.circuits.search import prune
+from bizzaroworld.circuits_folder import CircuitsError, over_pairs
+from bizzaroworld.circuits_run import attribution_lines, circuit_lines, paths_lines, place_of, run_attribution, run_circuit, run_paths
+from bizzaroworld.cli import app
+from bizzaroworld.model.load import load_model
+from bizzaroworld.patch.interventions import Edit
+from bizzaroworld.patch.sweep import sweep
+from bizzaroworld.results.estimates import estimate
+from bizzaroworld.study.runs import RunError, open_run
+
+TO = dict(receivers=["logits"], n=3)
+PLACES = dict(at=["entity", "final"], n=4)
+
+
+@pytest.fixture(scope="module")
+def nano(): return load_model("bizzaro-nano")
+
+
+@pytest.fixture(scope="module")
+def ranked(nano):
+    """The pairs that a run takes, best first."""
+    return triage(nano, load_battery(), load_spares()).golden("C", "preferred")
+
+
+def save_battery(pairs, path): path.write_text(json.dumps([asdict(p) for p in pairs]))
+
+
+@pytest.fixture
+def loaded(nano, monkeypatch):
+    """The commands get the model that is loaded already."""
+    asked = []
+    monkeypatch.setattr(circuits_folder, "load_model", lambda name, **how: asked.append(name) or nano)
+    return asked
+
+
+def stamps(folder): return {p: p.stat().st_mtime_ns for part in ("pairs", "estimates", "exact", "circuits") for p in (folder / part).rglob("*.parquet")}
+
+
+@pytest.fixture(scope="module")
+def to_logits(nano, tmp_path_factory): return run_paths(nano, out=tmp_path_factory.mktemp("paths") / "run", **TO)
+
+
+def test_paths_are_those_of_the_library_on_the_best_known_pairs(nano, ranked, to_logits):
+    table, means = pd.read_parquet(to_logits / "paths.parquet"), pd.read_csv(to_logits / "paths.csv")
+    assert list(table.pair_id.unique()) == [tp.id for tp in ranked[:3]] and set(table.receiver) == {"logits"}
+    path = means.path[0]
+    direct = path_effects(nano, ranked[:3], path)
+    assert np.allclose(table.effect[table.path == path], direct.effects()[:, 0], atol=1e-5)
+    expected = estimate(direct.effects()[:, 0])
+    assert np.allclose(means.loc[0, ["mean", "low", "high"]].astype(float), [expected.value, expected.low, expected.high], atol=1e-4)
+    assert means.share[0] == pytest.approx(direct.effects().mean() / (direct.corrupt - direct.clean).mean(), abs=1e-5)
+    assert means["mean"].abs().is_monotonic_decreasing and len(means) == 1 + 8 * (nano.n_heads + 1)
+    told = paths_lines(to_logits)
+    assert "3 pairs" in told[0] and "preferred on both prompts" in told[0] and path in told[2]
+
+
+def test_a_run_that_was_stopped_does_only_what_is_missing(nano, to_logits, tmp_path, monkeypatch):
+    def stop(done, total, note):
+        if done == 2: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): run_paths(nano, out=tmp_path / "r", progress=stop, **TO)
+    before = stamps(tmp_path / "r")
+    assert len(before) == 2 and not (tmp_path / "r" / "paths.csv").exists()
+    (tmp_path / "r" / "pairs" / "half.parquet.tmp").write_text("cut off")
+    run_paths(nano, out=tmp_path / "r", **TO)
+    assert stamps(tmp_path / "r").items() >= before.items() and len(stamps(tmp_path / "r")) == 3
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "r" / "paths.parquet"), pd.read_parquet(to_logits / "paths.parquet"), atol=1e-5)
+    monkeypatch.setattr(circuits_run, "path_effects", None)
+    run_paths(nano, out=tmp_path / "r", **TO)
+
+
+def test_more_pairs_may_be_asked_for_later(nano, to_logits, tmp_path):
+    run_paths(nano, out=tmp_path / "r", receivers=["logits"], n=1)
+    assert pd.read_csv(tmp_path / "r" / "paths.csv").low.isna().all(), "one pair tells no interval"
+    before = stamps(tmp_path / "r")
+    run_paths(nano, out=tmp_path / "r", **TO)
+    assert stamps(tmp_path / "r").items() >= before.items()
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "r" / "paths.csv"), pd.read_csv(to_logits / "paths.csv"), atol=1e-5)
+
+
+def test_a_damaged_file_is_made_anew(nano, to_logits):
+    table = pd.read_parquet(to_logits / "paths.parquet")
+    file = sorted((to_logits / "pairs").iterdir())[0]
+    file.write_bytes(file.read_bytes()[:100])
+    run_paths(nano, out=to_logits, **TO)
+    pd.testing.assert_frame_equal(pd.read_parquet(to_logits / "paths.parquet"), table, atol=1e-5)
+
+
+@pytest.mark.parametrize("other, told", [
+    (lambda folder: run_paths("bizzaro-nano-local", out=folder, **TO), "model differs"), (lambda folder: run_paths("bizzaro-nano", out=folder, direction="denoising", **TO), "direction 'noising', not 'denoising'"),
+    (lambda folder: run_paths("bizzaro-nano", out=folder, receivers=["L7.mlp"]), r"receivers \['logits'\], not \['L7.mlp'\]"), (lambda folder: run_paths("bizzaro-nano", out=folder, known="all", **TO), "known 'preferred', not 'all'"),
+    (lambda folder: run_attribution("bizzaro-nano", out=folder), "command 'paths', not 'attribute'"), (lambda folder: run_circuit("bizzaro-nano", out=folder), "command 'paths', not 'circuit'")])
+def test_another_runs_folder_is_refused_by_what_differs(to_logits, other, told):
+    before = {p: p.read_bytes() for p in to_logits.rglob("*") if p.is_file()}
+    with pytest.raises(RunError, match=told): other(to_logits)
+    assert {p: p.read_bytes() for p in to_logits.rglob("*") if p.is_file()} == before
+
+
+def test_another_battery_is_another_run(nano, to_logits, tmp_path):
+    save_battery(load_battery()[:10], tmp_path / "few.json")
+    with pytest.raises(RunError, match="battery_sha256 differs"): run_paths(nano, battery=tmp_path / "few.json", out=to_logits, **TO)
+
+
+def test_a_folder_of_paths_is_no_study(to_logits):
+    with pytest.raises(RunError, match="bizzaroworld paths.*not a study"): open_run(to_logits)
+
+
+def test_means_over_pairs_are_over_those_that_have_the_row():
+    rows = pd.DataFrame({"pair_id": list("abcab"), "node": ["x"] * 3 + ["y"] * 2, "effect": [-4.0, -3.0, -5.0, -0.5, 0.1], "clean": 4.0, "corrupt": [-4.0, -4.0, -5.0, -4.0, -4.0], "direction": "noising"})
+    found = over_pairs(rows, "node").set_index("node")
+    assert list(found.index) == ["x", "y"] and list(found.n) == [3, 2]
+    assert found["mean"].tolist() == pytest.approx([-4, -0.2]) and found.share.tolist() == pytest.approx([4 / (25 / 3), 0.2 / 8])
+    assert found.low.x == pytest.approx(estimate([-4.0, -3.0, -5.0]).low)
+    pd.testing.assert_frame_equal(over_pairs(rows, "node", at_once=1), over_pairs(rows, "node"))
+    assert over_pairs(rows.assign(direction="denoising"), "node").share.tolist() == pytest.approx((-found.share).tolist())
+
+
+@pytest.fixture(scope="module")
+def estimated(nano, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("attribution") / "run"
+    run_attribution(nano, methods=["atp"], sites=["z", "mlp_out"], n=3, out=folder)
+    assert not (folder / "audit.csv").exists()
+    before = stamps(folder)
+    run_attribution(nano, methods=["atp", "atp_star"], sites=["z", "mlp_out"], n=3, out=folder, exact=True, top=10)
+    assert stamps(folder).items() >= before.items(), "methods and exact effects are added to what is there"
+    return folder
+
+
+def test_estimates_and_exact_effects_are_those_of_the_library(nano, ranked, estimated):
+    table = pd.read_parquet(estimated / "attribution.parquet")
+    tp = ranked[1]
+    one = attribution(nano, tp, sites=["z", "mlp_out"]).to_frame().set_index("intervention").effect
+    rows = table[table.pair_id == tp.id].set_index("intervention")
+    assert np.allclose(rows.atp, one[rows.index], atol=1e-4)
+    assert one.drop(rows.index).abs().max() < 1e-6, "only tokens before the prompts part are left out"
+    node = rows.exact.abs().idxmax()
+    e = rows.loc[node]
+    assert e.exact == pytest.approx(sweep(nano, tp, Edit(e.site, int(e.layer), int(e.position), None if pd.isna(e["head"]) else int(e["head"]))).to_frame().effect[0], abs=1e-4)
+
+
+def test_a_place_is_the_sum_of_its_tokens(ranked, estimated):
+    table, means = pd.read_parquet(estimated / "attribution.parquet"), pd.read_csv(estimated / "attribution.csv")
+    places = {(tp.id, str(p)): place_of(tp, p) for tp in ranked[:3] for p in range(len(tp.clean_ids))}
+    assert [places[key] for key in zip(table.pair_id, table.position)] == list(table.place)
+    for tp in ranked[:3]: assert place_of(tp, tp.entity_span[1] - 1) == "entity" and place_of(tp, len(tp.clean_ids) - 1) == "final" and place_of(tp, 0) == "before"
+    summed = table[(table.place == "between") & (table.site == "mlp_out") & (table.layer == 2)].groupby("pair_id").atp.sum()
+    (row,) = means[(means.node == "L2 mlp_out @between") & (means.method == "atp")].itertuples()
+    assert row.mean == pytest.approx(summed.mean(), abs=1e-5) and row.n == len(summed)
+    assert set(means.method) == {"atp", "atp_star", "exact"}
+    assert set(means.method[means.share.isna()]) == {"atp_star"} and (means["mean"][means.method == "atp_star"] >= 0).all(), "sizes have no sign, and no share of the swing"
+
+
+def test_the_audit_is_by_rank_and_names_what_was_missed(estimated):
+    table, audit, missed = pd.read_parquet(estimated / "attribution.parquet"), pd.read_csv(estimated / "audit.csv"), pd.read_csv(estimated / "missed.csv")
+    for method in ("atp", "atp_star"):
+        by = [rows for _, rows in table.groupby("pair_id")]
+        found = audit[audit.method == method].set_index("measure").value
+        assert found["rank correlation"] == pytest.approx(np.mean([stats.spearmanr(r.exact.abs(), r[method].abs())[0] for r in by]), abs=1e-4)
+        tops = [set(r.exact.abs().nlargest(10).index) - set(r[method].abs().nlargest(10).index) for r in by]
+        assert found["of the 10 largest"] == pytest.approx(np.mean([10 - len(t) for t in tops]), abs=1e-4)
+        lost = {(table.pair_id[i], table.intervention[i]) for t in tops for i in t}
+        assert lost == set(zip(missed.pair_id[missed.method == method], missed.intervention[missed.method == method]))
+    assert any("beside the exact effects: rank correlation" in line for line in attribution_lines(estimated))
+
+
+@pytest.fixture(scope="module")
+def found(nano, tmp_path_factory): return run_circuit(nano, out=tmp_path_factory.mktemp("circuit") / "run", **PLACES)
+
+
+def test_a_circuit_is_that_of_the_library(nano, ranked, found):
+    told, table, curve = json.loads((found / "circuit.json").read_text()), pd.read_csv(found / "circuit.csv"), pd.read_csv(found / "curve.csv")
+    parts = nodes_at(nano, ["entity", "final"])
+    circuits = NodeCircuits(nano, ranked[:4], parts)
+    expected = prune(circuits, 0.01)
+    assert set(told["circuit"]) == set(map(str, expected.circuit)) == set(table.part[table.kept]) and 0 < len(told["circuit"]) < len(parts) == told["parts"]
+    assert told["faithfulness"] == pytest.approx(circuits.faithfulness([expected.circuit])[0], abs=1e-3) and told["low"] <= told["faithfulness"] <= told["high"]
+    assert curve.groupby("ranking").faithfulness.last().tolist() == pytest.approx([1, 1])
+    best = table.iloc[0]
+    effects = sweep(nano, ranked[:4], next(p for p in parts if str(p) == best.part), progress=False)
+    assert best["rank"] == 1 and best["mean"] == pytest.approx((effects.patched - effects.clean[:, None]).mean(), abs=1e-4)
+    assert table.alone.notna().equals(table.kept) and f"{len(told['circuit'])} of {len(parts)} parts" in circuit_lines(found)[1]
+
+
+def test_a_circuit_that_was_found_is_not_looked_for_again(nano, found, monkeypatch):
+    before = {p: p.read_bytes() for p in found.rglob("*") if p.is_file()}
+    monkeypatch.setattr(circuits_run, "prune", None), monkeypatch.setattr(circuits_run, "sweep", None)
+    run_circuit(nano, out=found, **PLACES)
+    assert {p: p.read_bytes() for p in found.rglob("*") if p.is_file()} == before
+    with pytest.raises(TypeError): run_circuit(nano, out=found, **PLACES | {"n": 5})
+
+
+def test_circuits_of_each_pair_are_added_and_resumed(nano, ranked, tmp_path):
+    folder, final = tmp_path / "run", dict(at="final", n=3)
+    def stop(done, total, note):
+        if note == "circuits" and done == 2: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): run_circuit(nano, out=folder, each=True, progress=stop, **final)
+    assert len(list((folder / "circuits").iterdir())) == 2 and not (folder / "circuits.csv").exists()
+    before = stamps(folder)
+    run_circuit(nano, out=folder, each=True, **final)
+    assert stamps(folder).items() >= before.items()
+    shares, clusters = pd.read_csv(folder / "circuits.csv"), pd.read_csv(folder / "clusters.csv")
+    alone = set(map(str, prune(NodeCircuits(nano, [ranked[2]], nodes_at(nano, "final")), 0.01).circuit))
+    mine = pd.read_parquet(folder / "circuits" / f"{ranked[2].id}.parquet")
+    assert set(mine.part[mine.kept]) == alone and alone <= set(shares.part)
+    assert shares.pairs.max() <= 3 and np.allclose(shares.value, shares.pairs / 3, atol=1e-4) and list(clusters.pair_id) == [tp.id for tp in ranked[:3]]
+    assert clusters["size"][2] == len(alone) and "each" in json.loads((folder / "circuit.json").read_text())
+    run_circuit(nano, out=folder, **final | {"n": 4})
+    assert not (folder / "clusters.csv").exists() and "each" not in json.loads((folder / "circuit.json").read_text()), "what is said of three pairs is not said of four"
+
+
+@pytest.mark.slow
+def test_a_circuit_of_edges(nano, tmp_path):
+    """One pair on the embedded model: what is kept is among the edges, and the whole of them is the model."""
+    folder = run_circuit(nano, of="edges", n=1, threshold=0.02, out=tmp_path / "run")
+    told = json.loads((folder / "circuit.json").read_text())
+    assert told["circuit"] and all(" -> " in part for part in told["circuit"]) and "low" not in told
+    assert pd.read_csv(folder / "curve.csv").query("share == 1").faithfulness.tolist() == pytest.approx([1, 1], abs=1e-4)
+
+
+@pytest.mark.parametrize("options, told", [
+    (["paths", "--path", "L3.mlp -> L2H0.q"], "There is no path from L3.mlp"), (["paths", "--path", "L99.mlp -> logits"], "has layers 0 to 7"), (["paths", "--senders", "nobody"], "'nobody' is no component"),
+    (["paths", "--metrics", "loss"], "Unknown metric 'loss'"), (["paths", "--sender-at", "middle"], "Unknown position 'middle'"), (["paths", "--sender-at", "final", "--receiver-at", "entity"], "nothing changes from senders"),
+    (["paths", "--path", "embed -> logits", "--senders", "embed"], "not both"), (["paths", "--senders", "L7.mlp", "--receivers", "L0.mlp"], "No edge leads"), (["paths", "--metrics", ""], "one metric or more"),
+    (["attribute", "--methods", "eap"], "Unknown method 'eap'"), (["attribute", "--metric", "rank"], "'rank' has no gradient"), (["attribute", "--sites", "heads"], "Unknown site 'heads'"), (["attribute", "--methods", ""], "Unknown method"),
+    (["circuit", "--at", "middle"], "Unknown position 'middle'"), (["circuit", "--threshold", "0"], "threshold above 0"), (["circuit", "--metric", "loss"], "Unknown metric 'loss'"), (["circuit", "--at", ""], "one place or more")])
+def test_bad_options_are_named_and_leave_no_folder(loaded, options, told, tmp_path):
+    done = CliRunner().invoke(app, [*options, "--pairs", "2", "--out", str(tmp_path / "new")])
+    assert done.exit_code == 2 and told in done.output and "Traceback" not in done.output and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("asked, told", [(dict(known="some"), "Unknown set of pairs 'some'"), (dict(direction="up"), "Unknown direction 'up'"), (dict(n=0), "0 pairs")])
+def test_what_the_command_line_would_refuse_the_functions_do(nano, asked, told, tmp_path):
+    with pytest.raises(CircuitsError, match=told): run_paths(nano, out=tmp_path / "new", **asked)
+
+
+def test_a_battery_that_the_model_does_not_know_is_said(nano, tmp_path):
+    """All answers the wrong way around: the model prefers none."""
+    save_battery([replace(p, clean_target=p.corrupt_target, corrupt_target=p.clean_target) for p in load_battery()[:6]], tmp_path / "wrong.json")
+    done = CliRunner().invoke(app, ["paths", "--battery", str(tmp_path / "wrong.json"), "--out", str(tmp_path / "new")])
+    assert done.exit_code == 2 and "none is preferred on both prompts" in done.output and not (tmp_path / "new").exists()
+
+
+def test_pairs_that_the_tokenizer_cannot_align_are_told(nano, tmp_path):
+    pairs = load_battery()[:6]
+    save_battery([replace(pairs[0], clean_prompt="Well, " + pairs[0].clean_prompt), *pairs[1:]], tmp_path / "one.json")
+    folder = run_paths(nano, paths=["embed -> logits"], battery=tmp_path / "one.json", n=2, out=tmp_path / "run")
+    assert "cannot align 1 pair; 0 replaced" in paths_lines(folder)[0] and pd.read_csv(folder / "excluded.csv").pair_id.tolist() == [pairs[0].id]
+
+
+@pytest.mark.parametrize("options, files", [
+    (["paths", "--receivers", "logits"], ["paths.csv", "paths.parquet"]), (["attribute", "--sites", "mlp_out", "--exact"], ["attribution.csv", "audit.csv", "missed.csv"]),
+    (["circuit", "--at", "-1", "--ablation", "mean"], ["circuit.json", "circuit.csv", "curve.csv", "steps.csv"])])
+def test_the_commands(loaded, options, files, tmp_path):
+    done = CliRunner().invoke(app, [*options, "--pairs", "2", "--out", str(tmp_path / "run")])
+    assert done.exit_code == 0 and loaded == ["bizzaro-nano"], done.output
+    assert done.stdout.startswith("bizzaro-nano, 2 pairs: the 2 with the largest TotalSwing") and all(str(tmp_path / "run" / f) in done.stdout or f == "circuit.json" for f in files)
+    assert all((tmp_path / "run" / f).exists() for f in files) and json.loads((tmp_path / "run" / "run.json").read_text())["options"]["command"] == options[0]
