@@ -14,7 +14,6 @@ from bizzaroworld.model.load import load_model
 from bizzaroworld.patch.interventions import grid
 from bizzaroworld.patch.noise import Noise
 from bizzaroworld.patch.sweep import sweep
-from bizzaroworld.tasks.ability import ability
 from bizzaroworld.tasks.registry import make_task
 
 SMALL = Settings(metrics=("ld", "prob"), widths=(1, 3), draws=2, group=2)
@@ -177,10 +176,12 @@ def test_long_subjects_give_the_ratio_of_last_to_middle_token(model, tmp_path):
     assert ratio["last"][0] / ratio["middle"][0] == pytest.approx(peak("entity") / peak("subject_middle"), rel=1e-4)
 
 
-def test_known_pairs_are_ranked_first(model):
+def test_known_pairs_are_ranked_first(model, monkeypatch):
     """A pool is as large as the task allows; of it only pairs that are right stay, in their order."""
     from bizzaroworld.methods_run import _made
+    from bizzaroworld.tasks import ability as room
+    real = room._runs
+    monkeypatch.setattr(room, "_runs", lambda *asked: real(*asked).assign(first=lambda t: t.index % 3 == 1))  # the embedded model knows them all
     made, said = _made(model, "paired_facts", 6, 0, None, True)
     pool = make_task("paired_facts", model, 48)
-    right = ability(model, pool).table.set_index("pair_id")["first"]
-    assert [tp.id for tp in made.pairs] == [tp.id for tp in pool.pairs if right[tp.id]][:6] and said.startswith(" Chosen: of 48 pairs") and not right.all()
+    assert [tp.id for tp in made.pairs] == [tp.id for tp in pool.pairs][1::3][:6] and said.startswith(" Chosen: of 48 pairs the first 6")
