@@ -19,6 +19,7 @@ from .battery.formats import load_battery, load_spares
 from .battery.knowing import DEGREES
 from .battery.tokens import TokenPair, notes_lines
 from .battery.triage import Triage, triage
+from .console import count_words
 from .files import write_json, write_table
 from .model.hooked import Model
 from .model.load import load_model
@@ -28,8 +29,8 @@ from .results.estimates import estimate_means
 from .study.runs import claim, is_done
 
 # %% auto #0
-__all__ = ['KNOWN', 'CircuitsError', 'named', 'Opened', 'opened', 'count_words', 'chosen_words', 'over_pairs', 'mean_words',
-           'file_lines', 'chosen_line']
+__all__ = ['KNOWN', 'CircuitsError', 'named', 'Opened', 'opened', 'chosen_words', 'over_pairs', 'mean_words', 'file_lines',
+           'chosen_line']
 
 # %% ../nbs/library/07_circuits_folder.ipynb #370d774a
 KNOWN = (*DEGREES, "all")
@@ -100,9 +101,6 @@ def opened(command: str, model: str | Model, settings: dict, check: Callable[[Mo
     return Opened(folder, model, result, there[:n], there, direction, progress)
 
 # %% ../nbs/library/07_circuits_folder.ipynb #67f69af5
-def count_words(n: int, thing: str) -> str: return f"{n} {thing}{'s' * (n != 1)}"
-
-
 def chosen_words(result: Triage, known: int, n: int, degree: str) -> str:
     "How the pairs of a run were chosen, and which could not be used."
     of = f"the {n} with the largest TotalSwing" if n < known else "all"

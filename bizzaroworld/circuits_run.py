@@ -22,7 +22,8 @@ from .circuits.gradients import DIFFERENTIABLE, nodes_of
 from .circuits.paths import edges, path_effects
 from .circuits.search import Pruned, by_category, clusters, membership, prune, ranked, scores_of
 from .circuits.search_baselines import overlooked
-from .circuits_folder import CircuitsError, Opened, chosen_line, count_words, file_lines, mean_words, named, opened, over_pairs
+from .console import count_words
+from .circuits_folder import CircuitsError, Opened, chosen_line, file_lines, mean_words, named, opened, over_pairs
 from .files import write_json, write_table
 from .model.hooked import Model
 from .patch.hops import as_path

@@ -14,7 +14,7 @@ import typer
 
 from . import __version__
 from .circuits_command import attribute, circuit, paths
-from .console import print_frame, print_table, progress, reported, save
+from .console import count_words, print_frame, print_table, progress, reported, save
 from .methods_command import methods
 from .options import (BatteryFile, Bos, Chat, Debug, Device, Direction, Dtype, ModelName, MultiToken, Revision,
                                   RunName, RunNames, TableFile)
@@ -81,8 +81,6 @@ def study(model: ModelName = "bizzaro-nano", battery: BatteryFile = None,
             for line in closing_lines(folder): typer.echo(line)
 
 # %% ../nbs/library/10_cli.ipynb #27b87c7e
-def _count(n: int, thing: str) -> str: return f"{n} {thing}{'s' * (n != 1)}"
-
 def _pairs(battery: Path | None) -> tuple[list, list]:
     "The pairs of a battery file (or the shipped battery), and the shipped spares that are not among them."
     from bizzaroworld.battery.formats import load_battery, load_spares
@@ -117,7 +115,7 @@ def triage(model: ModelName = "bizzaro-nano", battery: BatteryFile = None,
         if chat: pairs, spares = in_chat(loaded, pairs), in_chat(loaded, spares)
         result = run_triage(loaded, pairs, spares, bos=bos, multi_token=multi_token)
         print_frame(result.table.head(top), ["rank", "total_swing", "ld_clean", "ld_corrupt", "pair_id"])
-        typer.echo(f"{_count(len(result.table), 'pair')} ranked, {len(result.excluded)} excluded. {result.line}")
+        typer.echo(f"{count_words(len(result.table), 'pair')} ranked, {len(result.excluded)} excluded. {result.line}")
         for line in notes_lines(result.table.warnings): typer.echo(line)
         if out: save(result.table, out)
 
@@ -180,7 +178,7 @@ def battery(out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", dir
         built.save(out)
         notes.unlink(missing_ok=True)
         print_frame(built.summary(), ["degree", "pairs"])
-        typer.echo(f"{_count(len(built.pairs), 'pair')} of {_count(built.table.relation.nunique(), 'relation')}. Wrote {out}")
+        typer.echo(f"{count_words(len(built.pairs), 'pair')} of {count_words(built.table.relation.nunique(), 'relation')}. Wrote {out}")
 
 # %% ../nbs/library/10_cli.ipynb #6b1d0b02
 for command in (methods, paths, attribute, circuit): app.command()(command)

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 # %% auto #0
-__all__ = ['Advance', 'exit_code', 'reported', 'progress', 'print_table', 'print_frame', 'save']
+__all__ = ['Advance', 'exit_code', 'reported', 'progress', 'count_words', 'print_table', 'print_frame', 'save']
 
 # %% ../nbs/library/03_console.ipynb #5558e094
 def exit_code(error: BaseException) -> int:
@@ -62,6 +62,11 @@ def progress(title: str) -> Iterator[Advance]:
         yield advance
 
 # %% ../nbs/library/03_console.ipynb #5bd85323
+def count_words(n: int, thing: str) -> str:
+    "`1 pair`, `2 pairs`."
+    return f"{n} {thing}{'s' * (n != 1)}"
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, float): return "" if math.isnan(value) else f"{value:.2f}"
     return "" if value is None else str(value)

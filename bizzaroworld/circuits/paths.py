@@ -20,9 +20,9 @@ from ..model.hooked import Model
 from ..patch.forecast import DIRECTIONS
 from ..patch.hops import Node, Path, as_node, as_path, check_node, end_of, follow, reaches, two_runs
 from ..patch.interventions import Edit, Intervention, positions_of
-from ..patch.metrics import check_metrics, effect, recovery
+from ..patch.metrics import check_metrics, effect
 from ..patch.passes import as_token_pairs
-from ..patch.sweep import sweep
+from ..patch.sweep import sweep, tidy
 
 # %% auto #0
 __all__ = ['CHANGED', 'senders_of', 'receivers_of', 'edges', 'edit_of', 'name_of', 'PathEffects', 'path_effects']
@@ -106,15 +106,8 @@ class PathEffects:
     def to_frame(self) -> pd.DataFrame:
         """A row per pair x path x metric: `path`, its `sender` and `receiver` (the last), `hops`, and `clean`, `corrupt`, `patched`, `effect`, `recovery` as in
         the table of a `Sweep`."""
-        n, k, m = self.patched.shape
-        what = pd.DataFrame([(name_of(p), str(p[0]), str(p[-1]), len(p) - 1) for p in self.paths], columns=["path", "sender", "receiver", "hops"])
-        out = what.loc[np.tile(np.repeat(np.arange(k), m), n)].reset_index(drop=True)
-        out.insert(0, "pair_id", np.repeat(self.pair_ids, k * m))
-        out["metric"] = np.tile(self.metrics, n * k)
-        for side in ("clean", "corrupt"): out[side] = np.repeat(getattr(self, side)[:, None], k, 1).ravel()
-        out["patched"] = self.patched.ravel()
-        out["effect"] = effect(out.patched, out.clean if self.direction == "noising" else out.corrupt)
-        return out.assign(recovery=recovery(out.patched, out.clean, out.corrupt), direction=self.direction)
+        what = [(name_of(p), str(p[0]), str(p[-1]), len(p) - 1) for p in self.paths]
+        return tidy(pd.DataFrame(what, columns=["path", "sender", "receiver", "hops"]), self)
 
     def matrix(self, pair_id: str | None = None, metric: str | None = None) -> pd.DataFrame:
         "Effects of edges as senders x receivers, of one pair or the mean over all; not a number where there is no edge."

@@ -134,7 +134,7 @@ class Reader:
             over, answer = torch.gt(logits, self.best, out=self.room), self.answer - self.start
             own = over.gather(-1, answer.clamp(0, n - 1)).masked_fill((answer < 0) | (answer >= n), 0)
             self.above += over.sum(-1) - own.sum(-1)
-        self.total = torch.logaddexp(self.total, logits[:, 0] - logits.log_softmax(-1)[:, 0])  # faster than logsumexp, and the same
+        self.total = torch.logaddexp(self.total, logits.logsumexp(-1))
         for run in () if self.of is None or self.known else self.of.unique():
             self.cross[self.of == run] += logits[self.of == run] @ self.clean_runs.probabilities[run, self.start:self.start + n]
         self.start += n

@@ -25,7 +25,7 @@ from .noise import Noise
 from .passes import as_interventions, as_token_pairs
 
 # %% auto #0
-__all__ = ['SweepViews', 'Sweep', 'sweep']
+__all__ = ['SweepViews', 'tidy', 'Sweep', 'sweep']
 
 # %% ../../nbs/library/patch/08_sweep.ipynb #5472f629
 class SweepViews:
@@ -44,6 +44,19 @@ class SweepViews:
         return draw_sweep(self.to_frame(), metric or self.metrics[0], value, self.tokens)
 
 # %% ../../nbs/library/patch/08_sweep.ipynb #d68dbe85
+def tidy(what: pd.DataFrame, done) -> pd.DataFrame:
+    """A row for each pair, row of `what` and metric of what a sweep has done: the columns of `what`, and `pair_id`, `metric`, `clean`, `corrupt`, `patched`,
+    `effect`, `recovery` and `direction`."""
+    n, k, m = done.patched.shape
+    out = what.loc[np.tile(np.repeat(np.arange(k), m), n)].reset_index(drop=True)
+    out.insert(0, "pair_id", np.repeat(done.pair_ids, k * m))
+    out["metric"] = np.tile(done.metrics, n * k)
+    out["clean"], out["corrupt"] = (np.repeat(x[:, None], k, 1).ravel() for x in (done.clean, done.corrupt))
+    out["patched"] = done.patched.ravel()
+    out["effect"] = effect(out.patched, out.clean if done.direction == "noising" else out.corrupt)
+    return out.assign(recovery=recovery(out.patched, out.clean, out.corrupt), direction=done.direction)
+
+# %% ../../nbs/library/patch/08_sweep.ipynb #d68dbe92
 @dataclass(frozen=True, eq=False, repr=False)
 class Sweep(SweepViews):
     """The result of a sweep. `to_frame()` is the table that everything else is derived from; `plot()` is a first look at it.
@@ -63,21 +76,14 @@ class Sweep(SweepViews):
 
         `clean`, `corrupt` and `patched` are in the metric's unit (logits for `ld`); `effect` is patched minus the
         unpatched run of the direction; `recovery` is 0 at the corrupted and 1 at the clean run."""
-        n, k, m = self.patched.shape
         what = pd.DataFrame([{f: i.shared(f) for f in ("site", "layer", "head", "position")} | {"intervention": str(i)}
                              for i in self.interventions])
         what["position"] = what["position"].map(str, na_action="ignore")
         what = what.astype({"layer": "Int64", "head": "Int64"})
-        out = what.loc[np.tile(np.repeat(np.arange(k), m), n)].reset_index(drop=True)
-        out.insert(0, "pair_id", np.repeat(self.pair_ids, k * m))
-        out["metric"] = np.tile(self.metrics, n * k)
-        out["clean"], out["corrupt"] = (np.repeat(x[:, None], k, 1).ravel() for x in (self.clean, self.corrupt))
-        out["patched"] = self.patched.ravel()
-        out["effect"] = effect(out.patched, out.clean if self.direction == "noising" else out.corrupt)
-        out["recovery"] = recovery(out.patched, out.clean, out.corrupt)
+        out = tidy(what, self)
         order = ["pair_id", "site", "layer", "head", "position", "metric", "clean", "corrupt", "patched", "effect",
                  "recovery", "direction", "intervention"]
-        return out.assign(direction=self.direction)[order]
+        return out[order]
 
 # %% ../../nbs/library/patch/08_sweep.ipynb #25fffe34
 def _tokens(model: Model, prompts: Sequence[tuple[int, ...]]) -> tuple[str, ...]:

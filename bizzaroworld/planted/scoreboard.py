@@ -12,7 +12,7 @@ from itertools import combinations
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata
+from scipy.stats import mannwhitneyu
 
 from ..battery.tokens import TokenPair
 from ..model.hooked import Model
@@ -65,7 +65,7 @@ def auroc(scores: Sequence[float], true: Sequence[bool]) -> float:
     "The probability that something true scores above something that is not, ties counting half; not a number where all or none is true."
     scores, true = np.asarray(scores, float), np.asarray(true, bool)
     n, m = true.sum(), (~true).sum()
-    return float((rankdata(scores)[true].sum() - n * (n + 1) / 2) / (n * m)) if n and m else float("nan")
+    return float(mannwhitneyu(scores[true], scores[~true]).statistic / (n * m)) if n and m else float("nan")
 
 
 @dataclass(frozen=True)
