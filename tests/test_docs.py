@@ -299,3 +299,9 @@ def test_the_site_builds(settings):
     for page in sidebar(settings["website"]["sidebar"]["contents"]):
         name = re.sub(r"^\d+[a-z]?_", "", Path(page).stem)
         assert (REPO / "_docs" / Path(page).parent / f"{name}.html").is_file()
+
+
+def test_no_label_is_given_in_two_chapters():
+    """The report puts all chapters on one page, and refuses a label that comes twice."""
+    given = Counter(label for page in PAPER for label in labels(json.loads((NBS / page).read_text(encoding="utf-8"))))
+    assert len(given) > 40 and [label for label, times in given.items() if times > 1] == []
