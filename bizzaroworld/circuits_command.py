@@ -12,7 +12,7 @@ import typer
 
 from .console import progress, reported
 from .methods_command import listed
-from .options import BatteryFile, Bos, Chat, Debug, Device, Direction, Dtype, ModelName, MultiToken, Revision
+from .options import BatteryFile, Bos, Chat, Debug, Device, Direction, Dtype, ModelName, MultiToken, Revision, Workers
 
 # %% auto #0
 __all__ = ['Pairs', 'Known', 'Metric', 'Rows', 'out_folder', 'place', 'paths', 'attribute', 'circuit']
@@ -41,7 +41,7 @@ def paths(model: ModelName = "bizzaro-nano", battery: BatteryFile = None, out: A
           receiver_at: Annotated[str, typer.Option(metavar="PLACE", help="Where the last receiver reads the change.")] = "all",
           norms: Annotated[Literal["exact", "frozen"], typer.Option(metavar="NAME", help="Norms after attention: run anew, or held (an approximation).")] = "exact",
           metrics: Annotated[str, typer.Option(metavar="LIST", help="ld, logprob, prob, prob_diff, kl, rank.")] = "ld",
-          direction: Direction = "noising", rows: Rows = 8192, device: Device = None, dtype: Dtype = "float32", revision: Revision = None, chat: Chat = False, bos: Bos = None,
+          direction: Direction = "noising", rows: Rows = 8192, workers: Workers = None, device: Device = None, dtype: Dtype = "float32", revision: Revision = None, chat: Chat = False, bos: Bos = None,
           multi_token: MultiToken = False, debug: Debug = False) -> None:
     """Which component talks to which? Exact path patching of every edge, with intervals over pairs.
 
@@ -59,7 +59,7 @@ def paths(model: ModelName = "bizzaro-nano", battery: BatteryFile = None, out: A
         with progress(f"{Path(model).name} paths") as advance:
             folder = run_paths(model, paths=path or (), senders=listed(senders) or None, receivers=listed(receivers) or None, sender_at=place(sender_at), receiver_at=place(receiver_at),
                                norms=norms, metrics=listed(metrics), max_rows=rows, battery=battery, out=out, n=n, known=known, direction=direction, device=device, dtype=dtype,
-                               revision=revision, chat=chat, bos=bos, multi_token=multi_token, progress=advance)
+                               revision=revision, chat=chat, bos=bos, multi_token=multi_token, workers=workers, progress=advance, say=advance.say)
         for line in paths_lines(folder): typer.echo(line)
 
 # %% ../nbs/library/09_circuits_command.ipynb #41da0488
@@ -68,7 +68,7 @@ def attribute(model: ModelName = "bizzaro-nano", battery: BatteryFile = None, ou
               sites: Annotated[str, typer.Option(metavar="LIST", help="Of nodes: q,k,v,z,attn_out,mlp_out,resid_pre,neurons and the like; all.")] = "q,k,v,z,mlp_out",
               metric: Metric = "ld", exact: Annotated[bool, typer.Option("--exact", help="Patch every node, too, and say what the estimates miss. May be asked for later.")] = False,
               top: Annotated[int, typer.Option(metavar="N", min=1, help="How many of the largest exact effects an estimate has to find.")] = 20,
-              direction: Direction = "noising", rows: Rows = 8192, device: Device = None, dtype: Dtype = "float32", revision: Revision = None, chat: Chat = False, bos: Bos = None,
+              direction: Direction = "noising", rows: Rows = 8192, workers: Workers = None, device: Device = None, dtype: Dtype = "float32", revision: Revision = None, chat: Chat = False, bos: Bos = None,
               multi_token: MultiToken = False, debug: Debug = False) -> None:
     """Which nodes matter, by an estimate? Every node at every token from two runs and one way back.
 
@@ -86,7 +86,7 @@ def attribute(model: ModelName = "bizzaro-nano", battery: BatteryFile = None, ou
         with progress(f"{Path(model).name} attribute") as advance:
             folder = run_attribution(model, methods=listed(methods), sites=None if asked == ("all",) else asked or SITES, metric=metric, exact=exact, top=top, max_rows=rows,
                                      battery=battery, out=out, n=n, known=known, direction=direction, device=device, dtype=dtype, revision=revision, chat=chat, bos=bos,
-                                     multi_token=multi_token, progress=advance)
+                                     multi_token=multi_token, workers=workers, progress=advance, say=advance.say)
         for line in attribution_lines(folder): typer.echo(line)
 
 # %% ../nbs/library/09_circuits_command.ipynb #46f220de
@@ -97,7 +97,7 @@ def circuit(model: ModelName = "bizzaro-nano", battery: BatteryFile = None, out:
             metric: Metric = "ld", threshold: Annotated[float, typer.Option(metavar="SHARE", help="A part goes if its loss costs less than this share of what the model does.")] = 0.01,
             rounds: Annotated[int, typer.Option(metavar="N", min=1, help="How often all parts are visited.")] = 1,
             each: Annotated[bool, typer.Option("--each", help="Find the circuit of each pair alone, too, and cluster them. May be asked for later.")] = False,
-            direction: Direction = "noising", rows: Rows = 8192, device: Device = None, dtype: Dtype = "float32", revision: Revision = None, chat: Chat = False, bos: Bos = None,
+            direction: Direction = "noising", rows: Rows = 8192, workers: Workers = None, device: Device = None, dtype: Dtype = "float32", revision: Revision = None, chat: Chat = False, bos: Bos = None,
             multi_token: MultiToken = False, debug: Debug = False) -> None:
     """Which few parts do what the whole model does? Exact effects, faithfulness over all sizes, and a pruned circuit.
 
@@ -115,5 +115,5 @@ def circuit(model: ModelName = "bizzaro-nano", battery: BatteryFile = None, out:
         with progress(f"{Path(model).name} circuit") as advance:
             folder = run_circuit(model, of=of, at=[place(p) for p in listed(at)], ablation=ablation, metric=metric, threshold=threshold, rounds=rounds, each=each, max_rows=rows,
                                  battery=battery, out=out, n=n, known=known, direction=direction, device=device, dtype=dtype, revision=revision, chat=chat, bos=bos,
-                                 multi_token=multi_token, progress=advance)
+                                 multi_token=multi_token, workers=workers, progress=advance, say=advance.say)
         for line in circuit_lines(folder): typer.echo(line)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,12 @@ from .files import write_json, write_table
 from .model.hooked import Model
 from .model.load import load_model
 from .patch.sweep import DIRECTIONS
-from .pipeline import Advance, collect, run_info, sweep_missing
+from .pipeline import collect, noted, run_info
 from .results.estimates import estimate_means
-from .study.runs import claim, is_done
+from .scale.folders import LEFT_OUT, held, is_done, note_left_out
+from .scale.processes import Source, crew_of
+from .scale.units import Advance, Alone, Crew, Recipe, Say, sweep_missing
+from .study.runs import claim
 
 # %% auto #0
 __all__ = ['KNOWN', 'CircuitsError', 'named', 'Opened', 'opened', 'chosen_words', 'over_pairs', 'mean_words', 'file_lines',
@@ -51,19 +55,22 @@ def named() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Opened:
-    "A folder that is this run and no other, and what is put to the model."
+    "A folder that is this run and no other, what is put to the model, and who sweeps. `failed`: which pairs could not be swept, by part."
     folder: Path
     model: Model
     triage: Triage
     pairs: list[TokenPair]
     known: list[TokenPair]
     direction: str
+    crew: Crew
     advance: Advance | None
+    say: Say | None
+    failed: dict[str, dict[str, str]] = field(default_factory=dict)
 
-    def swept(self, part: str, sweeper: Callable, at_once: int = 1) -> pd.DataFrame:
-        "The table of a part for all pairs; those are swept that are missing."
-        told = self.advance and (lambda done, total, _: self.advance(done, total, "" if part == "pairs" else part.rpartition("/")[2]))
-        with named(): sweep_missing(self.pairs, self.folder, lambda: sweeper, part=part, at_once=at_once, advance=told)
+    def swept(self, part: str, recipe: Recipe, at_once: int = 1, alone: bool = False) -> pd.DataFrame:
+        "The table of a part for all pairs that could be swept; those are that are missing. `alone`: in this process, whoever the crew is."
+        told, crew = self.advance and partial(noted, self.advance, "" if part == "pairs" else part.rpartition("/")[2]), Alone(self.model) if alone else self.crew
+        with named(): self.failed[part] = sweep_missing(self.pairs, self.folder, recipe, crew, part=part, at_once=at_once, by_length=False, grows=True, advance=told, say=self.say)
         return collect(self.folder, self.triage, [tp.id for tp in self.pairs], part)
 
     def has(self, part: str) -> bool:
@@ -75,14 +82,17 @@ class Opened:
         for file, table in tables.items(): (self.folder / file).unlink(missing_ok=True) if table is None else write_table(self.folder / file, table)
 
 # %% ../nbs/library/07_circuits_folder.ipynb #356e999d
+@contextmanager
 def opened(command: str, model: str | Model, settings: dict, check: Callable[[Model, list[TokenPair]], None], *, battery: str | Path | None = None,
            out: str | Path | None = None, n: int = 15, known: str = "preferred", direction: str = "noising", chat: bool = False, bos: bool | None = None,
-           multi_token: bool = False, device: str | None = None, dtype: str = "float32", revision: str | None = None, progress: Advance | None = None) -> Opened:
-    """Claim a folder for a run. `n`: how many pairs at most; `known`: one of `DEGREES`, or `all`; `out`: the folder (else `circuits/MODEL/COMMAND`). `check` raises
+           multi_token: bool = False, device: str | None = None, dtype: str = "float32", revision: str | None = None, workers: int | None = None,
+           progress: Advance | None = None, say: Say | None = None) -> Iterator[Opened]:
+    """Claim a folder for a run, and hold it for the block; which pairs could not be swept is written at its end. `n`: how many pairs at most; `known`: one of `DEGREES`, or `all`; `out`: the folder (else `circuits/MODEL/COMMAND`). `check` raises
     `ValueError` for settings that do not fit the model or the pairs. The other arguments are those of `run_study`, and so are the errors; raises `CircuitsError`, too."""
     if known not in KNOWN: raise CircuitsError(f"Unknown set of pairs {known!r}: use {', '.join(KNOWN)}.")
     if direction not in DIRECTIONS: raise CircuitsError(f"Unknown direction {direction!r}: use {' or '.join(DIRECTIONS)}.")
     if n < 1: raise CircuitsError(f"{n} pairs: ask for one or more.")
+    source = None if isinstance(model, Model) else Source(str(model), device, dtype, revision)
     if not isinstance(model, Model): model = load_model(model, device=device, dtype=dtype, revision=revision)
     pairs, spares = load_battery(battery), load_spares() if battery is None else []
     aligned = ({} if bos is None else {"bos": bos}) | ({"multi_token": True} if multi_token else {})
@@ -95,10 +105,13 @@ def opened(command: str, model: str | Model, settings: dict, check: Callable[[Mo
     if not there: raise CircuitsError(f"{model.name}: of {len(result.table)} pairs none is {DEGREES[known]} on both prompts. Ask for all of them (--known all), or give another battery.")
     with named(): check(model, there[:n])
     folder = Path(out) if out is not None else Path("circuits") / Path(model.name).name.replace(":", "-") / command
-    claim(folder, info)
-    result.save(folder)
-    write_json(folder / "pairs.json", {"model": model.name, "sentence": chosen_words(result, len(there), min(n, len(there)), known), "pairs": [tp.id for tp in there[:n]]})
-    return Opened(folder, model, result, there[:n], there, direction, progress)
+    with held(folder), crew_of(workers, source, model, say) as crew:
+        claim(folder, info)
+        result.save(folder)
+        write_json(folder / "pairs.json", {"model": model.name, "sentence": chosen_words(result, len(there), min(n, len(there)), known), "pairs": [tp.id for tp in there[:n]]})
+        run = Opened(folder, model, result, there[:n], there, direction, crew, progress, say)
+        yield run
+        note_left_out(folder, run.failed)
 
 # %% ../nbs/library/07_circuits_folder.ipynb #67f69af5
 def chosen_words(result: Triage, known: int, n: int, degree: str) -> str:
@@ -143,4 +156,5 @@ def file_lines(folder: Path, known: dict[str, str]) -> list[str]:
 def chosen_line(folder: Path) -> str:
     "The model and the pairs of a run."
     told = json.loads((folder / "pairs.json").read_text("utf-8"))
-    return f"{told['model']}, {told['sentence']}"
+    lost = sorted(set(pd.read_csv(folder / LEFT_OUT, dtype=str).pair_id)) if (folder / LEFT_OUT).exists() else []
+    return f"{told['model']}, {told['sentence']}" + (f" Left out, as they could not be swept ({LEFT_OUT}): {', '.join(lost)}." if lost else "")

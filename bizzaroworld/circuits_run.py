@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from .circuits.atp_star import atp_star
 from .circuits.attribution import Attribution, attribution
 from .circuits.faithfulness import ABLATIONS, EdgeCircuits, Measured, NodeCircuits, areas, completeness, curve, draw_halves, minimality, name, nodes_at
 from .circuits.gradients import DIFFERENTIABLE, nodes_of
-from .circuits.paths import edges, path_effects
+from .circuits.paths import edges, sweep_paths
 from .circuits.search import Pruned, by_category, clusters, membership, prune, ranked, scores_of
 from .circuits.search_baselines import overlooked
 from .console import count_words
@@ -30,12 +31,13 @@ from .patch.hops import as_path
 from .patch.interventions import Intervention, grid, positions_of
 from .patch.metrics import check_metrics
 from .patch.sweep import sweep
+from .scale.units import Sweeper, swept
 from .results.estimates import estimate, estimate_share
 
 # %% auto #0
 __all__ = ['METHODS', 'SIZES', 'SITES', 'NODE', 'run_paths', 'paths_lines', 'attributed_by', 'place_of', 'with_places',
-           'run_attribution', 'by_place', 'audited', 'attribution_lines', 'parts_of', 'effects_of', 'run_circuit',
-           'circuit_lines']
+           'run_attribution', 'sweep_estimates', 'sweep_nodes', 'by_place', 'audited', 'attribution_lines', 'parts_of',
+           'effects_of', 'run_circuit', 'circuit_lines']
 
 # %% ../nbs/library/08_circuits_run.ipynb #78ed9015
 def run_paths(model: str | Model, *, paths: Sequence[str] = (), senders: Sequence[str] | None = None, receivers: Sequence[str] | None = None, sender_at: str | int = "all",
@@ -56,13 +58,12 @@ def run_paths(model: str | Model, *, paths: Sequence[str] = (), senders: Sequenc
         check_metrics(metrics)
         if norms not in ("exact", "frozen"): raise CircuitsError(f"Unknown norms {norms!r}: use exact or frozen.")
         for tp in pairs: _reach(tp, sender_at, receiver_at)
-    run = opened("paths", model, settings, check, **asked)
-    table = run.swept("pairs", lambda group: path_effects(run.model, group, wanted, run.direction, metrics=metrics, sender_at=sender_at, receiver_at=receiver_at,
-                                                           norms=norms, max_rows=max_rows).to_frame())
-    write_table(run.folder / "paths.parquet", table)
-    what = table[["path", "sender", "receiver", "hops"]].drop_duplicates()
-    means = [what.merge(over_pairs(rows, "path"), on="path", how="right").assign(metric=metric) for metric, rows in table.groupby("metric", sort=False)]
-    write_table(run.folder / "paths.csv", pd.concat(means, ignore_index=True))
+    with opened("paths", model, settings, check, **asked) as run:
+        table = run.swept("pairs", partial(sweep_paths, paths=wanted, direction=run.direction, metrics=metrics, sender_at=sender_at, receiver_at=receiver_at, norms=norms, max_rows=max_rows))
+        write_table(run.folder / "paths.parquet", table)
+        what = table[["path", "sender", "receiver", "hops"]].drop_duplicates()
+        means = [what.merge(over_pairs(rows, "path"), on="path", how="right").assign(metric=metric) for metric, rows in table.groupby("metric", sort=False)]
+        write_table(run.folder / "paths.csv", pd.concat(means, ignore_index=True))
     return run.folder
 
 # %% ../nbs/library/08_circuits_run.ipynb #a1707860
@@ -123,18 +124,27 @@ def run_attribution(model: str | Model, *, methods: Sequence[str] = ("atp", "atp
         if metric not in DIFFERENTIABLE: raise CircuitsError(f"{metric!r} has no gradient: use {', '.join(DIFFERENTIABLE)}.")
         if top < 1: raise CircuitsError(f"The {top} largest: ask for one or more.")
         chosen.extend(nodes_of(model, None if sites is None else [s for s in sites if sites != SITES or s in model.all_sites]))
-    run = opened("attribute", model, {"sites": None if sites is None else list(sites), "metric": metric}, check, **asked)
-    def estimated(method): return lambda group: with_places(attributed_by(method, run.model, group, run.direction, metric, chosen).to_frame(), group)
-    def swept(group): return with_places(pd.concat([sweep(run.model, tp, grid(run.model, chosen, range(min(tp.differing, default=0), len(tp.clean_ids))), run.direction, metrics=[metric],
-                                                          max_rows=max_rows, progress=False).to_frame() for tp in group]), group)
-    exact = exact or run.has("exact")
-    parts = {m: run.swept(f"estimates/{m}", estimated(m), 8) for m in methods} | ({"exact": run.swept("exact", swept)} if exact else {})
-    table = parts[methods[0]][["category", "place", *NODE]]
-    for method, part in parts.items(): table = table.merge(part[["pair_id", "intervention", "effect"]].rename(columns={"effect": method}), on=["pair_id", "intervention"], validate="1:1")
-    write_table(run.folder / "attribution.parquet", table)
-    write_table(run.folder / "attribution.csv", by_place(table, list(parts)))
-    run.write(audited(table, methods, top) if exact else dict.fromkeys(("audit.csv", "missed.csv")))
+    with opened("attribute", model, {"sites": None if sites is None else list(sites), "metric": metric}, check, **asked) as run:
+        how, exact = {"direction": run.direction, "metric": metric, "sites": chosen}, exact or run.has("exact")
+        parts = {m: run.swept(f"estimates/{m}", partial(sweep_estimates, method=m, **how), 8) for m in methods}
+        if exact: parts["exact"] = run.swept("exact", partial(sweep_nodes, max_rows=max_rows, **how))
+        table = parts[methods[0]][["category", "place", *NODE]]
+        for method, part in parts.items(): table = table.merge(part[["pair_id", "intervention", "effect"]].rename(columns={"effect": method}), on=["pair_id", "intervention"], validate="1:1")
+        write_table(run.folder / "attribution.parquet", table)
+        write_table(run.folder / "attribution.csv", by_place(table, list(parts)))
+        run.write(audited(table, methods, top) if exact else dict.fromkeys(("audit.csv", "missed.csv")))
     return run.folder
+
+
+def sweep_estimates(model: Model, method: str, direction: str, metric: str, sites: Sequence[str]) -> Sweeper:
+    "A recipe: the estimates of a method at every token."
+    return lambda pairs: with_places(attributed_by(method, model, pairs, direction, metric, sites).to_frame(), pairs)
+
+
+def sweep_nodes(model: Model, direction: str, metric: str, sites: Sequence[str], max_rows: int) -> Sweeper:
+    "A recipe: the exact effects of the same nodes."
+    def one(tp): return sweep(model, tp, grid(model, sites, range(min(tp.differing, default=0), len(tp.clean_ids))), direction, metrics=[metric], max_rows=max_rows, progress=False)
+    return lambda pairs: with_places(pd.concat([one(tp).to_frame() for tp in pairs]), pairs)
 
 # %% ../nbs/library/08_circuits_run.ipynb #0605ad0f
 def by_place(table: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
@@ -186,10 +196,9 @@ def parts_of(model: Model, of: str, at: Sequence[str | int]) -> list:
 
 def effects_of(run: Opened, parts: list, of: str, metric: str, max_rows: int) -> pd.DataFrame:
     "Exact effects of each part on each pair, those that are missing swept; `part` is its name."
-    asked = dict(metrics=[metric], max_rows=max_rows)
-    if of == "edges": return run.swept("pairs", lambda group: path_effects(run.model, group, parts, run.direction, **asked).to_frame()).assign(part=lambda t: t.path)
-    return run.swept("pairs", lambda group: sweep(run.model, group, [Intervention(e) for e in parts], run.direction, progress=False, **asked).to_frame(),
-                     8).assign(part=lambda t: t.intervention)
+    asked = dict(direction=run.direction, metrics=[metric], max_rows=max_rows)
+    if of == "edges": return run.swept("pairs", partial(sweep_paths, paths=parts, **asked)).assign(part=lambda t: t.path)
+    return run.swept("pairs", partial(swept, interventions=[Intervention(e) for e in parts], **asked), 8).assign(part=lambda t: t.intervention)
 
 # %% ../nbs/library/08_circuits_run.ipynb #90542b55
 def run_circuit(model: str | Model, *, of: str = "nodes", at: Sequence[str | int] = ("all",), ablation: str = "noising", metric: str = "ld", threshold: float = 0.01, rounds: int = 1,
@@ -210,15 +219,15 @@ def run_circuit(model: str | Model, *, of: str = "nodes", at: Sequence[str | int
         if threshold <= 0 or rounds < 1: raise CircuitsError(f"A threshold of {threshold:g} and {count_words(rounds, 'round')}: give a threshold above 0 and one round or more.")
         check_metrics([metric])
     settings = {"of": of, "at": at if of == "nodes" else [], "ablation": ablation, "metric": metric, "threshold": threshold, "rounds": rounds}
-    run = opened("circuit", model, settings, check, **asked)
-    effects, done, each = effects_of(run, parts, of, metric, max_rows), _whole(run), each or run.has("circuits")
-    if done and not each: return run.folder
-    with named():
-        circuits = (NodeCircuits if of == "nodes" else EdgeCircuits)(run.model, run.pairs, parts, ablation, metric, run.known)
-        told = done or _joint(run, circuits, effects, threshold, rounds)
-        if not each: run.write(dict.fromkeys(("circuits.csv", "clusters.csv")))
-        if not done: write_json(run.folder / "circuit.json", told)
-        if each: write_json(run.folder / "circuit.json", told | {"each": _each(run, circuits, threshold, rounds)})
+    with opened("circuit", model, settings, check, **asked) as run:
+        effects, done, each = effects_of(run, parts, of, metric, max_rows), _whole(run), each or run.has("circuits")
+        if done and not each: return run.folder
+        with named():
+            circuits = (NodeCircuits if of == "nodes" else EdgeCircuits)(run.model, run.pairs, parts, ablation, metric, run.known)
+            told = done or _joint(run, circuits, effects, threshold, rounds)
+            if not each: run.write(dict.fromkeys(("circuits.csv", "clusters.csv")))
+            if not done: write_json(run.folder / "circuit.json", told)
+            if each: write_json(run.folder / "circuit.json", told | {"each": _each(run, circuits, threshold, rounds)})
     return run.folder
 
 # %% ../nbs/library/08_circuits_run.ipynb #57181f56
@@ -264,8 +273,8 @@ def _part_table(circuits: Measured, found: Pruned, effects: pd.DataFrame, scores
 def _each(run: Opened, circuits: Measured, threshold: float, rounds: int) -> dict | None:
     "Prune each pair alone, those that are missing; write how many pairs share a part, and clusters. Returns the mean Jaccard distances within and between categories."
     alone = {tp.id: tp for tp in run.pairs}
-    steps = run.swept("circuits", lambda group: pd.concat([prune(circuits.only(alone[tp.id]), threshold, rounds).steps.assign(pair_id=tp.id) for tp in group])[
-        ["pair_id", "part", "round", "before", "after", "kept"]])
+    def pruned(pairs): return pd.concat([prune(circuits.only(alone[tp.id]), threshold, rounds).steps.assign(pair_id=tp.id) for tp in pairs])
+    steps = run.swept("circuits", lambda _: lambda pairs: pruned(pairs)[["pair_id", "part", "round", "before", "after", "kept"]], alone=True)
     kept, by = steps.drop_duplicates(["pair_id", "part"], keep="last").query("kept"), {name(p): p for p in circuits.parts}
     found = {tp.id: frozenset(by[part] for part in kept.part[kept.pair_id == tp.id]) for tp in run.pairs}
     shares = [{"part": part, "pairs": k, **estimate_share(k, len(found)).to_dict()} for part, k in kept.part.value_counts().items()]

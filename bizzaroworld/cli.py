@@ -17,7 +17,7 @@ from .circuits_command import attribute, circuit, paths
 from .console import count_words, print_frame, print_table, progress, reported, save
 from .methods_command import methods
 from .options import (BatteryFile, Bos, Chat, Debug, Device, Direction, Dtype, ModelName, MultiToken, Revision,
-                                  RunName, RunNames, TableFile)
+                                  RunName, RunNames, TableFile, Workers)
 
 # %% auto #0
 __all__ = ['app', 'study', 'triage', 'audit', 'battery', 'models', 'claims', 'compare', 'report', 'view', 'main']
@@ -57,7 +57,7 @@ def study(model: ModelName = "bizzaro-nano", battery: BatteryFile = None,
           report: Annotated[bool, typer.Option("--report/--no-report", help="Write the paper about the run at the end.")] = True,
           rows: Annotated[int, typer.Option(metavar="N", min=1, help=(
               "Most patched runs in one pass. Fewer take less memory; the results are the same."))] = 8192,
-          debug: Debug = False) -> None:
+          workers: Workers = None, debug: Debug = False) -> None:
     """Run the whole study on one model: triage, experiments 1 to 4F, controls, summary, report.
 
     Every pair of the battery is patched at every layer and head, and the run folder gets one table with all effects.
@@ -74,7 +74,7 @@ def study(model: ModelName = "bizzaro-nano", battery: BatteryFile = None,
         chosen = {"default": None, "all": ("unrelated", "shuffled", "untrained"), "none": ()}[controls]
         with progress(Path(model).name) as advance:
             folder = run_study(model, battery=battery, out=out, device=device, dtype=dtype, revision=revision,
-                               direction=direction, chat=chat, bos=bos, multi_token=multi_token, controls=chosen, max_rows=rows, progress=advance)
+                               direction=direction, chat=chat, bos=bos, multi_token=multi_token, controls=chosen, max_rows=rows, workers=workers, progress=advance, say=advance.say)
         try:
             if report: _report(str(folder))
         finally:

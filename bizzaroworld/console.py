@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 # %% auto #0
-__all__ = ['Advance', 'exit_code', 'reported', 'progress', 'count_words', 'print_table', 'print_frame', 'save']
+__all__ = ['exit_code', 'reported', 'Telling', 'progress', 'count_words', 'print_table', 'print_frame', 'save']
 
 # %% ../nbs/library/03_console.ipynb #5558e094
 def exit_code(error: BaseException) -> int:
@@ -48,18 +48,24 @@ def reported(debug: bool) -> Iterator[None]:
         raise typer.Exit(exit_code(error)) from None
 
 # %% ../nbs/library/03_console.ipynb #b40ca3fd
-Advance = Callable[[int, int, str], None]
+class Telling:
+    "What a command tells while it works: a bar on stderr, where that is a terminal, and lines."
+
+    def __init__(self, title: str, bar: Progress): self.title, self.bar, self.task = title, bar, bar.add_task(title, total=None)
+
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        self.bar.update(self.task, completed=done, total=total, description=f"{self.title} {note}".strip())
+
+    def say(self, line: str) -> None:
+        "A line above the bar; on stderr wherever that leads."
+        self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 @contextmanager
-def progress(title: str) -> Iterator[Advance]:
-    """A progress bar on stderr, silent where stderr is no terminal; yields `advance(done, total, note)`."""
+def progress(title: str) -> Iterator[Telling]:
+    """A progress bar on stderr, silent where stderr is no terminal; yields `advance(done, total, note)`, which also can `say` a line."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        def advance(done: int, total: int, note: str = "") -> None:
-            bar.update(task, completed=done, total=total, description=f"{title} {note}".strip())
-        yield advance
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar: yield Telling(title, bar)
 
 # %% ../nbs/library/03_console.ipynb #5bd85323
 def count_words(n: int, thing: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 # %% auto #0
-__all__ = ['replacing', 'write_text', 'write_json', 'write_table', 'data_path']
+__all__ = ['replacing', 'write_text', 'write_json', 'write_table', 'read_table', 'data_path']
 
 # %% ../nbs/library/01_files.ipynb #1974622f
 @contextmanager
@@ -49,10 +49,17 @@ def _quoting(frame: pd.DataFrame) -> int:
 
 
 def write_table(path: Path, frame: pd.DataFrame) -> None:
-    "Write a table: Parquet or CSV, by the name of the file."
+    "Write a table: Parquet (with checksums) or CSV, by the name of the file."
     with replacing(path) as tmp:
         if path.suffix == ".csv": frame.to_csv(tmp, index=False, lineterminator="\n", quoting=_quoting(frame))
-        else: frame.to_parquet(tmp, index=False)
+        else: frame.to_parquet(tmp, index=False, write_page_checksum=True)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    "Read a Parquet table. Raises `OSError` or `ValueError` for a file that is damaged, by flipped bits, too."
+    try: return pd.read_parquet(path, page_checksum_verification=True)
+    except (OSError, ValueError): raise
+    except Exception as error: raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error  # what describes the columns may be anything
 
 # %% ../nbs/library/01_files.ipynb #526a0d45
 def data_path(*parts: str) -> Path:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from .console import progress, reported
-from .options import Debug, Device, Dtype, ModelName, Revision
+from .options import Debug, Device, Dtype, ModelName, Revision, Workers
 
 # %% auto #0
 __all__ = ['ListError', 'listed', 'numbers', 'methods']
@@ -45,7 +45,7 @@ def methods(model: ModelName = "bizzaro-nano",
             controls: Annotated[str, typer.Option(metavar="LIST", help="unrelated, untrained; '' for none.")] = "unrelated,untrained",
             draws: Annotated[int, typer.Option(metavar="N", min=1, help="Draws of noise for each prompt.")] = 10,
             seed: Annotated[int, typer.Option(metavar="N", help="Decides pairs, noise and donors.")] = 0,
-            device: Device = None, dtype: Dtype = "float32", revision: Revision = None, debug: Debug = False) -> None:
+            workers: Workers = None, device: Device = None, dtype: Dtype = "float32", revision: Revision = None, debug: Debug = False) -> None:
     """Which findings depend on the method? The same task under every corruption, direction, window and metric.
 
     First the model is asked whether it can do the task. Then every head and window is patched in every way; the folder gets the table, the
@@ -63,5 +63,5 @@ def methods(model: ModelName = "bizzaro-nano",
         settings = Settings(listed(metrics), listed(corruptions), listed(directions), numbers(windows), listed(controls), draws, seed=seed)
         with progress(f"{Path(model).name} {task}") as advance:
             folder = run_methods(model, task, out=out, n=n, seed=seed, corruption=replace, known=known, settings=settings, device=device, dtype=dtype,
-                                 revision=revision, progress=advance)
+                                 revision=revision, workers=workers, progress=advance, say=advance.say)
         for line in methods_lines(folder): typer.echo(line)

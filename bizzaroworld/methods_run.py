@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +20,9 @@ from .methods.multiverse import NothingToCompare, agreement, multiverse, peak_ra
 from .model.hooked import Model
 from .model.load import load_model
 from .model.names import called
+from .scale.folders import LEFT_OUT, held
+from .scale.processes import Source, crew_of
+from .scale.units import Advance, Say
 from .tasks.ability import ability, only_right
 from .tasks.recipes import Task
 from .tasks.registry import make_task
@@ -97,22 +99,24 @@ def _made(model: Model, name: str, n: int, seed: int, corruption: str | None, kn
 # %% ../nbs/library/05_methods_run.ipynb #6b1d0a12
 def run_methods(model: str | Model, task: str = "ioi", *, out: str | Path | None = None, n: int = 60, seed: int = 0, corruption: str | None = None, known: bool = False,
                 settings: Settings = Settings(), device: str | None = None, dtype: str = "float32", revision: str | None = None, max_rows: int = 8192,
-                progress: Callable[[int, int, str], None] | None = None) -> Path:
+                workers: int | None = None, progress: Advance | None = None, say: Say | None = None) -> Path:
     """The grid of methods for one task on one model; returns its folder (else `methods/MODEL/TASK`).
 
     `task`, `n`, `seed`, `corruption`: as for `make_task`. `known`: only pairs whose clean answer the model ranks first of all tokens, from up
     to eight times as many. The folder gets `ability.json`; and, if the model can do the task, the grid, its tables
-    and figures. Started again on the same folder, it does only what is missing. Raises `ModelError`, and `GridError` for a task
-    that cannot be made or a folder that holds another grid."""
+    and figures. Started again on the same folder, it does only what is missing. `workers`, `progress`, `say`: as for `run_study`.
+    Raises `ModelError`, `CrewError`, `BusyError`, and `GridError` for a task that cannot be made or a folder that holds another grid."""
+    source = None if isinstance(model, Model) else Source(str(model), device, dtype, revision)
     if not isinstance(model, Model): model = load_model(model, device=device, dtype=dtype, revision=revision)
     made, chosen = _made(model, task, n, seed, corruption, known)
     folder = Path(out) if out is not None else Path("methods") / Path(called([model.name])[0]).name.replace(":", "-") / task
     able = ability(model, made)
     write_json(folder / "ability.json", able.row() | {"sentence": able.sentence + chosen, "question": made.question, "replaced": made.corruption, "model": model.name})
     if not able.can_do: return folder
-    table = run_grid(model, made, folder, settings, max_rows=max_rows, progress=progress)
-    for name, found in grid_tables(table).items(): write_table(folder / f"{name}.csv", found)
-    write_plates(methods_plates(table, model.name), folder / "figures")
+    with held(folder), crew_of(workers, source, model, say) as crew:
+        table = run_grid(model, made, folder, settings, max_rows=max_rows, crew=crew, workers=workers or 1, progress=progress, say=say)
+        for name, found in grid_tables(table).items(): write_table(folder / f"{name}.csv", found)
+        write_plates(methods_plates(table, model.name), folder / "figures")
     return folder
 
 # %% ../nbs/library/05_methods_run.ipynb #6b1d0a09
@@ -126,5 +130,6 @@ def methods_lines(folder: str | Path) -> list[str]:
     if variance.exists():
         largest = pd.read_csv(variance).query("factor not in ('rest', 'common')").sort_values("share").iloc[-1]
         told.append(f"Of the differences between the profiles of heads, {largest['factor']} explains most: {largest['share']:.0%} (by chance {largest['chance']:.0%}).")
+    if (folder / LEFT_OUT).exists(): told.append(f"Some pairs could not be swept and are left out: see {folder / LEFT_OUT}.")
     return [*told, "", f"{folder / 'detections.csv'}  which heads each combination detects", f"{folder / 'grid.parquet'}  every patch, one row each",
             f"{folder / 'figures'}  curves, maps, detections, the multiverse"]

@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 import typer
 
 # %% auto #0
-__all__ = ['ModelName', 'BatteryFile', 'Device', 'Dtype', 'Revision', 'Direction', 'Chat', 'Bos', 'MultiToken', 'Debug',
-           'TableFile', 'RunName', 'RunNames']
+__all__ = ['ModelName', 'BatteryFile', 'Device', 'Dtype', 'Revision', 'Direction', 'Chat', 'Bos', 'MultiToken', 'Workers',
+           'Debug', 'TableFile', 'RunName', 'RunNames']
 
 # %% ../nbs/library/04_options.ipynb #5faddf73
 ModelName = Annotated[str, typer.Option("--model", "-m", metavar="NAME",
@@ -29,6 +29,8 @@ Chat = Annotated[bool, typer.Option("--chat", help="Put each prompt into the mod
 Bos = Annotated[bool | None, typer.Option("--bos/--no-bos", help="Begin prompts with a BOS, or not. Default: where the tokenizer has one.")]
 MultiToken = Annotated[bool, typer.Option("--multi-token", help=(
     "Compare answers of several tokens at the first token in which they differ, instead of refusing them."))]
+Workers = Annotated[int | None, typer.Option(metavar="N", min=1, help=(
+    "So many processes, each with the model: N times its memory. One for each GPU, or for two or three cores. Default: this process."))]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback when something fails.")]
 
 # %% ../nbs/library/04_options.ipynb #c0623ab6

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable, Sequence
+from functools import partial
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,13 +28,18 @@ from .model.load import is_embedded, load_model
 from .model.names import called
 from .paper.chapters import PAPER
 from .results.summary import findings, summarize
-from .study.controls import CONTROLLED, CONTROLS, Control, Sweeper, controls_of, default_controls
-from .study.experiments import EXPERIMENTS, run_experiments
-from .study.runs import Run, claim, is_done, open_run, pair_file
+from .patch.forecast import Forecast, forecast
+from .patch.telling import announced
+from .scale.folders import LEFT_OUT, held, is_done, note_left_out, pair_file
+from .scale.processes import Source, crew_of
+from .scale.units import Advance, Crew, Say, read_pairs, sweep_missing
+from .study.controls import CONTROLLED, CONTROLS, Control, controls_of, default_controls, forecast_control
+from .study.experiments import EXPERIMENTS, interventions_of, sweep_experiments
+from .study.runs import Run, claim, open_run
 
 # %% auto #0
-__all__ = ['PACKAGES', 'Advance', 'FILES', 'describe', 'run_info', 'sweep_missing', 'collect', 'sweep_controls', 'run_study',
-           'closing_lines', 'paper_run']
+__all__ = ['PACKAGES', 'SAMPLE', 'FILES', 'describe', 'run_info', 'collect', 'sweep_study', 'noted', 'study_forecast',
+           'run_study', 'left_out_lines', 'closing_lines', 'paper_run']
 
 # %% ../nbs/library/02_pipeline.ipynb #6735a470
 PACKAGES = ("torch", "transformers", "transformer-lens", "numpy", "pandas")
@@ -58,99 +64,115 @@ def run_info(model: Model, pairs: Sequence[PromptPair], spares: Sequence[PromptP
             "n_pairs": len(pairs), "versions": {"bizzaroworld": __version__} | {p: version(p) for p in PACKAGES}, "environment": environment}
 
 # %% ../nbs/library/02_pipeline.ipynb #bff8cc8a
-Advance = Callable[[int, int, str], None]
-
-
-def sweep_missing(token_pairs: Sequence[TokenPair], folder: Path, sweeper: Callable[[], Sweeper], *, part: str = "pairs",
-                  at_once: int = 8, advance: Advance | None = None) -> int:
-    """Sweep the pairs whose files are missing; return how many that were.
-
-    `sweeper()` gives the function that sweeps pairs, and is called only if there is something to do."""
-    missing = [tp for tp in token_pairs if not is_done(folder, tp.id, part)]
-    missing.sort(key=lambda tp: (len(tp.clean_ids), tp.entity))
-    total, done = len(token_pairs), len(token_pairs) - len(missing)
-    run = sweeper() if missing else None
-    for i in range(0, len(missing), at_once):
-        group = missing[i:i + at_once]
-        if advance: advance(done, total, group[0].pair.category)
-        for pair_id, rows in run(group).groupby("pair_id"): write_table(pair_file(folder, pair_id, part), rows)
-        done += len(group)
-    if advance: advance(total, total, "")
-    return len(missing)
-
-
 def collect(folder: Path, result: Triage, ids: Sequence[str] | None = None, part: str = "pairs") -> pd.DataFrame:
-    "The effects of these pairs (else all) in one tidy table, in the order of the triage, with each pair's category."
+    "The effects of these pairs (else all) that are there, in one tidy table, in the order of the triage, with each pair's category."
     wanted = result.table.pair_id if ids is None else result.table.pair_id[result.table.pair_id.isin(ids)]
-    frame = pd.concat([pd.read_parquet(pair_file(folder, pair_id, part)) for pair_id in wanted], ignore_index=True)
+    frame = read_pairs(folder, wanted.tolist(), part)
     frame.insert(2, "category", frame.pair_id.map(result.table.set_index("pair_id").category))
     return frame
 
-# %% ../nbs/library/02_pipeline.ipynb #da8d2b60
-def sweep_controls(controls: Sequence[Control], result: Triage, folder: Path, advance: Advance | None = None) -> pd.DataFrame:
-    "Sweep what is missing of the controls; return the table of all of them, with a column `control`."
-    tables = []
-    for control in controls:
-        part = f"controls/{control.name}"
-        told = advance and (lambda done, total, _, name=control.name: advance(done, total, f"control: {name}"))
-        sweep_missing(control.token_pairs, folder, control.sweeper, part=part, advance=told)
-        found = collect(folder, result, [tp.id for tp in control.token_pairs], part)
-        found = found[found.experiment.isin(CONTROLLED[control.name])]  # earlier versions swept more
-        tables.append(found.drop(columns=["intervention", "recovery"]).assign(control=control.name))
-    return pd.concat(tables, ignore_index=True)
 
-# %% ../nbs/library/02_pipeline.ipynb #e967b1da
+# %% ../nbs/library/02_pipeline.ipynb #da8d2b60
 def _controls(model: Model, token_pairs: Sequence[TokenPair], names: Sequence[str], folder: Path, direction: str, max_rows: int) -> list[Control]:
     "The named controls that can be made, and those that the folder holds whole."
     def whole(c): return all(is_done(folder, tp.id, f"controls/{c.name}") for tp in c.token_pairs)
-    return [c for c in controls_of(model, token_pairs, [*CONTROLS, *names], direction, max_rows)
-            if c.token_pairs and (c.name in names or whole(c))]
+    return [c for c in controls_of(token_pairs, [*CONTROLS, *names], direction, max_rows) if c.token_pairs and (c.name in names or whole(c))]
+
+
+def sweep_study(crew: Crew, result: Triage, controls: Sequence[Control], folder: Path, direction: str, max_rows: int,
+                progress: Advance | None = None, say: Say | None = None) -> dict[str, dict[str, str]]:
+    "Sweep what is missing of experiments and controls; return which pairs could not be, in each part. Writes `effects.parquet` and `controls.parquet`."
+    pairs, tables = result.golden("C"), []
+    failed = {"pairs": sweep_missing(pairs, folder, partial(sweep_experiments, direction=direction, max_rows=max_rows), crew, advance=progress, say=say)}
+    for control in controls:
+        part, told = f"controls/{control.name}", progress and partial(noted, progress, f"control: {control.name}")
+        failed[part] = sweep_missing(control.token_pairs, folder, control.recipe, crew, part=part, advance=told, say=say)
+        found = collect(folder, result, [tp.id for tp in control.token_pairs], part)
+        found = found[found.experiment.isin(CONTROLLED[control.name])]  # earlier versions swept more
+        tables.append(found.drop(columns=["intervention", "recovery"]).assign(control=control.name))
+    if tables: write_table(folder / "controls.parquet", pd.concat(tables, ignore_index=True))
+    write_table(folder / "effects.parquet", collect(folder, result))
+    return failed
+
+
+def noted(progress: Advance, note: str, done: int, total: int, _: str) -> None:
+    "Tell of progress with another note."
+    progress(done, total, note)
+
+# %% ../nbs/library/02_pipeline.ipynb #e967b1da
+SAMPLE = 32  # pairs that are planned for a forecast
+
+
+def _of_some(pairs: Sequence[TokenPair], forecast_of) -> Forecast | None:
+    "What all these pairs come to, by a sample of them spread over their lengths."
+    some = sorted(pairs, key=lambda tp: len(tp.clean_ids))[::-(-len(pairs) // SAMPLE) or 1]
+    return forecast_of(some).of(len(pairs)) if some else None
+
+
+def study_forecast(model: Model, result: Triage, controls: Sequence[Control], folder: Path, direction: str, max_rows: int) -> Forecast | None:
+    "What is missing of a study comes to; `None` if nothing is."
+    def missing(pairs, part): return [tp for tp in pairs if not is_done(folder, tp.id, part)]
+    found = [_of_some(missing(result.golden("C"), "pairs"), lambda some: forecast(model, some, interventions_of(model), direction, max_rows=max_rows))]
+    found += [_of_some(missing(c.token_pairs, f"controls/{c.name}"), partial(forecast_control, model, c)) for c in controls]
+    return sum((f for f in found[1:] if f), found[0]) if found[0] else next((f for f in found if f), None)
 
 # %% ../nbs/library/02_pipeline.ipynb #d76af055
 def run_study(model: str | Model, *, battery: str | Path | None = None, out: str | Path | None = None,
               device: str | None = None, dtype: str = "float32", revision: str | None = None,
               direction: str = "noising", chat: bool = False, bos: bool | None = None, multi_token: bool = False,
-              controls: Sequence[str] | None = None, max_rows: int = 8192,
-              progress: Advance | None = None) -> Path:
+              controls: Sequence[str] | None = None, max_rows: int = 8192, workers: int | None = None,
+              progress: Advance | None = None, say: Say | None = None) -> Path:
     """Run the whole study on a model; return the run folder.
 
     `model`: a name for `load_model`, or a loaded model. `battery`: a file of pairs (else the shipped 60, with the
     shipped spares for those that the tokenizer drops). `chat`: each prompt begins the answer of an instruction-tuned model.
-    `bos`, `multi_token`: as in `align`. `out`: the folder (else `runs/NAME`). `controls`: names of controls (else `default_controls`; none: `()`). `progress` is called with (pairs done, pairs, a note).
+    `bos`, `multi_token`: as in `align`. `out`: the folder (else `runs/NAME`). `controls`: names of controls (else `default_controls`; none: `()`). `workers`: so many processes, each with the
+    model (else this one alone). `progress` is called with (pairs done, pairs, a note), `say` with a line about what is to come or went wrong.
 
-    Raises `ModelError`, `BatteryError`, `ValueError` for an unknown control, or `RunError` if the folder holds another run
+    Raises `ModelError`, `BatteryError`, `CrewError`, `BusyError`, `ValueError` for an unknown control, or `RunError` if the folder holds another run
     or no pair is left."""
+    source = None if isinstance(model, Model) else Source(str(model), device, dtype, revision)
     if not isinstance(model, Model): model = load_model(model, device=device, dtype=dtype, revision=revision)
     pairs, spares = load_battery(battery), load_spares() if battery is None else []
     folder = Path(out) if out is not None else Path("runs") / Path(model.name).name.replace(":", "-")
     aligned = ({} if bos is None else {"bos": bos}) | ({"multi_token": True} if multi_token else {})
     info = run_info(model, pairs, spares, direction, chat, **aligned)
     if chat: pairs, spares = in_chat(model, pairs), in_chat(model, spares)
-    claim(folder, info)
-    result = triage(model, pairs, spares, **aligned)
-    result.save(folder)
-    names = default_controls(model) if controls is None else controls
-    possible = _controls(model, result.golden("C"), names, folder, direction, max_rows)
-    experiments: Sweeper = lambda group: run_experiments(model, group, direction=direction, max_rows=max_rows, progress=False)
-    sweep_missing(result.golden("C"), folder, lambda: experiments, advance=progress)
-    if possible: write_table(folder / "controls.parquet", sweep_controls(possible, result, folder, progress))
-    write_table(folder / "effects.parquet", collect(folder, result))
-    run = open_run(folder)
-    write_json(folder / "summary.json", summarize(run))
-    save_figures(run, folder / "figures")
+    with held(folder), crew_of(workers, source, model, say) as crew:
+        claim(folder, info)
+        result = triage(model, pairs, spares, **aligned)
+        result.save(folder)
+        possible = _controls(model, result.golden("C"), default_controls(model) if controls is None else controls, folder, direction, max_rows)
+        if say: _announce(model, study_forecast(model, result, possible, folder, direction, max_rows), result, workers, say)
+        note_left_out(folder, sweep_study(crew, result, possible, folder, direction, max_rows, progress, say))
+        run = open_run(folder)
+        write_json(folder / "summary.json", summarize(run))
+        save_figures(run, folder / "figures")
     return folder
+
+
+def _announce(model: Model, forecast: Forecast | None, result: Triage, workers: int | None, say: Say) -> None:
+    if forecast and (line := announced(model, forecast, result.golden("C")[0].clean_ids, workers=workers or 1)): say(line)
 
 # %% ../nbs/library/02_pipeline.ipynb #e7434512
 FILES = {"triage.csv": "every pair, ranked by TotalSwing", "effects.parquet": "every intervention, one row each",
          "controls.parquet": "some of these patches with unrelated donors, at other tokens, in an untrained model",
-         "summary.json": "the numbers behind these lines, with intervals", "figures": "the curves and heatmaps", "report.html": "the paper about this run, in one file"}
+         LEFT_OUT: "which pairs could not be swept, and why", "summary.json": "the numbers behind these lines, with intervals", "figures": "the curves and heatmaps", "report.html": "the paper about this run, in one file"}
+
+
+def left_out_lines(run: Run) -> list[str]:
+    "Which pairs a run had to leave out, in a line; none if it left out none."
+    if not len(run.left_out): return []
+    names, reason = list(dict.fromkeys(run.left_out.pair_id)), run.left_out.reason[0]
+    return [f"Left out: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''} ({reason[:200]}). The same command tries again."]
 
 
 def closing_lines(folder: str | Path) -> list[str]:
     "What the study of a run folder found, and where its files are."
     folder = Path(folder)
     found = findings(json.loads((folder / "summary.json").read_text("utf-8")))
-    found += notes_lines(open_run(folder).triage.warnings.dropna())
+    run = open_run(folder)
+    found += notes_lines(run.triage.warnings.dropna()) + left_out_lines(run)
     there = {name: what for name, what in FILES.items() if (folder / name).exists()}
     width = max(len(str(folder / name)) for name in there)
     return [*found, "", *(f"{folder / name!s:<{width}}  {what}" for name, what in there.items())]

@@ -9,6 +9,7 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from bizzaroworld import circuits_folder, circuits_run
+from bizzaroworld.circuits import paths as paths_room
 from bizzaroworld.battery.formats import load_battery, load_spares
 from bizzaroworld.battery.triage import triage
 from bizzaroworld.circuits.attribution import attribution
@@ -80,7 +81,7 @@ def test_a_run_that_was_stopped_does_only_what_is_missing(nano, to_logits, tmp_p
     run_paths(nano, out=tmp_path / "r", **TO)
     assert stamps(tmp_path / "r").items() >= before.items() and len(stamps(tmp_path / "r")) == 3
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "r" / "paths.parquet"), pd.read_parquet(to_logits / "paths.parquet"), atol=1e-5)
-    monkeypatch.setattr(circuits_run, "path_effects", None)
+    monkeypatch.setattr(paths_room, "path_effects", None)
     run_paths(nano, out=tmp_path / "r", **TO)
 
 

@@ -1,16 +1,24 @@
 """The study end to end on the embedded models: complete, resumable, and able to tell two circuits apart."""
 import dataclasses
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from bizzaroworld import pipeline as study_module
 from bizzaroworld.battery.formats import load_battery
+from bizzaroworld.files import write_table
 from bizzaroworld.model.load import load_model
+from bizzaroworld.patch import telling
 from bizzaroworld.pipeline import closing_lines, run_study
-from bizzaroworld.study.runs import RunError, open_run, pair_file
+from bizzaroworld.scale.folders import pair_file
+from bizzaroworld.scale.processes import CrewError
+from bizzaroworld.scale.units import Alone, sweep_missing
+from bizzaroworld.study import experiments
+from bizzaroworld.study.runs import RunError, open_run
 
 
 @pytest.fixture(scope="module")
@@ -55,19 +63,19 @@ def test_the_summary_is_json_and_the_lines_are_six(whole):
     assert list((whole / "figures").glob("*.png"))
 
 
-def test_only_what_is_missing_is_done_again(nano, few, tmp_path, monkeypatch):
+def test_only_the_unit_with_what_is_missing_is_done_again_to_the_last_bit(nano, few, tmp_path, monkeypatch):
     folder = run_study(nano, battery=few, out=tmp_path / "run")
     before = pd.read_parquet(folder / "effects.parquet")
     gone = before.pair_id.unique()[2]
     pair_file(folder, gone).unlink()
-    swept, original = [], study_module.run_experiments
+    swept, original = [], experiments.run_experiments
     def watched(model, pairs, *args, **kwargs):
-        swept.extend(tp.id for tp in pairs)
+        swept.append([tp.id for tp in pairs])
         return original(model, pairs, *args, **kwargs)
-    monkeypatch.setattr(study_module, "run_experiments", watched)
+    monkeypatch.setattr(experiments, "run_experiments", watched)
     run_study(nano, battery=few, out=folder)
-    assert swept == [gone]
-    pd.testing.assert_frame_equal(pd.read_parquet(folder / "effects.parquet"), before, atol=1e-5)
+    assert len(swept) == 1 and gone in swept[0]
+    pd.testing.assert_frame_equal(pd.read_parquet(folder / "effects.parquet"), before, check_exact=True)
 
 
 def test_an_interrupted_study_goes_on_where_it_stopped(nano, few, tmp_path):
@@ -75,14 +83,56 @@ def test_an_interrupted_study_goes_on_where_it_stopped(nano, few, tmp_path):
     def stop(done, total, note):
         calls.append(done)
         if done >= 2: raise KeyboardInterrupt
-    def sweeper(): return lambda group: study_module.run_experiments(nano, group, progress=False)
-    pairs = study_module.load_battery(few)
-    result = study_module.triage(nano, pairs)
-    with pytest.raises(KeyboardInterrupt):
-        study_module.sweep_missing(result.golden("C"), tmp_path, sweeper, at_once=2, advance=stop)
-    assert len(list((tmp_path / "pairs").glob("*.parquet"))) == 2 and calls == [0, 2]
-    assert study_module.sweep_missing(result.golden("C"), tmp_path, sweeper, at_once=2) == len(pairs) - 2
-    assert study_module.sweep_missing(result.golden("C"), tmp_path, None) == 0, "with nothing to do no model is built"
+    def recipe(model): return lambda unit: experiments.run_experiments(model, unit, progress=False)
+    pairs = study_module.triage(nano, study_module.load_battery(few)).golden("C")
+    with pytest.raises(KeyboardInterrupt): sweep_missing(pairs, tmp_path, recipe, Alone(nano), at_once=2, advance=stop)
+    there = {p: p.stat().st_mtime_ns for p in (tmp_path / "pairs").glob("*.parquet")}
+    assert len(there) == 2 and calls == [2]
+    assert sweep_missing(pairs, tmp_path, recipe, Alone(nano), at_once=2) == {} and all(p.stat().st_mtime_ns == t for p, t in there.items())
+    assert len(list((tmp_path / "pairs").glob("*.parquet"))) == len(pairs)
+    assert sweep_missing(pairs, tmp_path, None, Alone(nano), at_once=2) == {}, "with nothing to do no recipe is followed"
+
+
+def test_what_is_to_come_is_said_before_it_begins(nano, few, tmp_path, monkeypatch):
+    """Rows, passes and time of what is missing, controls included; nothing where it is short or nothing is missing."""
+    said, told = [], []
+    monkeypatch.setattr(telling, "PART", 1e9), monkeypatch.setattr(telling, "LONG", 0.0)
+    run_study(nano, battery=few, out=tmp_path / "run", say=lambda line: said.append((line, len(told))), progress=lambda *at: told.append(at))
+    assert len(said) == 1 and said[0][1] == 0 and re.match(r"5 pairs x [\d,]+ interventions: [\d,]+ rows in .*; about \d+ second", said[0][0])
+    run_study(nano, battery=few, out=tmp_path / "run", say=lambda line: said.append(line))
+    assert len(said) == 1
+
+
+def test_two_workers_give_the_study_of_one(nano, few, tmp_path):
+    alone, together = run_study(nano, battery=few, out=tmp_path / "one"), run_study("bizzaro-nano", battery=few, out=tmp_path / "two", workers=2)
+    for name in ("effects.parquet", "controls.parquet"): pd.testing.assert_frame_equal(pd.read_parquet(alone / name), pd.read_parquet(together / name), atol=1e-4)
+    with pytest.raises(CrewError, match="give it by name"): run_study(nano, battery=few, out=tmp_path / "three", workers=2)
+
+
+def test_a_pair_that_overflows_is_left_out_and_named(nano, few, tmp_path, monkeypatch):
+    """One infinite logit difference: the pair is in no mode, no mean and no figure, and the closing lines say so; mended, it is back."""
+    original, bad = experiments.run_experiments, study_module.load_battery(few)[1].id
+    def overflows(model, pairs, *args, **kwargs):
+        rows = original(model, pairs, *args, **kwargs)
+        hit = (rows.pair_id == bad) & (rows.layer == 3)
+        return rows.assign(patched=rows.patched.where(~hit, np.inf), effect=rows.effect.where(~hit, -np.inf))
+    with monkeypatch.context() as patched:
+        patched.setattr(experiments, "run_experiments", overflows)
+        folder = run_study(nano, battery=few, out=tmp_path / "run", controls=())
+    run = open_run(folder)
+    assert bad not in run.pairs() and len(run.pairs()) == 4 and bad not in set(run.effects.pair_id) and run.left_out.pair_id.tolist() == [bad]
+    assert any(line.startswith(f"Left out: {bad} (not finite") for line in closing_lines(folder))
+    assert "Infinity" not in (folder / "summary.json").read_text() and "NaN" not in (folder / "summary.json").read_text()
+    mended = open_run(run_study(nano, battery=few, out=folder, controls=()))
+    assert len(mended.pairs()) == 5 and not len(mended.left_out) and not any("Left out" in line for line in closing_lines(folder))
+
+
+def test_an_infinite_number_in_a_pairs_file_moves_nothing(nano, few, tmp_path):
+    folder = run_study(nano, battery=few, out=tmp_path / "run", controls=())
+    before, path = pd.read_parquet(folder / "effects.parquet"), next((folder / "pairs").glob("*.parquet"))
+    write_table(path, pd.read_parquet(path).assign(effect=np.inf))
+    run_study(nano, battery=few, out=folder, controls=())
+    pd.testing.assert_frame_equal(pd.read_parquet(folder / "effects.parquet"), before, check_exact=True)
 
 
 def test_another_model_or_battery_is_refused_and_nothing_is_touched(nano, few, tmp_path):

@@ -22,10 +22,11 @@ from ..patch.hops import Node, Path, as_node, as_path, check_node, end_of, follo
 from ..patch.interventions import Edit, Intervention, positions_of
 from ..patch.metrics import check_metrics, effect
 from ..patch.passes import as_token_pairs
+from ..scale.units import Sweeper
 from ..patch.sweep import sweep, tidy
 
 # %% auto #0
-__all__ = ['CHANGED', 'senders_of', 'receivers_of', 'edges', 'edit_of', 'name_of', 'PathEffects', 'path_effects']
+__all__ = ['CHANGED', 'senders_of', 'receivers_of', 'edges', 'edit_of', 'name_of', 'PathEffects', 'path_effects', 'sweep_paths']
 
 # %% ../../nbs/library/circuits/04_paths.ipynb #751d26d0
 def senders_of(model: Model) -> list[Node]:
@@ -144,3 +145,8 @@ def path_effects(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPa
         found.append(sweep(model, placed, asked, direction, metrics=metrics, values=values, max_rows=max_rows, memory=memory, progress=False))
     clean, corrupt, patched = (np.concatenate([getattr(one, side) for one in found]) for side in ("clean", "corrupt", "patched"))
     return PathEffects(tuple(tp.id for tp in token_pairs), paths, metrics, direction, clean, corrupt, patched)
+
+# %% ../../nbs/library/circuits/04_paths.ipynb #a8c0de11
+def sweep_paths(model: Model, paths: Sequence, direction: str, **options) -> Sweeper:
+    "A recipe: these paths on every pair, with the options of `path_effects`."
+    return lambda pairs: path_effects(model, pairs, paths, direction, **options).to_frame()

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -20,15 +21,19 @@ from .multiverse import window_layers
 from ..model.hooked import Model
 from ..model.load import untrained
 from ..patch.interventions import Edit, Intervention
-from ..patch.metrics import OF_MEAN, check_metrics
+from ..patch.forecast import Forecast, forecast
+from ..patch.metrics import OF_MEAN, WHOLE_VOCABULARY, check_metrics
 from ..patch.noise import Noise
 from ..patch.sweep import DIRECTIONS, Sweep, sweep
+from ..patch.telling import announced
+from ..scale.folders import is_done, note_left_out
+from ..scale.units import Advance, Alone, Crew, Recipe, Say, Sweeper, read_pairs, sweep_missing
 from ..tasks.recipes import Task
 
 # %% auto #0
-__all__ = ['WIDTHS', 'LAYER_SITES', 'CORRUPTIONS', 'CONTROLS', 'PAIRS_OF_A_WORDING', 'GRID_METRICS', 'Place', 'windows',
-           'each_head', 'GridError', 'widths_of', 'places_of', 'Part', 'parts_of', 'unrelated', 'wordings',
-           'sweep_part', 'Settings', 'claim_grid', 'run_grid']
+__all__ = ['WIDTHS', 'LAYER_SITES', 'CORRUPTIONS', 'CONTROLS', 'PAIRS_OF_A_WORDING', 'GRID_METRICS', 'SAMPLE', 'Place', 'windows',
+           'each_head', 'GridError', 'widths_of', 'places_of', 'Part', 'parts_of', 'unrelated', 'wordings', 'places_in',
+           'sweep_part', 'Settings', 'claim_grid', 'Work', 'run_grid']
 
 # %% ../../nbs/library/methods/06_grid.ipynb #6a1d0a06
 @dataclass(frozen=True)
@@ -138,14 +143,22 @@ def _table(done: Sweep, worded: dict[str, str], places: Sequence[Place], task: s
     return out.assign(patched=done.patched.ravel().astype("float32"))
 
 
-def sweep_part(model: Model, task: Task, part: Part, pairs: Sequence[TokenPair], *, metrics: Sequence[str], widths: Sequence[int | float] = WIDTHS,
-               noise: Noise | None = None, donors: dict[str, TokenPair] | None = None, max_rows: int = 8192) -> pd.DataFrame:
-    "Sweep some pairs of one part; see `run_grid`."
+def places_in(model: Model, task: Task, part: Part, widths: Sequence[int | float] = WIDTHS) -> list[Place]:
+    "What a part patches."
     few = part.corruption == "GN"
-    places = each_head(model, "all") if part.control else places_of(model, widths, () if few else task.places, few)
-    done = sweep(model, pairs, [p.intervention for p in places], part.direction, metrics=metrics, max_rows=max_rows, progress=False,
-                 noise=noise if part.corruption == "GN" else None, donors=[donors[tp.id] for tp in pairs] if part.control == "unrelated" else None)
-    return _table(done, wordings(task), places, task.name, part)
+    return each_head(model, "all") if part.control else places_of(model, widths, () if few else task.places, few)
+
+
+def sweep_part(model: Model, task: Task, part: Part, *, metrics: Sequence[str], widths: Sequence[int | float] = WIDTHS,
+               noise: Noise | None = None, donors: dict[str, TokenPair] | None = None, max_rows: int = 8192) -> Sweeper:
+    "A recipe of `scale.units`: one part of a grid; see `run_grid`."
+    if part.control == "untrained": model = untrained(model)
+    places, worded = places_in(model, task, part, widths), wordings(task)
+    def run(pairs):
+        done = sweep(model, pairs, [p.intervention for p in places], part.direction, metrics=metrics, max_rows=max_rows, progress=False,
+                     noise=noise if part.corruption == "GN" else None, donors=[donors[tp.id] for tp in pairs] if part.control == "unrelated" else None)
+        return _table(done, worded, places, task.name, part)
+    return run
 
 # %% ../../nbs/library/methods/06_grid.ipynb #6a1d0a17
 GRID_METRICS = ("ld", "logprob", "prob", "kl", "rank")
@@ -187,32 +200,62 @@ def claim_grid(folder: Path, model: Model, task: Task, settings: Settings) -> di
     return info
 
 # %% ../../nbs/library/methods/06_grid.ipynb #6a1d0a18
-def _groups(part: Part, pairs: Sequence[TokenPair], donors: dict[str, TokenPair], size: int, folder: Path) -> Iterator[tuple[Path, list[TokenPair]]]:
-    "The files of a part, each with its pairs."
-    kept = [tp for tp in pairs if part.control != "unrelated" or tp.id in donors]
-    for i in range(0, len(kept), size): yield folder / "parts" / f"{str(part).replace(' ', '-')}-{i:04}.parquet", kept[i:i + size]
+@dataclass(frozen=True)
+class Work:
+    "The parts of a grid, each with its pairs and its recipe."
+    model: Model
+    task: Task
+    settings: Settings
+    noise: Noise
+    donors: dict[str, TokenPair]
+    max_rows: int
+
+    @property
+    def parts(self) -> list[Part]: return parts_of(self.settings.corruptions, self.settings.directions, self.settings.controls)
+    def pairs(self, part: Part) -> list[TokenPair]: return [tp for tp in self.task.pairs if part.control != "unrelated" or tp.id in self.donors]
+    def place(self, part: Part) -> str: return f"parts/{str(part).replace(' ', '-')}"
+
+    def recipe(self, part: Part) -> Recipe:
+        of_mean = tuple(m + OF_MEAN for m in self.settings.metrics) if part.corruption == "GN" else ()
+        return partial(sweep_part, task=self.task, part=part, metrics=(*self.settings.metrics, *of_mean), widths=self.settings.widths,
+                       noise=self.noise, donors=self.donors, max_rows=self.max_rows)
+
+    def forecast(self, part: Part, pairs: Sequence[TokenPair]) -> Forecast:
+        return forecast(self.model, pairs, [p.intervention for p in places_in(self.model, self.task, part, self.settings.widths)], part.direction, max_rows=self.max_rows,
+                        noise=self.noise if part.corruption == "GN" else None, donors=[self.donors[tp.id] for tp in pairs] if part.control == "unrelated" else None)
+
+# %% ../../nbs/library/methods/06_grid.ipynb #6a1d0a41
+SAMPLE = 4  # pairs of a part that are planned for a forecast
 
 
-def run_grid(model: Model, task: Task, folder: str | Path, settings: Settings = Settings(), *, max_rows: int = 8192,
-             progress: Callable[[int, int, str], None] | None = None) -> pd.DataFrame:
+def _announce(work: Work, folder: Path, workers: int, say: Say) -> None:
+    "Say what is left of a grid, if that is long."
+    left = {part: [tp for tp in work.pairs(part) if not is_done(folder, tp.id, work.place(part))] for part in work.parts}
+    found = [work.forecast(part, pairs[::-(-len(pairs) // SAMPLE)]).of(len(pairs)) for part, pairs in left.items() if pairs]
+    if not found: return
+    vocabulary = bool(set(WHOLE_VOCABULARY) & set(work.settings.metrics))
+    if line := announced(work.model, sum(found[1:], found[0]), work.task.pairs[0].clean_ids, vocabulary, workers): say(line)
+
+
+def run_grid(model: Model, task: Task, folder: str | Path, settings: Settings = Settings(), *, max_rows: int = 8192, crew: Crew | None = None, workers: int = 1,
+             progress: Advance | None = None, say: Say | None = None) -> pd.DataFrame:
     """The grid of a task: every part that is not there yet is swept; all of them are returned as one table, and written as `grid.parquet`.
 
-    `progress` is called with (groups done, groups, the part). Raises `GridError` if the folder holds another grid, `ValueError` for unknown settings."""
-    folder = Path(folder)
+    `crew`: who sweeps (else this process), of so many `workers`. `progress` is called with (pairs of all parts done, pairs, the part), `say` with a line about what is to
+    come or went wrong. Raises `GridError` if the folder holds another grid, `ValueError` for unknown settings."""
+    folder, crew = Path(folder), crew or Alone(model)
     claim_grid(folder, model, task, settings)
-    noise, donors = Noise(task.noised, settings.scale, settings.draws, settings.seed), unrelated(task.pairs, settings.seed)
-    if "GN" in settings.corruptions: noise = noise.measured(model, task.pairs)
-    work = [(part, *group) for part in parts_of(settings.corruptions, settings.directions, settings.controls)
-            for group in _groups(part, task.pairs, donors, settings.group, folder)]
-    twin = None
-    for done, (part, path, pairs) in enumerate(work):
-        if progress: progress(done, len(work), str(part))
-        if path.exists(): continue
-        if part.control == "untrained" and twin is None: twin = untrained(model)
-        of_mean = tuple(m + OF_MEAN for m in settings.metrics) if part.corruption == "GN" else ()
-        write_table(path, sweep_part(twin if part.control == "untrained" else model, task, part, pairs, metrics=(*settings.metrics, *of_mean),
-                                     widths=settings.widths, noise=noise, donors=donors, max_rows=max_rows))
-    if progress: progress(len(work), len(work), "")
-    table = pd.concat([pd.read_parquet(path) for _, path, _ in work], ignore_index=True)
+    noise = Noise(task.noised, settings.scale, settings.draws, settings.seed)
+    work = Work(model, task, settings, noise.measured(model, task.pairs) if "GN" in settings.corruptions else noise, unrelated(task.pairs, settings.seed), max_rows)
+    if say: _announce(work, folder, workers, say)
+    total, done, tables, failed = sum(len(work.pairs(part)) for part in work.parts), 0, [], {}
+    for part in work.parts:
+        pairs, told = work.pairs(part), progress and (lambda n, _, __: progress(done + n, total, str(part)))
+        if not pairs: continue
+        failed[str(part)] = sweep_missing(pairs, folder, work.recipe(part), crew, part=work.place(part), at_once=settings.group, by_length=False, advance=told, say=say)
+        tables.append(read_pairs(folder, pairs, work.place(part)))
+        done += len(pairs)
+    note_left_out(folder, failed)
+    table = pd.concat(tables, ignore_index=True)
     write_table(folder / "grid.parquet", table)
     return table

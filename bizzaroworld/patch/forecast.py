@@ -5,16 +5,11 @@
 # %% ../../nbs/library/patch/07_forecast.ipynb #f0ca5704
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os.path import commonprefix
-from time import perf_counter
 from typing import Any, NamedTuple
-
-import torch
-from tqdm import tqdm
 
 from ..battery.pairs import PromptPair
 from ..battery.tokens import TokenPair
@@ -24,8 +19,8 @@ from .noise import Added, Noise
 from .passes import Pass, Row, as_interventions, as_token_pairs, batches_of, check_pairs, passes_of, rows_of
 
 # %% auto #0
-__all__ = ['DIRECTIONS', 'CACHED', 'WRITE', 'TRIAL', 'PART', 'LONG', 'Asked', 'as_asked', 'kept_bytes', 'Part', 'parts_of',
-           'Plan', 'plan_of', 'work_of', 'Forecast', 'forecast_of', 'forecast', 'seconds_each', 'Telling', 'in_words']
+__all__ = ['DIRECTIONS', 'CACHED', 'WRITE', 'Asked', 'as_asked', 'kept_bytes', 'Part', 'parts_of', 'Plan', 'plan_of', 'work_of',
+           'Forecast', 'forecast_of', 'forecast']
 
 # %% ../../nbs/library/patch/07_forecast.ipynb #f0ca5706
 def _same_as(model: Model, intervention: Intervention) -> Intervention:
@@ -224,6 +219,16 @@ class Forecast:
     token_layers: int
     bytes_a_pass: int
 
+    def __add__(self, other: Forecast) -> Forecast:
+        "Two sweeps of the same pairs, one after the other."
+        return Forecast(max(self.pairs, other.pairs), *(getattr(self, f) + getattr(other, f) for f in ("interventions", "rows", "passes", "token_layers")),
+                        max(self.bytes_a_pass, other.bytes_a_pass))
+
+    def of(self, pairs: int) -> Forecast:
+        "About what the same comes to for so many pairs."
+        more = pairs / self.pairs
+        return replace(self, pairs=pairs, **{f: round(more * getattr(self, f)) for f in ("rows", "passes", "token_layers")})
+
     def __repr__(self) -> str:
         def count(n, what): return f"{n:,} {what}" + ("es" if what == "pass" else "s") * (n != 1)
         return (f"{count(self.pairs, 'pair')} x {count(self.interventions, 'intervention')}: {count(self.rows, 'row')} in "
@@ -252,42 +257,3 @@ def forecast(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPair |
     token_pairs, interventions = as_token_pairs(model, pairs), as_interventions(interventions)
     donors = token_pairs if donors is None else as_token_pairs(model, donors)
     return forecast_of(as_asked(model, token_pairs, interventions, direction, donors, values, noise, max_rows, max_pairs, memory))
-
-# %% ../../nbs/library/patch/07_forecast.ipynb #f0ca5716
-TRIAL, PART, LONG = 256, 0.02, 30.0  # tokens that are timed; the part of a sweep that they may be; a sweep of more seconds is announced
-
-
-def seconds_each(asked: Asked) -> float:
-    "Seconds for a token-layer, by a run of about `TRIAL` tokens."
-    model, (ids, *_) = asked.model, _side(asked.pairs, asked.sides[0])
-    rows = torch.tensor([ids] * max(1, TRIAL // len(ids)))
-    model.run(rows[:1]).sum().item()
-    start = perf_counter()
-    model.run(rows).sum().item()  # `item` waits for a GPU
-    return (perf_counter() - start) / (rows.numel() * model.n_layers)
-
-
-class Telling:
-    "Shows on a terminal how far a sweep is, and first what a long one comes to."
-
-    def __init__(self, asked: Asked, progress: bool):
-        self.bar = tqdm(total=1, disable=None if progress else True, bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
-        self.forecast = None if self.bar.disable else forecast_of(asked)
-        if not self.forecast: return
-        self.bar.reset(self.forecast.token_layers)
-        if TRIAL * asked.model.n_layers > PART * self.forecast.token_layers: return
-        guess = seconds_each(asked) * self.forecast.token_layers
-        if guess >= LONG: tqdm.write(f"{self.forecast!r}; about {in_words(guess)}", sys.stderr)
-
-    def ran(self, work: int) -> None:
-        "So many token-layers have run since this was last called."
-        self.bar.update(work)
-
-    def __enter__(self) -> Telling: return self
-    def __exit__(self, *_) -> None: self.bar.close()
-
-
-def in_words(seconds: float) -> str:
-    "A rough time: `40 seconds`, `12 minutes`, `3.5 hours`."
-    if seconds < 90: return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -18,11 +18,12 @@ from ..battery.pairs import PromptPair
 from ..battery.tokens import TokenPair
 from ..model.hooked import Model
 from .engine import add_given, base_run, in_memory, run_in_memory
-from .forecast import DIRECTIONS, Asked, Part, Plan, Telling, _same_as, _side, as_asked, parts_of, plan_of, work_of
+from .forecast import DIRECTIONS, Asked, Part, Plan, _same_as, _side, as_asked, parts_of, plan_of, work_of
 from .interventions import Edit, Intervention
 from .metrics import answers_of, check_metrics, effect, measured, recovery
 from .noise import Noise
 from .passes import as_interventions, as_token_pairs
+from .telling import Telling
 
 # %% auto #0
 __all__ = ['SweepViews', 'tidy', 'Sweep', 'sweep']

@@ -6,26 +6,28 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import pandas as pd
 
 from ..battery.tokens import TokenPair
 from ..model.hooked import Model
 from ..model.load import untrained
+from ..patch.forecast import Forecast, forecast
 from ..patch.interventions import grid
 from ..patch.sweep import sweep
+from ..scale.units import Recipe, Sweeper
 from .experiments import EXPERIMENTS, interventions_of, label
 
 # %% auto #0
-__all__ = ['CONTROLLED', 'CONTROLS', 'Sweeper', 'TWIN', 'unrelated_donors', 'sweep_unrelated', 'shuffled_positions',
-           'sweep_shuffled', 'sweep_untrained', 'default_controls', 'Control', 'controls_of']
+__all__ = ['CONTROLLED', 'CONTROLS', 'TWIN', 'unrelated_donors', 'sweep_unrelated', 'shuffled_positions', 'sweep_shuffled',
+           'sweep_untrained', 'default_controls', 'Control', 'controls_of', 'forecast_control']
 
 # %% ../../nbs/library/study/02_controls.ipynb #3433dd08
 CONTROLLED = {"unrelated": ("1", "2A", "2B", "3", "4F"), "shuffled": ("1", "3"), "untrained": ("1", "3")}  # experiments
 CONTROLS = tuple(CONTROLLED)
-Sweeper = Callable[[Sequence[TokenPair]], pd.DataFrame]  # pairs -> the table of `run_experiments`
 
 # %% ../../nbs/library/study/02_controls.ipynb #5a5c8a39
 def _related(a: TokenPair, b: TokenPair) -> bool:
@@ -92,19 +94,25 @@ def default_controls(model: Model) -> tuple[str, ...]:
 # %% ../../nbs/library/study/02_controls.ipynb #5fdec320
 @dataclass(frozen=True, eq=False)
 class Control:
-    "A control: the pairs that it can be made for, and `sweeper()`, which gives the function that sweeps them."
+    "A control: the pairs that it can be made for, and how they are swept, given the model."
     name: str
     token_pairs: list[TokenPair]
-    sweeper: Callable[[], Sweeper]
+    recipe: Recipe
 
 
-def controls_of(model: Model, token_pairs: Sequence[TokenPair], names: Sequence[str], direction: str = "noising",
-                max_rows: int = 8192) -> list[Control]:
+def controls_of(token_pairs: Sequence[TokenPair], names: Sequence[str], direction: str = "noising", max_rows: int = 8192) -> list[Control]:
     """The named controls of a study; nothing is swept yet. Raises `ValueError` for an unknown name."""
     unknown = [n for n in names if n not in CONTROLS]
     if unknown: raise ValueError(f"Unknown control {unknown[0]!r}: use {', '.join(CONTROLS)}.")
     donors, positions = unrelated_donors(token_pairs), shuffled_positions(token_pairs)
-    sweepers = {"unrelated": (donors, lambda: sweep_unrelated(model, donors, direction, max_rows)),
-                "shuffled": (positions, lambda: sweep_shuffled(model, positions, direction, max_rows)),
-                "untrained": ({tp.id for tp in token_pairs}, lambda: sweep_untrained(model, direction, max_rows))}
-    return [Control(name, [tp for tp in token_pairs if tp.id in sweepers[name][0]], sweepers[name][1]) for name in dict.fromkeys(names)]
+    asked = {"direction": direction, "max_rows": max_rows}
+    recipes = {"unrelated": (donors, partial(sweep_unrelated, donors=donors, **asked)), "shuffled": (positions, partial(sweep_shuffled, positions=positions, **asked)),
+               "untrained": ({tp.id for tp in token_pairs}, partial(sweep_untrained, **asked))}
+    return [Control(name, [tp for tp in token_pairs if tp.id in recipes[name][0]], recipes[name][1]) for name in dict.fromkeys(names)]
+
+# %% ../../nbs/library/study/02_controls.ipynb #5fdec322
+def forecast_control(model: Model, control: Control, token_pairs: Sequence[TokenPair]) -> Forecast:
+    "What sweeping a control on these pairs comes to."
+    asked = control.recipe.keywords
+    donors = [asked["donors"][tp.id] for tp in token_pairs] if "donors" in asked else None
+    return forecast(model, token_pairs, interventions_of(model, CONTROLLED[control.name]), asked["direction"], donors=donors, max_rows=asked["max_rows"])

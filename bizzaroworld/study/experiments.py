@@ -14,9 +14,10 @@ from ..battery.tokens import TokenPair
 from ..model.hooked import Model
 from ..patch.interventions import Intervention, grid
 from ..patch.sweep import sweep
+from ..scale.units import Sweeper
 
 # %% auto #0
-__all__ = ['SUBLAYERS', 'EXPERIMENTS', 'Experiment', 'interventions_of', 'label', 'run_experiments']
+__all__ = ['SUBLAYERS', 'EXPERIMENTS', 'Experiment', 'interventions_of', 'label', 'run_experiments', 'sweep_experiments']
 
 # %% ../../nbs/library/study/01_experiments.ipynb #47eb105d
 @dataclass(frozen=True)
@@ -68,3 +69,8 @@ def run_experiments(model: Model, token_pairs: Sequence[TokenPair], names: Seque
     "Run experiments on pairs: the table of `Sweep.to_frame`, with a column `experiment`."
     result = sweep(model, token_pairs, interventions_of(model, names), direction, max_rows=max_rows, progress=progress)
     return label(result.to_frame(), names)
+
+
+def sweep_experiments(model: Model, direction: str, max_rows: int) -> Sweeper:
+    "All experiments, as a recipe of `scale.units`."
+    return lambda token_pairs: run_experiments(model, token_pairs, direction=direction, max_rows=max_rows, progress=False)

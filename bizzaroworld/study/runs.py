@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,10 +15,11 @@ import pandas as pd
 
 from ..battery.knowing import VERDICT_SWING, pairs_that
 from ..files import data_path, write_json
+from ..scale.folders import LEFT_OUT
 
 # %% auto #0
-__all__ = ['IDENTITY', 'AGAIN', 'TEXT', 'FOLLOWS', 'RunError', 'DamagedError', 'claim', 'read_info', 'pair_file', 'is_done',
-           'slim', 'filled', 'Run', 'ControlRun', 'control_run', 'shipped_runs', 'open_run', 'output']
+__all__ = ['IDENTITY', 'AGAIN', 'TEXT', 'FOLLOWS', 'RunError', 'DamagedError', 'claim', 'read_info', 'slim', 'filled', 'Tables',
+           'Run', 'ControlRun', 'control_run', 'shipped_runs', 'open_run', 'output']
 
 # %% ../../nbs/library/study/03_runs.ipynb #13428333
 class RunError(ValueError):
@@ -76,19 +76,6 @@ def read_info(folder: Path) -> dict:
 
 AGAIN = "Delete the folder and run the study again."
 
-# %% ../../nbs/library/study/03_runs.ipynb #1b1b4cf9
-def pair_file(folder: Path, pair_id: str, part: str = "pairs") -> Path:
-    "Where the effects of a pair are kept; `part` is another folder for each control."
-    name = re.sub(r'[%/\\:*?"<>|\0-\x1f]', lambda m: f"%{ord(m[0]):02X}", pair_id)  # an id may hold anything
-    return folder / part / f"{name}.parquet"
-
-
-def is_done(folder: Path, pair_id: str, part: str = "pairs") -> bool:
-    "Whether the effects of a pair are there and readable."
-    try: pd.read_parquet(pair_file(folder, pair_id, part), columns=["pair_id"])
-    except (OSError, ValueError): return False
-    return True
-
 # %% ../../nbs/library/study/03_runs.ipynb #c0de7ab1
 TEXT = ("pair_id", "category", "relation", "clean_prompt", "corrupt_prompt", "clean_target", "corrupt_target", "clean_entity",
         "corrupt_entity", "replaces", "warnings", "reason", "message", "replaced_by")
@@ -129,8 +116,8 @@ def filled(effects: pd.DataFrame) -> pd.DataFrame:
 
 # %% ../../nbs/library/study/03_runs.ipynb #dbb650a5
 @dataclass(frozen=True)
-class Run:
-    "A finished run, read from its folder, or those of its pairs that are in `only`. Damaged tables raise `DamagedError`."
+class Tables:
+    "The tables of a run folder, for all pairs or those in `only`. Damaged ones raise `DamagedError`."
     folder: Path
     info: dict
     only: frozenset[str] | None = field(default=None, kw_only=True)
@@ -145,6 +132,11 @@ class Run:
     @cached_property
     def excluded(self) -> pd.DataFrame: return _table(self.folder, "excluded.csv")
     @cached_property
+    def left_out(self) -> pd.DataFrame:
+        "The pairs that could not be swept: `pair_id`, `part` (`pairs` or a control's), `reason`. They are in the triage, and in no mode."
+        there = (self.folder / LEFT_OUT).is_file()
+        return _kept(_table(self.folder, LEFT_OUT), self.only) if there else pd.DataFrame(columns=["pair_id", "part", "reason"])
+    @cached_property
     def effects(self) -> pd.DataFrame: return _kept(filled(_table(self.folder, "effects.parquet")), self.only)
 
     @cached_property
@@ -154,13 +146,18 @@ class Run:
         if not path.is_file(): raise RunError(f"{self.folder} holds no controls. Run the same study again: it adds what is missing.")
         return _kept(_table(self.folder, path.name), self.only)
 
+# %% ../../nbs/library/study/03_runs.ipynb #dbb650a8
+@dataclass(frozen=True)
+class Run(Tables):
+    "A finished run, read from its folder, or those of its pairs that are in `only`. Damaged tables raise `DamagedError`."
     @cached_property
     def _golden(self) -> dict[str, list[str]]: return {mode: _kept(_table(self.folder, f"golden_{mode}.csv"), self.only).pair_id.tolist() for mode in "ABC"}
 
     def pairs(self, mode: str = "C") -> list[str]:
         "Ids of the golden pairs of a mode: A (top 15 by TotalSwing), B (best per category), C (all), best first."
         if mode not in ("A", "B", "C"): raise RunError(f"Unknown mode {mode!r}: use A, B or C.")
-        return self._golden[mode]
+        lost = set(self.left_out.pair_id[self.left_out.part == "pairs"])
+        return [pair_id for pair_id in self._golden[mode] if pair_id not in lost]
 
     def restricted(self, pairs: Collection[str]) -> Run: return _restricted(self, pairs)
     def that_knows(self, known: str = "preferred", min_swing: float = VERDICT_SWING) -> Run:

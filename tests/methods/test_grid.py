@@ -72,14 +72,14 @@ def test_every_place_has_one_row_for_each_pair_and_metric(made, model, task):
 
 
 def test_a_grid_that_was_stopped_goes_on(model, task, made, tmp_path):
-    """Stopped after three groups; what is there is kept, and the whole is the same table."""
+    """Stopped in the second part, after a unit of two pairs; what is there is kept, and the whole is the same table."""
     _, whole = made
 
     def stop(done, total, part):
-        if done == 3: raise KeyboardInterrupt
+        if done == 7: raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): run_grid(model, task, tmp_path, SMALL, progress=stop)
-    parts = sorted((tmp_path / "parts").iterdir())
-    assert len(parts) == 3 and not (tmp_path / "grid.parquet").exists()
+    parts = sorted((tmp_path / "parts").rglob("*.parquet"))
+    assert len(parts) == 7 and not (tmp_path / "grid.parquet").exists()
     before = {p: p.stat().st_mtime_ns for p in parts}
     again = run_grid(model, task, tmp_path, SMALL)
     assert all(p.stat().st_mtime_ns == t for p, t in before.items()), "what was there was swept again"
@@ -107,8 +107,8 @@ def test_unrelated_donors_share_nothing(model):
 def test_controls_are_what_they_say(model, task):
     """With its own pair as donor the unrelated control would be the real run; with the donor that it has, it is another."""
     part, places = Part("STR", "noising", "unrelated"), dict(metrics=["ld"], widths=(1,))
-    real = sweep_part(model, task, Part("STR", "noising"), task.pairs, **places)
-    own = sweep_part(model, task, part, task.pairs, donors={tp.id: tp for tp in task.pairs}, **places)
+    real = sweep_part(model, task, Part("STR", "noising"), **places)(task.pairs)
+    own = sweep_part(model, task, part, donors={tp.id: tp for tp in task.pairs}, **places)(task.pairs)
     same = real.merge(own, on=["pair_id", "site", "layer", "head", "position", "window"])
     assert len(same) == len(own) and np.allclose(same.patched_x, same.patched_y, atol=1e-4)
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from tiny import random_pair, tiny_model
 
-from bizzaroworld.patch import engine, forecast as room, sweep as sweep_room
+from bizzaroworld.patch import engine, sweep as sweep_room, telling as room
 from bizzaroworld.patch.forecast import Asked, as_asked, forecast, kept_bytes, parts_of, plan_of
 from bizzaroworld.patch.interventions import Edit, Intervention, grid
 from bizzaroworld.patch.noise import Noise
@@ -165,9 +165,19 @@ def test_a_long_sweep_is_announced_on_a_terminal_only(gemma, monkeypatch, is_ter
 
 
 def test_a_short_sweep_is_not_timed_first(gemma, monkeypatch):
-    monkeypatch.setattr(room, "seconds_each", lambda asked: pytest.fail("the trial is a large part of this sweep"))
+    monkeypatch.setattr(room, "seconds_each", lambda *_: pytest.fail("the trial is a large part of this sweep"))
     monkeypatch.setattr(sys, "stderr", Terminal())
     sweep(gemma, PAIRS, Edit("resid_pre", 0))
+
+
+def test_forecasts_add_and_scale(gemma):
+    """Two sweeps are the sum of what they come to; a few pairs stand for many of the same kind."""
+    final, entity = (forecast(gemma, PAIRS, grid(gemma, ["resid_pre"], at), memory=2**28) for at in ("final", "entity"))
+    both = final + entity
+    assert (both.rows, both.token_layers, both.pairs) == (final.rows + entity.rows, final.token_layers + entity.token_layers, len(PAIRS)) and both.bytes_a_pass == max(final.bytes_a_pass, entity.bytes_a_pass)
+    alike = [PAIRS[0]] * 12
+    whole, part = (forecast(gemma, some, grid(gemma, ["resid_pre"], "final"), memory=2**28) for some in (alike, alike[:3]))
+    assert part.of(12).rows == whole.rows and part.of(12).pairs == 12 and part.of(3) == part
 
 
 def test_a_bar_that_is_not_shown_plans_nothing_twice(gemma, monkeypatch):
@@ -183,7 +193,7 @@ def test_the_guess_is_within_a_factor_of_three(name, monkeypatch):
     monkeypatch.setattr(room, "perf_counter", process_time)
     model = tiny_model(name)
     pairs, asked = [random_pair(i, 60, (10, 12)) for i in range(5)], grid(model, model.sites, range(60))
-    with torch.no_grad(): guess = room.seconds_each(asked_of(model, asked, 2**28, pairs)) * forecast(model, pairs, asked, memory=2**28).token_layers
+    with torch.no_grad(): guess = room.seconds_each(model, pairs[0].clean_ids) * forecast(model, pairs, asked, memory=2**28).token_layers
     start = process_time()
     sweep(model, pairs, asked, memory=2**28, progress=False)
     seconds = process_time() - start

@@ -164,12 +164,12 @@ def test_a_large_model_gets_no_twin_unless_asked(model, monkeypatch):
 def test_controls_come_with_the_pairs_they_can_be_made_for_and_build_nothing_yet(model, pairs, monkeypatch):
     def refuse(*_): raise AssertionError("a twin was built that nobody asked for")
     monkeypatch.setattr(controls, "untrained", refuse)
-    found = {c.name: [tp.id for tp in c.token_pairs] for c in controls_of(model, pairs, CONTROLS)}
+    found = {c.name: [tp.id for tp in c.token_pairs] for c in controls_of(pairs, CONTROLS)}
     everyone = [tp.id for tp in pairs]
     assert found == {"unrelated": everyone, "shuffled": everyone[:-1], "untrained": everyone}
-    assert {c.name: len(c.token_pairs) for c in controls_of(model, pairs[:2], ["unrelated"])} == {"unrelated": 0}
-    with pytest.raises(AssertionError, match="twin"): list(controls_of(model, pairs, ["untrained"]))[0].sweeper()
+    assert {c.name: len(c.token_pairs) for c in controls_of(pairs[:2], ["unrelated"])} == {"unrelated": 0}
+    with pytest.raises(AssertionError, match="twin"): controls_of(pairs, ["untrained"])[0].recipe(model)
 
 
 def test_unknown_controls_are_refused(model, pairs):
-    with pytest.raises(ValueError, match="'placebo': use unrelated, shuffled, untrained"): list(controls_of(model, pairs, ["placebo"]))
+    with pytest.raises(ValueError, match="'placebo': use unrelated, shuffled, untrained"): controls_of(pairs, ["placebo"])

@@ -5,8 +5,7 @@ import pandas as pd
 import pytest
 
 from bizzaroworld.files import data_path, replacing, write_json, write_table
-from bizzaroworld.study.runs import (Run, RunError, _read, claim, control_run, filled, is_done, open_run, output, pair_file, read_info,
-                                      shipped_runs, slim)
+from bizzaroworld.study.runs import (Run, RunError, _read, claim, control_run, filled, open_run, output, read_info, shipped_runs, slim)
 
 from planted import planted_run, steps
 
@@ -88,14 +87,6 @@ def test_what_is_no_run_is_not_opened(tmp_path):
     with pytest.raises(RunError, match="damaged"): open_run(tmp_path)
 
 
-def test_a_torn_pair_file_counts_as_missing(tmp_path):
-    assert not is_done(tmp_path, "p")
-    write_table(pair_file(tmp_path, "p"), pd.DataFrame({"pair_id": ["p"]}))
-    assert is_done(tmp_path, "p")
-    pair_file(tmp_path, "p").write_bytes(pair_file(tmp_path, "p").read_bytes()[:50])
-    assert not is_done(tmp_path, "p")
-
-
 def test_selecting_an_experiment_and_a_mode(tmp_path):
     claim(tmp_path, INFO)
     ids = [f"p{i}" for i in range(4)]
@@ -151,14 +142,6 @@ def test_a_missing_table_is_named_with_what_to_do(tmp_path):
 def test_a_damaged_run_json_is_named_with_what_to_do(tmp_path, text):
     (tmp_path / "run.json").write_bytes(text)
     with pytest.raises(RunError, match="run.json is damaged.*run the study again"): open_run(tmp_path)
-
-
-@pytest.mark.parametrize("pair_id", ["../../above", "/etc/above", "dates/one", "a: b?", "back\\slash", "%2F", "o\0"])
-def test_whatever_a_pair_is_called_its_file_stays_in_the_folder(tmp_path, pair_id):
-    path = pair_file(tmp_path, pair_id)
-    assert path.parent == tmp_path / "pairs" and path.resolve().parent == path.parent.resolve()
-    assert path != pair_file(tmp_path, pair_id.replace("/", "%2F") + "x")
-    assert pair_file(tmp_path, "geo-a b").name == "geo-a b.parquet" and pair_file(tmp_path, "%2F") != pair_file(tmp_path, "/")
 
 
 def test_a_folder_of_that_name_without_a_run_does_not_hide_a_shipped_run(tmp_path, monkeypatch):

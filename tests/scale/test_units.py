@@ -1,0 +1,168 @@
+"""A unit of work is done once, whoever does it and whatever happens on the way."""
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from bizzaroworld.battery.formats import load_battery
+from bizzaroworld.battery.tokens import align
+from bizzaroworld.model.load import ModelError, load_model
+from bizzaroworld.patch.interventions import grid
+from bizzaroworld.scale.processes import CrewError, Processes, Source, crew_of
+from bizzaroworld.scale.units import Alone, Outcome, UnitError, read_pairs, sweep_missing, swept, units_of
+
+SOURCE = Source("bizzaro-nano")
+
+
+@pytest.fixture(scope="module")
+def model(): return load_model("bizzaro-nano")
+
+
+@pytest.fixture(scope="module")
+def pairs(model): return [align(model, pair) for pair in load_battery()[:8]]
+
+
+@pytest.fixture(scope="module")
+def recipe(model): return partial(swept, interventions=grid(model, ["resid_pre", "z"], "entity"))
+
+
+@pytest.fixture(scope="module")
+def two(model):
+    """Two workers that serve all tests of this file."""
+    with crew_of(2, SOURCE, model) as crew: yield crew
+
+
+def lengths(model):
+    """A recipe that needs no model: how many tokens a pair has."""
+    return lambda unit: pd.DataFrame({"pair_id": [tp.id for tp in unit], "patched": [float(len(tp.clean_ids)) for tp in unit]})
+
+
+def failing(model, bad, error=RuntimeError("no such luck")):
+    """A recipe that cannot take some pairs."""
+    def sweep(unit):
+        if any(tp.id in bad for tp in unit): raise error
+        return lengths(model)(unit)
+    return sweep
+
+
+def overflowing(model, bad): return lambda unit: lengths(model)(unit).assign(patched=lambda t: t.patched.where(~t.pair_id.isin(bad), np.inf))
+
+
+def killing(model, bad, folder, times):
+    """A recipe whose process dies over some pairs, so many times."""
+    def sweep(unit):
+        before = len(list(Path(folder).glob("died-*")))
+        if any(tp.id in bad for tp in unit) and before < times:
+            (Path(folder) / f"died-{before}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return lengths(model)(unit)
+    return sweep
+
+
+class Unpicklable(Exception):
+    def __init__(self, one, two): super().__init__(f"{one} and {two}")
+
+
+def strange(model):
+    def sweep(unit): raise Unpicklable("this", "that")
+    return sweep
+
+
+def test_units_follow_from_the_pairs_alone_and_hold_each_once(pairs):
+    units = units_of(pairs, 3)
+    assert sorted(map(len, units)) == [2, 3, 3] and sorted(tp.id for unit in units for tp in unit) == sorted(tp.id for tp in pairs)
+    assert units_of(pairs[::-1], 3) == units or {len(tp.clean_ids) for tp in pairs} != {len(tp.clean_ids) for tp in set(pairs)}
+    assert [tp for unit in units_of(pairs, 3, by_length=False) for tp in unit] == pairs
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_crew_gives_the_rows_of_one_sweep(model, pairs, recipe, two, tmp_path, workers):
+    crew = Alone(model) if workers == 1 else two
+    assert sweep_missing(pairs, tmp_path, recipe, crew, at_once=3) == {}
+    found, whole = read_pairs(tmp_path, pairs), recipe(model)(pairs)
+    keys = ["pair_id", "intervention"]
+    pd.testing.assert_frame_equal(found.sort_values(keys, ignore_index=True), whole.sort_values(keys, ignore_index=True), atol=1e-5)
+
+
+def test_a_second_recipe_is_followed_and_not_the_first_again(pairs, recipe, two, tmp_path):
+    sweep_missing(pairs[:2], tmp_path, recipe, two, at_once=1)
+    sweep_missing(pairs[:2], tmp_path, lengths, two, at_once=1, part="lengths")
+    assert read_pairs(tmp_path, pairs[:2], "lengths").patched.tolist() == [len(tp.clean_ids) for tp in pairs[:2]]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_pair_that_always_fails_is_reported_and_does_not_stop_the_rest(model, pairs, two, tmp_path, workers):
+    crew, bad, said = Alone(model) if workers == 1 else two, pairs[4].id, []
+    failed = sweep_missing(pairs, tmp_path, partial(failing, bad=[bad]), crew, at_once=4, say=said.append)
+    assert failed == {bad: "RuntimeError: no such luck"} and said == [f"{bad} is left out: RuntimeError: no such luck"]
+    assert read_pairs(tmp_path, pairs).pair_id.tolist() == [tp.id for tp in pairs if tp.id != bad]
+    assert sweep_missing(pairs, tmp_path, lengths, crew, at_once=4) == {} and len(read_pairs(tmp_path, pairs)) == len(pairs)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_fails_everywhere_is_raised_as_it_is(model, pairs, two, tmp_path, workers):
+    crew = Alone(model) if workers == 1 else two
+    with pytest.raises(ValueError, match="not like this"): sweep_missing(pairs, tmp_path, partial(failing, bad=[tp.id for tp in pairs], error=ValueError("not like this")), crew, at_once=2)
+    assert not list(tmp_path.rglob("*.parquet"))
+    assert sweep_missing(pairs, tmp_path, lengths, crew) == {}, "the crew goes on after an error"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_pair_that_overflows_is_left_out_by_itself(model, pairs, two, tmp_path, workers):
+    crew, bad = Alone(model) if workers == 1 else two, pairs[0].id
+    failed = sweep_missing(pairs, tmp_path, partial(overflowing, bad=[bad]), crew)
+    assert list(failed) == [bad] and "not finite" in failed[bad] and np.isfinite(read_pairs(tmp_path, pairs).patched).all()
+
+
+def test_where_no_pair_is_finite_there_is_nothing_to_go_on_with(model, pairs, tmp_path):
+    with pytest.raises(UnitError, match="None of 3 pairs could be swept; .*not finite"): sweep_missing(pairs[:3], tmp_path, partial(overflowing, bad=[tp.id for tp in pairs]), Alone(model))
+
+
+def test_rows_that_do_not_come_back_are_missed(model, pairs, tmp_path):
+    class Loses:
+        def run(self, recipe, units): return (Outcome(unit, lengths(None)(unit[1:])) for unit in units)
+    assert sweep_missing(pairs[:4], tmp_path, lengths, Loses(), by_length=False) == {pairs[0].id: "no rows came back"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_a_worker_that_dies_is_replaced_and_its_unit_done(model, pairs, tmp_path):
+    """Killed once over one unit: done by another. Killed over it again and again: reported, and the rest is there."""
+    said, marks = [], tmp_path / "marks"
+    marks.mkdir()
+    with crew_of(2, SOURCE, model, said.append) as crew:
+        assert sweep_missing(pairs, tmp_path / "a", partial(killing, bad=[pairs[2].id], folder=str(marks), times=1), crew, at_once=2) == {}
+        assert len(read_pairs(tmp_path / "a", pairs)) == len(pairs) and len(said) == 1 and "signal 9" in said[0]
+        failed = sweep_missing(pairs[:3], tmp_path / "b", partial(killing, bad=[pairs[2].id], folder=str(marks), times=99), crew, at_once=1)
+    assert list(failed) == [pairs[2].id] and "workers ended over it" in failed[pairs[2].id] and len(read_pairs(tmp_path / "b", pairs)) == 2
+
+
+def test_an_error_that_cannot_travel_says_the_same(pairs, two, tmp_path):
+    with pytest.raises(RuntimeError, match="Unpicklable: this and that"): sweep_missing(pairs[:1], tmp_path, strange, two)
+
+
+def test_workers_end_with_the_crew(model, pairs, tmp_path):
+    with crew_of(2, SOURCE, model) as crew:
+        sweep_missing(pairs, tmp_path, lengths, crew, at_once=2)
+        processes = [worker.process for worker in crew.workers]
+        assert 1 <= len(processes) <= 2 and all(p.is_alive() for p in processes)
+    assert not any(p.is_alive() for p in processes)
+
+
+def test_a_crew_that_cannot_be_had_is_refused_in_words(model, pairs, tmp_path):
+    with pytest.raises(CrewError, match="0 workers"): crew_of(0, SOURCE, model)
+    with pytest.raises(CrewError, match="give it by name"): crew_of(2, None, model)
+    assert isinstance(crew_of(1, None, model).__enter__(), Alone) and isinstance(crew_of(None, None, model).__enter__(), Alone)
+    with crew_of(2, Source("no-such-model"), model) as crew:
+        with pytest.raises(ModelError, match="no-such-model"): sweep_missing(pairs, tmp_path, lengths, crew)
+    with Processes(Source("bizzaro-nano", weights_sha256="another"), 1) as crew:
+        with pytest.raises(CrewError, match="weights have changed"): sweep_missing(pairs, tmp_path, lengths, crew)
+
+
+def test_workers_take_the_gpus_in_turn():
+    assert [Source("m").on(i, 0) for i in range(3)] == [None] * 3 == [Source("m").on(i, 1) for i in range(3)]
+    assert [Source("m", "cpu").on(i, 4) for i in range(2)] == ["cpu"] * 2
