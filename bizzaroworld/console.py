@@ -5,9 +5,12 @@
 # %% ../nbs/library/03_console.ipynb #e8430d53
 from __future__ import annotations
 
+import errno
 import io
 import math
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +22,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 # %% auto #0
-__all__ = ['exit_code', 'reported', 'Telling', 'progress', 'count_words', 'print_table', 'print_frame', 'save']
+__all__ = ['exit_code', 'Ended', 'reported', 'Telling', 'progress', 'count_words', 'print_table', 'print_frame', 'save']
 
 # %% ../nbs/library/03_console.ipynb #5558e094
 def exit_code(error: BaseException) -> int:
     """2 if `error` is this package's verdict on what it was given, 1 for any other failure."""
     own = type(error).__module__.startswith("bizzaroworld.")
     return 2 if own and isinstance(error, ValueError) else 1
+
+class Ended(KeyboardInterrupt):
+    "The process was asked to end."
+
+def _end(*_) -> None: raise Ended
+
+def _words(error: Exception) -> str:
+    "What is said of an error."
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"Error: The disk is full{f': {error.filename} could not be written' if error.filename else ''}. What was finished is kept. Make room, and run the same command again."
+    text = str(error) or "no message"
+    return f"Error: {text}" if exit_code(error) == 2 else f"Error ({type(error).__name__}): {text}\nRun it again with --debug to see where this happened."
 
 @contextmanager
 def reported(debug: bool) -> Iterator[None]:
@@ -34,18 +49,19 @@ def reported(debug: bool) -> Iterator[None]:
     What the console cannot print (a letter outside cp1252) is printed as a question mark; files have it."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="replace")
+    before = signal.signal(signal.SIGTERM, _end) if threading.current_thread() is threading.main_thread() else None
     try:
         yield
     except (typer.Exit, typer.Abort, BrokenPipeError): raise  # whoever reads what is printed may stop, as `head` does
-    except KeyboardInterrupt:
-        typer.echo("Stopped. A study keeps what it has finished: the same command goes on from there.", err=True)
-        raise typer.Exit(1) from None
+    except KeyboardInterrupt as stop:
+        typer.echo("Stopped. What is finished is kept: the same command goes on from there.", err=True)
+        raise typer.Exit(128 + (signal.SIGTERM if isinstance(stop, Ended) else signal.SIGINT)) from None
     except Exception as error:
         if debug: raise
-        text = str(error) or "no message"
-        typer.echo(f"Error: {text}" if exit_code(error) == 2 else f"Error ({type(error).__name__}): {text}\n"
-                   "Run it again with --debug to see where this happened.", err=True)
+        typer.echo(_words(error), err=True)
         raise typer.Exit(exit_code(error)) from None
+    finally:
+        if before is not None: signal.signal(signal.SIGTERM, before)
 
 # %% ../nbs/library/03_console.ipynb #b40ca3fd
 class Telling:

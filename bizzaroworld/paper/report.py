@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def _client(notebook, begin: Callable[[str], None], **options):
     class Client(NotebookClient):
         async def async_execute_cell(self, cell, *args, **kwargs):
             chapter = cell.metadata.get("chapter", "")
+            if self.ended: raise RuntimeError("stopped")
             if "begins" in cell.metadata: begin(cell.metadata["begins"])
             if cell.cell_type == "code" and chapter in self.stopped: return cell
             try: return await super().async_execute_cell(cell, *args, **kwargs)
@@ -78,8 +80,19 @@ def _client(notebook, begin: Callable[[str], None], **options):
             except DeadKernelError as error: raise RuntimeError(f"Chapter {chapter}, {_where(cell)}: its process ended, often for want of memory.") from error
             return cell
     client = Client(notebook, interrupt_on_timeout=True, **options)
-    client.stopped = {}
+    client.stopped, client.ended = {}, False
     return client
+
+
+def _executed(client, **options) -> None:
+    "Execute the client's notebook in a thread of its own: this one hears of Ctrl-C, and then ends the kernel, which does not."
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(client.execute, **options)
+        try: run.result()
+        except KeyboardInterrupt:
+            client.ended, process = True, getattr(client.km.provisioner, "process", None)
+            if process is not None: process.kill()
+            raise
 
 # %% ../../nbs/library/paper/03_report.ipynb #49c44242
 def _kernel(folder: Path):
@@ -116,7 +129,7 @@ def execute(chapters: Sequence[Chapter], run: Path, timeout: int = 600, progress
         if progress: progress(order[name], len(chapters), chapters[order[name]].title)
     with tempfile.TemporaryDirectory(prefix="bizzaro-") as name:
         client = _client(notebook, begin, km=_kernel(Path(name)), timeout=timeout, resources={"metadata": {"path": name}})
-        client.execute(env=_environment(Path(name), run), cleanup_kc=True)
+        _executed(client, env=_environment(Path(name), run), cleanup_kc=True)
     if progress: progress(len(chapters), len(chapters), "")
     done = {c.name: [] for c in chapters}
     for cell in notebook["cells"]: done.get(cell["metadata"].get("chapter"), []).append(cell)

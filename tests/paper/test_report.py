@@ -1,7 +1,11 @@
 """The report: one page that needs nothing else, in which every reference leads somewhere, about the run and no other."""
 import html
 import json
+import os
 import re
+import signal
+import threading
+import time
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 
 from bizzaroworld.files import write_table
@@ -241,6 +246,18 @@ def test_chapters_run_on_their_own_one_after_another(moved, monkeypatch):
 def test_a_kernel_that_dies_is_named_by_chapter_and_cell(moved):
     killed = [chapter("01_a", code("print('fine')")), chapter("02_b", code("# by the system\nimport os"), code("os._exit(9)"))]
     with pytest.raises(RuntimeError, match=r"Chapter 02_b, cell 3 \(os._exit\(9\)\): its process ended"): report.execute(killed, moved.folder)
+
+
+def test_a_stop_while_a_chapter_runs_is_a_stop_and_ends_the_kernel(moved, tmp_path):
+    """Ctrl-C is neither a lack of memory nor a chapter that failed."""
+    note = tmp_path / "pid"
+    endless = [chapter("01_a", code(f"import os, pathlib, time\npathlib.Path({str(note)!r}).write_text(str(os.getpid()))\ntime.sleep(600)")), TINY[3]]
+    def stop():
+        while not (note.exists() and note.read_text()): time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt): report.execute(endless, moved.folder)
+    assert not psutil.pid_exists(int(note.read_text())) or psutil.Process(int(note.read_text())).status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_cell_without_end_is_stopped(moved):
