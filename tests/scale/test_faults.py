@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from bizzaroworld import pipeline
 from bizzaroworld.battery.formats import load_battery
 from bizzaroworld.model.load import load_model
 from bizzaroworld.pipeline import run_study
@@ -18,6 +19,14 @@ from bizzaroworld.scale.folders import pair_file
 
 REPO = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and forks")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_figures():
+    """Drawing takes most of the time of a small study, and nothing here is about it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "save_figures", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +60,14 @@ def test_a_study_that_is_killed_at_random_moments_ends_as_one_that_was_not():
     assert json.loads(done.stdout)["kills"] == 6 and json.loads(done.stdout)["studies_that_ended"] >= 1
 
 
-@pytest.mark.parametrize("name, damage", [
-    ("pairs", lambda raw: raw[:len(raw) // 2]), ("pairs", lambda raw: b""), ("pairs", lambda raw: raw[:900] + bytes([raw[900] ^ 16]) + raw[901:]),
-    ("effects.parquet", lambda raw: raw[:100]), ("triage.csv", lambda raw: b""), ("golden_B.csv", lambda raw: raw[:40]), ("summary.json", lambda raw: raw[:-9])])
-def test_a_damaged_file_is_made_again(nano, few, undisturbed, tmp_path, name, damage):
+def test_damaged_files_are_made_again(nano, few, undisturbed, tmp_path):
+    """Cut off, emptied, a flipped bit: in files of pairs and in all that is made of them."""
     folder = run_study(nano, battery=few, out=tmp_path / "run")
-    path = next((folder / name).iterdir()) if name == "pairs" else folder / name
-    path.write_bytes(damage(path.read_bytes()))
+    def damaged(path, damage): path.write_bytes(damage(path.read_bytes()))
+    cut, empty, flipped, *_ = sorted((folder / "pairs").iterdir())
+    damaged(cut, lambda raw: raw[:len(raw) // 2]), damaged(empty, lambda raw: b""), damaged(flipped, lambda raw: raw[:900] + bytes([raw[900] ^ 16]) + raw[901:])
+    damaged(next((folder / "controls" / "untrained").iterdir()), lambda raw: raw[:-4])
+    for name in ("effects.parquet", "controls.parquet", "triage.csv", "golden_B.csv", "summary.json", "excluded.csv"): damaged(folder / name, lambda raw: raw[:len(raw) // 3])
     run_study(nano, battery=few, out=folder)
     same(folder, undisturbed)
 
@@ -67,7 +77,7 @@ def test_a_damaged_file_is_made_again(nano, few, undisturbed, tmp_path, name, da
 def test_a_study_that_is_stopped_says_so_and_goes_on(few, undisturbed, tmp_path, number, code):
     """As a user would: the command, a signal once the first pair is there, and the same command again."""
     folder = tmp_path / "run"
-    command = [sys.executable, "-c", "from bizzaroworld.cli import main; main()", "study", "--battery", str(few), "--out", str(folder), "--no-report", "--rows", "1"]
+    command = [sys.executable, "-c", "from bizzaroworld import cli, pipeline; pipeline.save_figures = lambda *_: None; cli.main()", "study", "--battery", str(few), "--out", str(folder), "--no-report", "--rows", "1"]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (folder / "golden_C.csv").exists() and first.poll() is None: time.sleep(0.01)
     first.send_signal(number)
