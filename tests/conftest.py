@@ -12,6 +12,19 @@ settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
 
+# The files that take longest. Side by side with others they come first: one that begins last keeps everybody waiting.
+LONG = ("test_wheel.py", "paper/test_report.py", "test_study.py", "test_docs.py", "zoo/test_micro.py", "zoo/test_changed.py", "zoo/test_embedded.py",
+        "tasks/test_ability.py", "battery/test_chat.py", "model/test_gemma.py", "replication/test_claims.py")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Under pytest-xdist with `--no-loadscope-reorder`, the long files first; otherwise the order is as it was."""
+    if not hasattr(config, "workerinput"): return
+    root = Path(__file__).resolve().parent
+    place = {root / name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path, len(LONG)))
+
+
 @pytest.fixture(scope="session")
 def repo() -> Path:
     """The root of the checkout."""

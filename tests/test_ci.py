@@ -100,3 +100,19 @@ def test_unchanged_passes_the_exit_code_on(script):
     ("x = '#| slow'", False), ("#| eval: true\nx", False), ("#| slower\nx", False)])
 def test_execute_skips_what_is_marked(script, source, skipped):
     assert bool(script("execute").skip_pattern().search(source)) == skipped
+
+
+def test_the_files_that_come_first_are_there(repo):
+    spec = importlib.util.spec_from_file_location("tests_conftest", repo / "tests" / "conftest.py")
+    conftest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+    assert [name for name in conftest.LONG if not (repo / "tests" / name).is_file()] == []
+    class Item:
+        def __init__(self, name, i): self.path, self.name = repo / "tests" / name, f"{name}::{i}"
+    class Worker: workerinput = {}
+    items = [Item(name, i) for name in ("battery/test_pairs.py", conftest.LONG[1], conftest.LONG[0], "zoo/test_corpus.py") for i in range(2)]
+    before = [item.name for item in items]
+    conftest.pytest_collection_modifyitems(object(), items)
+    assert [item.name for item in items] == before, "one process keeps the order"
+    conftest.pytest_collection_modifyitems(Worker(), items)
+    assert [item.name for item in items] == [*before[4:6], *before[2:4], *before[:2], *before[6:]]

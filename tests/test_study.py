@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,22 @@ def few(tmp_path_factory):
     path = tmp_path_factory.mktemp("battery") / "few.json"
     path.write_text(json.dumps([dataclasses.asdict(p) for p in load_battery()[::12]]))
     return path
+
+
+@pytest.fixture(scope="module")
+def finished(nano, few, tmp_path_factory):
+    """A study of the few pairs; what is not to be written into is a copy of it."""
+    return run_study(nano, battery=few, out=tmp_path_factory.mktemp("finished") / "run")
+
+
+@pytest.fixture
+def copied(finished, tmp_path): return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Where nothing is asked of the figures: `whole` has them."""
+    monkeypatch.setattr(study_module, "save_figures", lambda run, folder: None)
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +80,8 @@ def test_the_summary_is_json_and_the_lines_are_six(whole):
     assert list((whole / "figures").glob("*.png"))
 
 
-def test_only_the_unit_with_what_is_missing_is_done_again_to_the_last_bit(nano, few, tmp_path, monkeypatch):
-    folder = run_study(nano, battery=few, out=tmp_path / "run")
+def test_only_the_unit_with_what_is_missing_is_done_again_to_the_last_bit(nano, few, copied, monkeypatch, undrawn):
+    folder = copied
     before = pd.read_parquet(folder / "effects.parquet")
     gone = before.pair_id.unique()[2]
     pair_file(folder, gone).unlink()
@@ -93,7 +110,7 @@ def test_an_interrupted_study_goes_on_where_it_stopped(nano, few, tmp_path):
     assert sweep_missing(pairs, tmp_path, None, Alone(nano), at_once=2) == {}, "with nothing to do no recipe is followed"
 
 
-def test_what_is_to_come_is_said_before_it_begins(nano, few, tmp_path, monkeypatch):
+def test_what_is_to_come_is_said_before_it_begins(nano, few, tmp_path, monkeypatch, undrawn):
     """Rows, passes and time of what is missing, controls included; nothing where it is short or nothing is missing."""
     said, told = [], []
     monkeypatch.setattr(telling, "PART", 1e9), monkeypatch.setattr(telling, "LONG", 0.0)
@@ -103,8 +120,8 @@ def test_what_is_to_come_is_said_before_it_begins(nano, few, tmp_path, monkeypat
     assert len(said) == 1
 
 
-def test_two_workers_give_the_study_of_one(nano, few, tmp_path):
-    alone, together = run_study(nano, battery=few, out=tmp_path / "one"), run_study("bizzaro-nano", battery=few, out=tmp_path / "two", workers=2)
+def test_two_workers_give_the_study_of_one(nano, few, finished, tmp_path, undrawn):
+    alone, together = finished, run_study("bizzaro-nano", battery=few, out=tmp_path / "two", workers=2)
     for name in ("effects.parquet", "controls.parquet"): pd.testing.assert_frame_equal(pd.read_parquet(alone / name), pd.read_parquet(together / name), atol=1e-4)
     with pytest.raises(CrewError, match="give it by name"): run_study(nano, battery=few, out=tmp_path / "three", workers=2)
 
@@ -127,7 +144,7 @@ def test_a_pair_that_overflows_is_left_out_and_named(nano, few, tmp_path, monkey
     assert len(mended.pairs()) == 5 and not len(mended.left_out) and not any("Left out" in line for line in closing_lines(folder))
 
 
-def test_an_infinite_number_in_a_pairs_file_moves_nothing(nano, few, tmp_path):
+def test_an_infinite_number_in_a_pairs_file_moves_nothing(nano, few, tmp_path, undrawn):
     folder = run_study(nano, battery=few, out=tmp_path / "run", controls=())
     before, path = pd.read_parquet(folder / "effects.parquet"), next((folder / "pairs").glob("*.parquet"))
     write_table(path, pd.read_parquet(path).assign(effect=np.inf))
@@ -135,8 +152,8 @@ def test_an_infinite_number_in_a_pairs_file_moves_nothing(nano, few, tmp_path):
     pd.testing.assert_frame_equal(pd.read_parquet(folder / "effects.parquet"), before, check_exact=True)
 
 
-def test_another_model_or_battery_is_refused_and_nothing_is_touched(nano, few, tmp_path):
-    folder = run_study(nano, battery=few, out=tmp_path / "run")
+def test_another_model_or_battery_is_refused_and_nothing_is_touched(nano, few, copied):
+    folder = copied
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     with pytest.raises(RunError, match="name 'bizzaro-nano', not 'bizzaro-nano-local'"):
         run_study("bizzaro-nano-local", battery=few, out=folder)
@@ -145,15 +162,14 @@ def test_another_model_or_battery_is_refused_and_nothing_is_touched(nano, few, t
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
 
-def test_a_study_is_repeatable_and_independent_of_memory(nano, few, tmp_path):
-    one = run_study(nano, battery=few, out=tmp_path / "one")
+def test_a_study_is_repeatable_and_independent_of_memory(nano, few, finished, tmp_path, undrawn):
     two = run_study(nano, battery=few, out=tmp_path / "two", max_rows=7)
-    a, b = (pd.read_parquet(f / "effects.parquet") for f in (one, two))
+    a, b = (pd.read_parquet(f / "effects.parquet") for f in (finished, two))
     pd.testing.assert_frame_equal(a, b, atol=1e-4, rtol=0)
 
 
-def test_the_controls_are_swept_once_and_can_be_left_out(nano, few, tmp_path, monkeypatch):
-    folder = run_study(nano, battery=few, out=tmp_path / "run")
+def test_the_controls_are_swept_once_and_can_be_left_out(nano, few, copied, tmp_path, monkeypatch, undrawn):
+    folder = copied
     controls = open_run(folder).controls
     assert set(controls.control) == {"unrelated", "shuffled", "untrained"}
     monkeypatch.setattr("bizzaroworld.study.controls.sweep", None)  # nothing may be swept any more
@@ -166,7 +182,7 @@ def test_the_controls_are_swept_once_and_can_be_left_out(nano, few, tmp_path, mo
     with pytest.raises(RunError, match="holds no controls"): bare.controls
 
 
-def test_the_paper_reads_the_run_that_the_environment_names(nano, few, tmp_path, monkeypatch):
+def test_the_paper_reads_the_run_that_the_environment_names(nano, few, tmp_path, monkeypatch, undrawn):
     for name in ("BIZZARO_RUN", "BIZZARO_MODEL"): monkeypatch.delenv(name, raising=False)
     assert study_module.paper_run().model_name == "gemma-3-270m"
     monkeypatch.chdir(tmp_path)

@@ -75,14 +75,19 @@ def test_the_metadata_come_from_settings(repo, content):
     assert "bizzaroworld = bizzaroworld.cli:main" in scripts
 
 
+def pip(folder: Path) -> list:
+    """This environment's pip, at work on the environment whose programs are in `folder`."""
+    return [sys.executable, "-m", "pip", "--python", folder / "python", "--disable-pip-version-check"]
+
+
 @pytest.fixture(scope="module")
 def alone(repo, built, tmp_path_factory) -> Path:
     """A fresh environment with the wheel at the versions of constraints.txt, and nothing else."""
     where = tmp_path_factory.mktemp("alone") / "venv"
-    venv.create(where, with_pip=True)
+    venv.create(where)
     index = ["--extra-index-url", os.environ["TORCH_INDEX"]] if os.environ.get("TORCH_INDEX") else []
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # with the tree on it, pip finds the package there already
-    run(where / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
+    run(*pip(where / "bin"), "install", "--quiet", "--no-compile",  # what is imported is compiled then
         "-c", repo / "constraints.txt", *index, built["wheel"], env=clean)
     return where / "bin"
 
@@ -98,14 +103,14 @@ def offline(**extra: str) -> dict[str, str]:
 def test_the_environment_holds_what_constraints_say(repo, alone):
     wanted = dict(line.split(" ;")[0].split("==") for line in (repo / "constraints.txt").read_text().splitlines() if "==" in line)
     names = {re.sub(r"[-_.]+", "-", n).lower() for n in wanted}
-    have = run(alone / "python", "-m", "pip", "list", "--format", "freeze", "--disable-pip-version-check").split()
+    have = run(*pip(alone), "list", "--format", "freeze").split()
     installed = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in have}
     assert not installed & {"nbdev", "fastcore", "execnb", "ghapi", "pytest"}
     cuda = {n for n in installed if n.startswith(("nvidia", "cuda", "triton"))}
     assert installed - cuda - names <= {"bizzaroworld", "pip", "setuptools", "wheel"}, "constraints.txt lacks something"
     if any(line.startswith("torch==") and line.endswith("+cpu") for line in have):
         assert not cuda, "the CPU build of torch needs none of these"
-    run(alone / "python", "-m", "pip", "check")
+    run(*pip(alone), "check")
 
 
 def test_a_study_runs_alone_and_offline(alone, tmp_path):
