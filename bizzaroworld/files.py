@@ -8,7 +8,8 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -18,7 +19,8 @@ from typing import Any
 import pandas as pd
 
 # %% auto #0
-__all__ = ['replacing', 'write_text', 'write_json', 'write_table', 'read_table', 'data_path', 'plain', 'quoted']
+__all__ = ['replacing', 'write_text', 'write_json', 'write_table', 'read_table', 'guarded', 'unguarded', 'data_path', 'plain',
+           'quoted']
 
 # %% ../nbs/library/01_files.ipynb #1974622f
 @contextmanager
@@ -26,6 +28,7 @@ def replacing(path: Path) -> Iterator[Path]:
     "A temporary path beside `path`; it takes its place if the block ends well, and is removed if not."
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # a link of that name would be written through
     try:
         yield temporary
         os.replace(temporary, path)
@@ -50,9 +53,9 @@ def _quoting(frame: pd.DataFrame) -> int:
 
 
 def write_table(path: Path, frame: pd.DataFrame) -> None:
-    "Write a table: Parquet (with checksums) or CSV, by the name of the file."
+    "Write a table: Parquet (with checksums) or CSV, by the name of the file. What is a formula to a spreadsheet is guarded in a CSV (`unguarded` undoes it)."
     with replacing(path) as tmp:
-        if path.suffix == ".csv": frame.to_csv(tmp, index=False, lineterminator="\n", quoting=_quoting(frame))
+        if path.suffix == ".csv": guarded(frame).to_csv(tmp, index=False, lineterminator="\n", quoting=_quoting(frame))
         else: frame.to_parquet(tmp, index=False, write_page_checksum=True)
 
 
@@ -61,6 +64,26 @@ def read_table(path: Path) -> pd.DataFrame:
     try: return pd.read_parquet(path, page_checksum_verification=True)
     except (OSError, ValueError): raise
     except Exception as error: raise ValueError(f"{path} is damaged ({type(error).__name__}: {error})") from error  # what describes the columns may be anything
+
+# %% ../nbs/library/01_files.ipynb #5e1f0c02
+_FORMULA, _GUARDED = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]"), re.compile(r"'+[=+\-@\t\r\n＝＋－＠]")
+
+
+def _texts(frame: pd.DataFrame, change: Callable[[str], str]) -> pd.DataFrame:
+    "The table with its texts changed."
+    def cell(value): return change(value) if isinstance(value, str) else value
+    return frame.assign(**{name: frame[name].astype(object).map(cell) for name in frame.select_dtypes(exclude=["number", "bool"])})
+
+
+def guarded(frame: pd.DataFrame) -> pd.DataFrame:
+    "The table with an apostrophe before every text that a spreadsheet would run."
+    return _texts(frame, lambda text: f"'{text}" if _FORMULA.match(text) else text)
+
+
+def unguarded(frame: pd.DataFrame) -> pd.DataFrame:
+    "The table without these apostrophes."
+    return _texts(frame, lambda text: text[1:] if _GUARDED.match(text) else text)
+
 
 # %% ../nbs/library/01_files.ipynb #526a0d45
 def data_path(*parts: str) -> Path:
