@@ -151,6 +151,14 @@ def _is_placed(hf_model) -> bool:
     "Whether a model was put where it has to be while it was loaded, and may not be moved."
     return bool(getattr(hf_model, "is_loaded_in_8bit", False) or getattr(hf_model, "is_loaded_in_4bit", False))
 
+# %% ../../nbs/library/model/08_load.ipynb #5e1f0e02
+def _check_no_pickle(name: str, where: str) -> None:
+    "That a folder has its weights not in pickles only. Raises `ModelError`. (Of a Hub id transformers is asked for safetensors alone.)"
+    files = [*Path(where).iterdir()] if Path(where).is_dir() else []
+    pickled = sorted(f.name for f in files if f.suffix in (".bin", ".pt", ".pth", ".ckpt") and not f.name.startswith("training_args"))
+    if pickled and not any(f.suffix == ".safetensors" for f in files): raise ModelError(PICKLE.format(name=name, file=pickled[0]))
+
+
 # %% ../../nbs/library/model/08_load.ipynb #a554f4e6
 def _check_files(folder: Path) -> None:
     "That the weight files of a local folder are whole. Raises `ModelError`, which names the file."
@@ -161,13 +169,6 @@ def _check_files(folder: Path) -> None:
         try: safe_open(file, "pt").keys()
         except SafetensorError as error:
             raise ModelError(f"{file} is damaged or incomplete ({file.stat().st_size:,} bytes; {error}). Download or write it again.") from error
-
-
-def _check_no_pickle(name: str, where: str) -> None:
-    "That a folder has its weights not in pickles only. Raises `ModelError`. (Of a Hub id transformers is asked for safetensors alone.)"
-    files = [*Path(where).iterdir()] if Path(where).is_dir() else []
-    pickled = sorted(f.name for f in files if f.suffix in (".bin", ".pt", ".pth", ".ckpt") and not f.name.startswith("training_args"))
-    if pickled and not any(f.suffix == ".safetensors" for f in files): raise ModelError(PICKLE.format(name=name, file=pickled[0]))
 
 
 def _from_pretrained(name: str, where: str, tokenizer, device, dtype, revision, trust_remote_code, allow_pickle) -> tuple:
