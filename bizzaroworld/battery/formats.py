@@ -12,13 +12,14 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, fields
+from dataclasses import fields
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 
 from .layouts import BatteryError, Problem, layout_of, pair_up
-from .pairs import PromptPair, nfc, occurrences, other_form, words
-from ..files import data_path
+from .pairs import LONGEST, PromptPair, nfc, occurrences, other_form, unfit, words
+from ..files import data_path, plain, quoted
 
 # %% auto #0
 __all__ = ['FIELDS', 'NEEDED', 'OPTIONAL', 'Complaint', 'READERS', 'pairs_from_rows', 'read_rows', 'read_pairs', 'load_battery',
@@ -28,32 +29,42 @@ __all__ = ['FIELDS', 'NEEDED', 'OPTIONAL', 'Complaint', 'READERS', 'pairs_from_r
 FIELDS = tuple(f.name for f in fields(PromptPair))
 NEEDED, OPTIONAL = FIELDS[:4], (*FIELDS[4:], "entity_token")
 Complaint = tuple[str, str]  # its kind, the same for all rows of which the same is wrong; its text
+_NEEDED, _KNOWN = frozenset(NEEDED), frozenset(FIELDS)
 
 def _kind(value: object) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 
+def _text_problem(k: str, v: object) -> list[Complaint]:
+    if not isinstance(v, str): text = f"field {k!r} is {_kind(v)}, not text; put text in quotes"
+    elif not v.strip(): text = f"field {k!r} is empty; fill it in" + (" or remove it" if k in OPTIONAL else "")
+    elif why := unfit(v): return [(f"unfit {k}", f"field {k!r} {why}")]
+    else: return []
+    return [(text, text)]
+
+def _unknown_problem(k: object, missing: list[str], free: list[str]) -> Complaint:
+    near = get_close_matches(str(k)[:40], missing or free, 1)
+    text = f"field {quoted(k)} is not known; " + (f"rename it to {near[0]!r}" if near else f"remove it (known: {', '.join(FIELDS)}, entity_token)")
+    return text, text
+
 def _field_problems(row: dict) -> list[Complaint]:
-    known = [k for k in NEEDED + OPTIONAL if k != "entity_token" or "clean_entity" not in row]
-    missing, out = [k for k in NEEDED if k not in row], []
-    if len(missing) == len(NEEDED) and not any(get_close_matches(str(k), missing, 1) for k in row):
+    if _NEEDED <= row.keys() <= _KNOWN and all(type(v) is str and v.isascii() and 0 < len(v) < LONGEST and not v.isspace() for v in row.values()): return []
+    known = _KNOWN if "clean_entity" in row else _KNOWN | {"entity_token"}
+    missing, unknown = [k for k in NEEDED if k not in row], [k for k in row if k not in known] if row.keys() - known else []
+    if len(missing) == len(NEEDED) and not any(get_close_matches(str(k)[:40], missing, 1) for k in islice(row, 100)):
         return [("no fields", f"has none of the fields of a pair; it needs {', '.join(NEEDED)}")]
-    for k in (k for k in row if k not in known):
-        near = get_close_matches(k, missing or [f for f in known if f not in row], 1)
-        remedy = f"rename it to {near[0]!r}" if near else f"remove it (known: {', '.join(known)})"
-        out.append(f"field {k!r} is not known; {remedy}")
-    out += [f"field {k!r} is missing; add it" for k in missing]
-    for k, v in ((k, row[k]) for k in known if k in row):
-        if not isinstance(v, str): out.append(f"field {k!r} is {_kind(v)}, not text; put text in quotes")
-        elif not v.strip(): out.append(f"field {k!r} is empty; fill it in" + (" or remove it" if k in OPTIONAL else ""))
-    return [(text, text) for text in out]
+    out = [_unknown_problem(k, missing, [f for f in (*FIELDS, "entity_token") if f in known and f not in row]) for k in unknown[:100]]
+    if len(unknown) > 100: out.append(("many", f"{len(unknown) - 100} more of its fields are not known; remove them"))
+    out += [(text, text) for text in (f"field {k!r} is missing; add it" for k in missing)]
+    return out + [p for k in (*FIELDS, "entity_token") if k in row and k in known for p in _text_problem(k, row[k])]
+
 
 # %% ../../nbs/library/battery/03_formats.ipynb #244427a7
 def _same_problems(row: dict) -> list[Complaint]:
     out = []
     for a, b, other in (("clean_target", "corrupt_target", "choose another entity"), ("clean_prompt", "corrupt_prompt", "name another entity in the second")):
         x, y = row[a].strip(), row[b].strip()
-        if x == y: out.append((f"same {a}", f"{a!r} and {b!r} are both {x!r}; {other}"))
+        if x == y: out.append((f"same {a}", f"{a!r} and {b!r} are both {quoted(x)}; {other}"))
         elif nfc(x) == nfc(y): out.append((f"form of {a}", f"{a!r} and {b!r} are {other_form(x, y)} and {other}"))
     return out
 
@@ -62,11 +73,11 @@ def _entity_problems(row: dict) -> list[Complaint]:
     out = []
     for k, p in (("entity_token", "clean_prompt"), ("clean_entity", "clean_prompt"), ("corrupt_entity", "corrupt_prompt")):
         if k not in row: continue
-        if row[k] != row[k].strip(): out.append((f"space {k}", f"field {k!r} is {row[k]!r}; remove the whitespace around it"))
-        elif form := other_form(row[k], row[p]): out.append((f"form of {k}", f"field {k!r} is {row[k]!r}, which is in {p!r} as {form}"))
+        if row[k] != row[k].strip(): out.append((f"space {k}", f"field {k!r} is {quoted(row[k])}; remove the whitespace around it"))
+        elif form := other_form(row[k], row[p]): out.append((f"form of {k}", f"field {k!r} is {quoted(row[k])}, which is in {p!r} as {form}"))
         elif not occurrences(row[k], row[p]):
             how = "only inside a longer word" if row[k] in row[p] else "not"
-            out.append((f"{how} {k}", f"field {k!r} is {row[k]!r}, which is {how} in {p!r} ({row[p]!r}); copy whole words from there"))
+            out.append((f"{how} {k}", f"field {k!r} is {quoted(row[k])}, which is {how} in {p!r} ({quoted(row[p])}); copy whole words from there"))
     return out
 
 def _row_problems(row: object) -> list[Complaint]:
@@ -81,15 +92,25 @@ def _to_pair(row: dict, nth: int) -> PromptPair:
     named = {"id": f"{row['category']}-{nth:02d}"} if "category" in row else {}
     return PromptPair(**{**named, **kept}, clean_entity=row["entity_token"])
 
+def _found(row: dict, nth: int) -> PromptPair:
+    """The same, where the entities that were left to be found are whole words of their prompts. Raises `ValueError` for others."""
+    pair = _to_pair(row, nth)
+    for k, p in (("clean_entity", "clean_prompt"), ("corrupt_entity", "corrupt_prompt")):
+        if k not in row and not occurrences(entity := getattr(pair, k), getattr(pair, p)):
+            raise ValueError(f"the prompts differ in {quoted(entity)}, which is no whole word of {p!r}")
+    return pair
+
 def _check_row(n: int, row: object, nth: Counter, first: dict[str, int]) -> tuple[PromptPair | None, list[Complaint]]:
-    if isinstance(row, dict): nth[str(row.get("category"))] += 1
+    category = row.get("category") if isinstance(row, dict) else None
+    if isinstance(category, str): nth[category] += 1
     if found := _row_problems(row): return None, found
-    try: pair = _to_pair(row, nth[str(row.get("category"))])
+    try: pair = _found(row, nth[category])
     except ValueError as e: return None, [("no entity", f"{'field ' + repr('entity_token') + ': ' if 'entity_token' in row else ''}{e}; "
                                            "give clean_entity and corrupt_entity")]
     if first.setdefault(pair.id, n) == n: return pair, []
     remedy = "give it another" if "id" in row else "the two ask the same, remove one"
-    return None, [("id", f"field 'id' is {pair.id!r}, as in row {first[pair.id]}; {remedy}")]
+    return None, [("id", f"field 'id' is {quoted(pair.id)}, as in row {first[pair.id]}; {remedy}")]
+
 
 # %% ../../nbs/library/battery/03_formats.ipynb #8f629003
 def pairs_from_rows(rows: object, source: str = "battery") -> list[PromptPair]:
@@ -111,12 +132,15 @@ def pairs_from_rows(rows: object, source: str = "battery") -> list[PromptPair]:
 
 # %% ../../nbs/library/battery/03_formats.ipynb #c1c224b2
 def _no_repeats(items: list[tuple[str, object]]) -> dict:
-    if twice := [k for k, n in Counter(k for k, _ in items).items() if n > 1]:
-        raise ValueError(f"one object holds the field {twice[0]!r} twice; remove one")
-    return dict(items)
+    out = dict(items)
+    if len(out) == len(items): return out
+    raise ValueError(f"one object holds the field {quoted(next(k for k, n in Counter(k for k, _ in items).items() if n > 1))} twice; remove one")
+
+def _whole(digits: str) -> int | float: return int(digits) if len(digits) < 20 else float(digits)
 
 def _json_rows(text: str, line: int = 1) -> object:
-    try: return json.loads(text, object_pairs_hook=_no_repeats)
+    try: return json.loads(text, object_pairs_hook=_no_repeats, parse_int=_whole)
+    except RecursionError: raise ValueError(f"line {line}: its lists and objects lie too deep in each other; write a list of objects [{{...}}, ...]") from None
     except json.JSONDecodeError as e:
         hint = "; if each line is an object, name the file .jsonl" if e.msg == "Extra data" else ""
         raise ValueError(f"line {line + e.lineno - 1}, column {e.colno}: not JSON ({e.msg}); look for a missing comma, quote or bracket "
@@ -125,12 +149,13 @@ def _json_rows(text: str, line: int = 1) -> object:
 def _jsonl_rows(text: str) -> object:
     return [_json_rows(line, n) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
 
+
 # %% ../../nbs/library/battery/03_formats.ipynb #68cece38
 def _header(cells: list[str]) -> list[str] | None:
     """The fields that a table's first line names; None when it is a row already."""
     names = [c.strip() for c in cells]
     if len(names) == len(NEEDED) and not set(names) & {*NEEDED, *OPTIONAL} and min(len(words(n)) for n in names[:2]) > 2: return None
-    if twice := [k for k, n in Counter(names).items() if n > 1]: raise ValueError(f"two columns are called {twice[0]!r}; remove one")
+    if twice := [k for k, n in Counter(names).items() if n > 1]: raise ValueError(f"two columns are called {quoted(twice[0])}; remove one")
     return names
 
 def _cells(names: list[str], cells: list[str], where: str) -> dict:
@@ -155,7 +180,7 @@ def read_rows(path: str | Path) -> object:
     """The rows of a file, as they are. Raises `BatteryError` for a file that is not what its name says."""
     path = Path(path)
     reader = READERS.get(path.suffix.lower() or ".json")
-    if reader is None: raise BatteryError(path.name, [f"{path.suffix} is not read; save it as one of {', '.join(READERS)}"])
+    if reader is None: raise BatteryError(path.name, [f"{plain(path.suffix)} is not read; save it as one of {', '.join(READERS)}"])
     try: return reader(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as e:
         raise BatteryError(path.name, [f"byte {e.start} is not UTF-8; save the file as UTF-8"]) from e
@@ -184,5 +209,5 @@ def load_spares(path: str | Path | None = None) -> list[PromptPair]:
 # %% ../../nbs/library/battery/03_formats.ipynb #7467c475
 def battery_sha256(pairs: Iterable[PromptPair]) -> str:
     """SHA-256 (hex) of the pairs' canonical JSON: independent of the file's formatting, not of the pairs' order."""
-    text = json.dumps([asdict(p) for p in pairs], sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    text = json.dumps([vars(p) for p in pairs], sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8")).hexdigest()

@@ -9,8 +9,11 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
-from .pairs import PromptPair, nfc, spaced, words
+from .pairs import PromptPair, nfc, occurrences, spaced, unfit, words
+from ..files import plain, quoted
+
 
 # %% auto #0
 __all__ = ['Problem', 'LAYOUTS', 'BatteryError', 'Half', 'layout_of', 'pair_up']
@@ -24,16 +27,19 @@ def _more(rows: Sequence[int]) -> str:
     return f" (and in {len(rows)} more row{'s' if len(rows) > 1 else ''}: {shown})"
 
 class BatteryError(ValueError):
-    """A battery file that cannot be read; `problems` lists what is wrong with it, its message says each kind once."""
+    """A battery file that cannot be read; `problems` lists what is wrong with it, its message says each kind once, in 2,000 characters at most."""
     def __init__(self, source: str, problems: Sequence[str | Problem], shown: int = 10):
         found = [(0, p, p) if isinstance(p, str) else p for p in problems]
-        self.source, self.problems = source, tuple(f"row {n}: {text}" if n else text for n, _, text in found)
+        self.source, self.problems = source, tuple(plain(f"row {n}: {text}" if n else text, 350) for n, _, text in found)
         kinds: dict[str, list[int]] = {}
         for i, (_, kind, _) in enumerate(found): kinds.setdefault(kind, []).append(i)
         told = [self.problems[first] + _more(sorted({found[i][0] for i in rest} - {found[first][0]})) for first, *rest in kinds.values()]
-        lines = [f"{source}: {len(found)} problem{'s' if len(found) > 1 else ''}"] + [f"  {t}" for t in told[:shown]]
-        if len(told) > shown: lines.append(f"  ... and {len(told) - shown} more kinds of problem")
+        lines = [f"{plain(source)}: {len(found)} problem{'s' if len(found) > 1 else ''}"]
+        fits = sum(len(lines[0]) + total + 3 * i <= 1950 for i, total in enumerate(accumulate(map(len, told[:shown])), 1))
+        lines += [f"  {t}" for t in told[:fits]]
+        if len(told) > fits: lines.append(f"  ... and {len(told) - fits} more kinds of problem")
         super().__init__("\n".join(lines))
+
 
 # %% ../../nbs/library/battery/02_layouts.ipynb #19edf910
 @dataclass(frozen=True)
@@ -58,14 +64,26 @@ def _need(row: dict, *path: str) -> str:
     if value is None: raise _Wrong(f"field {name!r} is missing; add it")
     if not isinstance(value, str): raise _Wrong(f"field {name!r} is not text; put text in quotes")
     if not value.strip(): raise _Wrong(f"field {name!r} is empty; fill it in")
+    if why := unfit(value): raise _Wrong(f"field {name!r} {why}", f"unfit {name}")
     return value
 
 # %% ../../nbs/library/battery/02_layouts.ipynb #02ff580e
+def _relation(value: object, template: str) -> str:
+    """The name of a relation: the row's, where it is a text or a small number, else the template."""
+    text = str(value) if isinstance(value, str) or type(value) is int and abs(value) < 10 ** 9 else ""
+    return text if text.strip() else template
+
+def _filled(template: str, subject: str) -> str:
+    """The template with the subject in each `{}`."""
+    if (times := template.count("{}")) > 10: raise _Wrong(f"a template names its subject {times} times; once is enough", "times")
+    return template.replace("{}", subject)
+
 def _half(template: str, subject: str, answer: str, relation: object) -> Half:
     template = template.rstrip()
-    prompt = template.replace("{}", subject)
+    prompt = _filled(template, subject)
     gap = "" if spaced(prompt, answer) is False else " "
-    return Half(prompt, gap + answer.strip(), subject, template, str(relation or template))
+    return Half(prompt, gap + answer.strip(), subject, template, _relation(relation, template))
+
 
 # %% ../../nbs/library/battery/02_layouts.ipynb #37a5023c
 def _counterfact(row: dict) -> Half:
@@ -83,7 +101,7 @@ def _known_fact(row: dict) -> Half:
         return _half(template, subject, answer, row.get("relation_id"))
     prompt = _need(row, "prompt")
     if subject not in prompt:
-        raise _Wrong(f"field 'subject' is {subject!r}, which is not in 'prompt' ({prompt!r}); copy it from there", "subject not in prompt")
+        raise _Wrong(f"field 'subject' is {quoted(subject)}, which is not in 'prompt' ({quoted(prompt)}); copy it from there", "subject not in prompt")
     return _half(prompt.replace(subject, "{}", 1), subject, answer, row.get("relation_id"))
 
 # %% ../../nbs/library/battery/02_layouts.ipynb #74f6b79f
@@ -95,10 +113,10 @@ def _lama(row: dict) -> Half:
     template = _need(row, "template")
     before, answered, after = template.partition("[Y]")
     if not answered or "[X]" not in before or after.strip(" .。!?"):
-        raise _Wrong(f"field 'template' is {template!r}; it must have [X] for the subject and end in [Y] for the answer", "template")
+        raise _Wrong(f"field 'template' is {quoted(template)}; it must have [X] for the subject and end in [Y] for the answer", "template")
     ask = before.replace("[X]", "{}")
-    return Half(ask.rstrip().replace("{}", subject), ask[len(ask.rstrip()):] + answer.strip(), subject, ask.rstrip(),
-                str(row.get("predicate_id") or ask.rstrip()))
+    return Half(_filled(ask.rstrip(), subject), ask[len(ask.rstrip()):] + answer.strip(), subject, ask.rstrip(),
+                _relation(row.get("predicate_id"), ask.rstrip()))
 
 # %% ../../nbs/library/battery/02_layouts.ipynb #08f98942
 LAYOUTS: dict[str, tuple[frozenset[str], Callable[[dict], Half]]] = {
@@ -134,10 +152,19 @@ def _couples(halves: Iterable[Half]) -> list[tuple[Half, Half]]:
 def _halves(rows: Sequence[object], layout: str, source: str) -> list[Half]:
     halves, problems = [], []
     for n, row in enumerate(rows, 1):
-        try: halves.append(LAYOUTS[layout][1](row if isinstance(row, dict) else {}))
+        try: half = LAYOUTS[layout][1](row if isinstance(row, dict) else {})
         except _Wrong as e: problems.append((n, e.kind, str(e)))
+        else:
+            why = next((w for w in map(unfit, (half.prompt, half.target, half.relation)) if w), "")
+            problems += [(n, "unfit", f"its prompt {why}")] if why else []
+            halves.append(half)
     if problems: raise BatteryError(source, problems)
     return halves
+
+def _usable(half: Half) -> bool:
+    """Is the subject in the prompt as whole words, so that its token can be found?"""
+    return half.entity == half.entity.strip() and bool(occurrences(half.entity, half.prompt))
+
 
 # %% ../../nbs/library/battery/02_layouts.ipynb #e10a7e63
 def pair_up(rows: Sequence[object], source: str = "rows") -> list[PromptPair]:
@@ -155,11 +182,12 @@ def pair_up(rows: Sequence[object], source: str = "rows") -> list[PromptPair]:
     if layout is None: raise BatteryError(source, [f"no row of a layout with one prompt a row; known: {', '.join(LAYOUTS)}"])
     halves = _halves(rows, layout, source)
     place = {h.prompt: i for i, h in reversed(list(enumerate(halves)))}
-    couples = sorted(_couples(halves), key=lambda c: place[c[0].prompt])
+    couples = sorted(_couples(filter(_usable, halves)), key=lambda c: place[c[0].prompt])
     if not couples:
         raise BatteryError(source, [f"a row of {layout} holds one prompt, and no two of the {len(rows)} rows share a template and differ in "
                                     "their answers; add rows of the same template about other subjects, or write both sides: "
                                     "clean_prompt, corrupt_prompt, clean_target, corrupt_target"])
     if left := len(rows) - 2 * len(couples):
-        warnings.warn(f"{source}: {left} of {len(rows)} rows are not used: no other row has their template and another answer", stacklevel=2)
+        warnings.warn(f"{plain(source)}: {left} of {len(rows)} rows are not used: no other row has their template and another answer, or "
+                      "their subject is no whole words of their prompt", stacklevel=2)
     return [PromptPair(a.prompt, b.prompt, a.target, b.target, a.entity, b.entity, category=a.relation) for a, b in couples]

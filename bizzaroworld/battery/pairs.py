@@ -8,15 +8,39 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from functools import lru_cache
+from itertools import compress, count, groupby
+from operator import ne
 
 import pandas as pd
 
+from ..files import plain, quoted
+
 # %% auto #0
-__all__ = ['Span', 'KATAKANA', 'UNSPACED', 'UNBOUND', 'ACCENT', 'unspaced', 'words', 'differences', 'stretch', 'occurrences',
-           'nfc', 'other_form', 'counterpart', 'PromptPair', 'entity_spans', 'pair_id', 'spaced', 'review']
+__all__ = ['LONGEST', 'ACCENTS', 'Span', 'KATAKANA', 'UNSPACED', 'UNBOUND', 'ACCENT', 'Block', 'unfit', 'unspaced', 'words',
+           'differences', 'stretch', 'occurrences', 'nfc', 'other_form', 'counterpart', 'PromptPair', 'entity_spans',
+           'pair_id', 'spaced', 'review']
+
+# %% ../../nbs/library/battery/01_pairs.ipynb #5e1f0a15
+LONGEST, ACCENTS = 1_000_000, 30  # characters of a text; accents in a row, as Unicode's stream-safe text has at most
+_HALF, _MARKS = re.compile("[\ud800-\udfff]"), re.compile(rf"[^\w\s\0-\u02ff]{{{ACCENTS + 1},}}")
+
+def _stacked(text: str) -> bool:
+    """Do more than `ACCENTS` accents follow one another?"""
+    def run(marks): return max((sum(1 for _ in same) for accent, same in groupby(marks, lambda c: unicodedata.combining(c) > 0) if accent), default=0)
+    return any(run(m[0]) > ACCENTS for m in _MARKS.finditer(text))
+
+def unfit(text: str) -> str:
+    """Why a text can be in no pair; empty if it can."""
+    if len(text) > LONGEST: return f"has {len(text):,} characters; a text has at most {LONGEST:,}"
+    if text.isascii(): return ""
+    if half := _HALF.search(text): return f"holds half of a character ({quoted(half[0])}), which no file can; write that character anew"
+    return f"has more than {ACCENTS} accents in a row ({quoted(text, 40)}); remove them" if _stacked(text) else ""
+
 
 # %% ../../nbs/library/battery/01_pairs.ipynb #55262bae
 Span = tuple[int, int]  # [start, stop) in characters
@@ -24,7 +48,8 @@ KATAKANA = "\u30a0-\u30ff\u31f0-\u31ff\uff66-\uff9f"
 UNSPACED = KATAKANA + "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u309f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 UNBOUND = UNSPACED + "\u1100-\u11ff\uac00-\ud7a3"  # Korean has spaces, but its particles follow a word without one
 ACCENT = "[\u0300-\u036f]"
-_WORD = re.compile(rf"[{KATAKANA}]+|[{UNSPACED}]|(?:[^\W{UNSPACED}]|{ACCENT})+|[^\w\s]")
+_WORD = re.compile(rf"[{KATAKANA}]+|[{UNSPACED}]|(?:[^\W{UNSPACED}]+|{ACCENT}+)+|[^\w\s]")
+_PLAIN_WORD = re.compile(r"\w+|[^\w\s]")  # the same, where all is ASCII
 
 def unspaced(text: str) -> bool:
     """Is all of `text` in scripts that put no spaces between words?"""
@@ -32,20 +57,49 @@ def unspaced(text: str) -> bool:
 
 def words(text: str) -> list[Span]:
     """The character spans of the words and punctuation marks of `text`."""
-    return [m.span() for m in _WORD.finditer(text)]
+    return [m.span() for m in (_PLAIN_WORD if text.isascii() else _WORD).finditer(text)]
 
 # %% ../../nbs/library/battery/01_pairs.ipynb #0942fd5d
-def _blocks(clean: str, corrupt: str) -> list[tuple[int, int, int, int]]:
-    """Word ranges `i1, i2` (clean) and `j1, j2` (corrupted) that differ; neighbors are one block."""
-    a, b = ([text[i:j] for i, j in words(text)] for text in (clean, corrupt))
+Block = tuple[int, int, int, int]  # words i1 to i2 of the clean prompt, j1 to j2 of the corrupted one
+
+def _ends(a: Sequence[str], b: Sequence[str]) -> list[Block]:
+    """What is left between the words that both begin with and those that both end with, as one block."""
+    short = min(len(a), len(b))
+    i = next((i for i in range(short) if a[i] != b[i]), short)
+    j = next((j for j in range(short - i) if a[-1 - j] != b[-1 - j]), short - i)
+    return [(i, len(a) - j, i, len(b) - j)]
+
+def _blocks(a: Sequence[str], b: Sequence[str]) -> list[Block]:
+    """Word ranges that differ; neighbors are one block."""
     if len(a) != len(b):
+        counts = Counter(a)
+        if len(a) + len(b) > 20_000 or sum(counts[w] for w in b) > 200_000: return _ends(a, b)
         codes = SequenceMatcher(None, a, b, autojunk=False).get_opcodes()
         return [code[1:] for code in codes if code[0] != "equal"]
-    out: list[tuple[int, int, int, int]] = []
+    out: list[Block] = []
     for i in (i for i, (x, y) in enumerate(zip(a, b)) if x != y):
         start = out.pop()[0] if out and out[-1][1] == i else i
         out.append((start, i + 1, start, i + 1))
     return out
+
+
+# %% ../../nbs/library/battery/01_pairs.ipynb #5e1f0a22
+def _middle(clean: str, corrupt: str) -> tuple[int, int, int]:
+    """From where to where, in characters of each, two prompts can differ: between spaces of what both begin and end with."""
+    n = min(len(clean), len(corrupt))
+    same = next(compress(count(), map(ne, clean, corrupt)), n)
+    tail = next(compress(count(), map(ne, reversed(clean), reversed(corrupt))), n)
+    start, stop = clean.rfind(" ", 0, same) + 1, clean.find(" ", len(clean) - min(tail, n - same))
+    return start, (stop := len(clean) if stop < 0 else stop), stop + len(corrupt) - len(clean)
+
+@lru_cache(maxsize=4)  # a pair is asked several times, and then the next
+def _compared(clean: str, corrupt: str) -> tuple[list[Span], list[Span], list[Block]]:
+    """The words of both prompts and the blocks of them that differ; of prompts with as many words, those of the middle only."""
+    start, *stops = _middle(clean, corrupt)
+    both = [[(start + i, start + j) for i, j in words(text[start:stop])] for text, stop in zip((clean, corrupt), stops)]
+    if len(both[0]) != len(both[1]): both = [words(clean), words(corrupt)]
+    return *both, _blocks(*([text[i:j] for i, j in spans] for text, spans in zip((clean, corrupt), both)))
+
 
 # %% ../../nbs/library/battery/01_pairs.ipynb #b6b1354e
 def _text(prompt: str, spans: Sequence[Span], start: int, stop: int) -> str:
@@ -53,14 +107,14 @@ def _text(prompt: str, spans: Sequence[Span], start: int, stop: int) -> str:
 
 def differences(clean: str, corrupt: str) -> list[tuple[str, str]]:
     """The stretches of words in which two prompts differ, as (clean, corrupted) text."""
-    a, b = words(clean), words(corrupt)
-    return [(_text(clean, a, i1, i2), _text(corrupt, b, j1, j2)) for i1, i2, j1, j2 in _blocks(clean, corrupt)]
+    a, b, blocks = _compared(clean, corrupt)
+    return [(_text(clean, a, i1, i2), _text(corrupt, b, j1, j2)) for i1, i2, j1, j2 in blocks]
 
 # %% ../../nbs/library/battery/01_pairs.ipynb #08755426
 def stretch(clean: str, corrupt: str) -> tuple[str, str]:
     """The fewest neighboring words of each prompt that hold all that differs. Raises `ValueError` when nothing does."""
-    a, b, blocks = words(clean), words(corrupt), _blocks(clean, corrupt)
-    if not (a and b): raise ValueError("a prompt is empty; fill it in")
+    a, b, blocks = _compared(clean, corrupt)
+    if not (clean.strip() and corrupt.strip()): raise ValueError("a prompt is empty; fill it in")
     if not blocks: raise ValueError("the prompts are the same; name another entity in the second")
     (i1, _, j1, _), (_, i2, _, j2) = blocks[0], blocks[-1]
     if i1 == i2 or j1 == j2:  # one prompt has words more: the word beside them stands for the place
@@ -69,12 +123,18 @@ def stretch(clean: str, corrupt: str) -> tuple[str, str]:
     return _text(clean, a, i1, i2), _text(corrupt, b, j1, j2)
 
 # %% ../../nbs/library/battery/01_pairs.ipynb #e195e274
+_LETTER, _FREE, _ACCENT = re.compile(rf"[^\W{UNBOUND}]|{ACCENT}"), re.compile(rf"[{UNBOUND}]"), re.compile(ACCENT)
+
 def occurrences(entity: str, prompt: str) -> list[Span]:
     """The character spans of `entity` in `prompt`, as whole words."""
-    letter, free = rf"[^\W{UNBOUND}]|{ACCENT}", rf"[{UNBOUND}]"
-    before = "" if re.match(free, entity) else rf"(?<!{letter})"
-    after = rf"(?!{ACCENT})" if re.match(free, entity[-1:]) else rf"(?!{letter})"
-    return [m.span() for m in re.finditer(before + re.escape(entity) + after, prompt)]
+    found, bound, after = [], not _FREE.match(entity), _ACCENT if _FREE.match(entity[-1:]) else _LETTER
+    at = prompt.find(entity) if entity else -1
+    while at >= 0:
+        stop = at + len(entity)
+        whole = not (bound and at and _LETTER.match(prompt, at - 1)) and not after.match(prompt, stop)
+        if whole: found.append((at, stop))
+        at = prompt.find(entity, stop if whole else at + 1)
+    return found
 
 def nfc(text: str) -> str: return unicodedata.normalize("NFC", text)
 
@@ -86,7 +146,7 @@ def other_form(text: str, prompt: str) -> str:
 
 # %% ../../nbs/library/battery/01_pairs.ipynb #b0dc90a7
 def _differing_chars(clean: str, corrupt: str) -> tuple[list[Span], list[Span]]:
-    a, b, blocks = words(clean), words(corrupt), _blocks(clean, corrupt)
+    a, b, blocks = _compared(clean, corrupt)
     return ([(a[i1][0], a[i2 - 1][1]) for i1, i2, _, _ in blocks if i2 > i1],
             [(b[j1][0], b[j2 - 1][1]) for _, _, j1, j2 in blocks if j2 > j1])
 
@@ -94,21 +154,22 @@ def _place(entity: str, prompt: str, differing: list[Span]) -> Span:
     found = occurrences(entity, prompt)
     if not found:
         why = other_form(entity, prompt)
-        raise ValueError(f"the entity {entity!r} is not in the prompt {prompt!r} as whole words" + (f": {why}" if why else ""))
+        raise ValueError(f"the entity {quoted(entity)} is not in the prompt {quoted(prompt)} as whole words" + (f": {why}" if why else ""))
     here = [s for s in found if any(s[0] < stop and start < s[1] for start, stop in differing)]
     return (here or found)[0]
 
 # %% ../../nbs/library/battery/01_pairs.ipynb #21388923
 def counterpart(entity: str, clean: str, corrupt: str) -> str:
     """The words of `corrupt` that stand where `entity` stands in `clean`. Raises `ValueError` when there are none."""
-    a, b, blocks = words(clean), words(corrupt), _blocks(clean, corrupt)
+    a, b, blocks = _compared(clean, corrupt)
     start, stop = _place(entity, clean, _differing_chars(clean, corrupt)[0])
+    if not a or start < a[0][0] or stop > a[-1][1]: a, b = words(clean), words(corrupt)
     mine = [i for i, (x, y) in enumerate(a) if x < stop and start < y]
     if len(a) == len(b): return _text(corrupt, b, mine[0], mine[-1] + 1)
     touching = [blk for blk in blocks if blk[0] <= mine[-1] and mine[0] < blk[1]]
     if not touching: return entity
     found = _text(corrupt, b, touching[0][2], touching[-1][3])
-    if not found: raise ValueError(f"nothing in {corrupt!r} stands in the place of {entity!r}")
+    if not found: raise ValueError(f"nothing in {quoted(corrupt)} stands in the place of {quoted(entity)}")
     return found
 
 # %% ../../nbs/library/battery/01_pairs.ipynb #a15650c2
@@ -126,7 +187,7 @@ class PromptPair:
 
     Raises
     ------
-    ValueError : an entity is left empty and cannot be found, because nothing differs.
+    ValueError : an entity is left empty and cannot be found, because nothing differs; or a text is one of the `unfit`.
     """
     clean_prompt: str
     corrupt_prompt: str
@@ -139,6 +200,8 @@ class PromptPair:
     relation: str = ""
 
     def __post_init__(self):
+        for field, text in vars(self).items():
+            if why := unfit(text): raise ValueError(f"{field!r} {why}")
         for field, value in _defaults(self).items(): object.__setattr__(self, field, value)
 
 # %% ../../nbs/library/battery/01_pairs.ipynb #e6089330
@@ -175,28 +238,35 @@ def spaced(prompt: str, target: str) -> bool | None:
 
 # %% ../../nbs/library/battery/01_pairs.ipynb #bf24357a
 def _span_warnings(pair: PromptPair) -> list[tuple[str, str]]:
-    diff = differences(pair.clean_prompt, pair.corrupt_prompt)
-    told = "entity {!r}: {}".format(pair.clean_entity, "; ".join(f"{a!r} / {b!r}" for a, b in diff))
+    diff = differences(pair.clean_prompt, pair.corrupt_prompt)[:1000]
+    more = f"; and {len(diff) - 3} more" if len(diff) > 3 else ""
+    told = f"entity {quoted(pair.clean_entity)}: " + "; ".join(f"{quoted(a)} / {quoted(b)}" for a, b in diff[:3]) + more
     apart = beyond = False
     for (start, stop), spans in zip(entity_spans(pair), _differing_chars(pair.clean_prompt, pair.corrupt_prompt)):
         apart = apart or any(s[1] <= start or stop <= s[0] for s in spans)
         beyond = beyond or any(s[0] < start or stop < s[1] for s in spans)
-    out = [("same_entity", f"both prompts name {pair.clean_entity!r}")] * (pair.clean_entity == pair.corrupt_entity)
-    out += [("unicode_forms", f"{a!r} / {b!r}: {other_form(a, b)}") for a, b in diff if nfc(a) == nfc(b)]
+    out = [("same_entity", f"both prompts name {quoted(pair.clean_entity)}")] * (pair.clean_entity == pair.corrupt_entity)
+    out += [("unicode_forms", f"{quoted(a)} / {quoted(b)}: {other_form(a, b)}") for a, b in diff if nfc(a) == nfc(b)]
     if apart: return out + [("several_spans", f"the prompts differ elsewhere than in the {told}")]
     return out + [("entity_too_short", f"the prompts differ in more words than the {told}")] if beyond else out
 
 # %% ../../nbs/library/battery/01_pairs.ipynb #6be5aeba
 def _answer_warnings(pair: PromptPair) -> list[tuple[str, str]]:
     def inside(target, prompt): return bool(occurrences(target.strip().casefold(), prompt.casefold()))
-    return [("answer_in_prompt", f"{t.strip()!r} ({k}) is in the {side} prompt")
+    return [("answer_in_prompt", f"{quoted(t.strip())} ({k}) is in the {side} prompt")
             for k, t in (("clean_target", pair.clean_target), ("corrupt_target", pair.corrupt_target))
             for side, prompt in (("clean", pair.clean_prompt), ("corrupted", pair.corrupt_prompt)) if inside(t, prompt)]
 
+def _edge(prompt: str, edge: str) -> str:
+    """The first or the last word of a prompt."""
+    text = prompt.strip()
+    part = text.partition(" ")[0] if edge == "start" else text.rpartition(" ")[2]
+    start, stop = words(part)[0 if edge == "start" else -1]
+    return part[start:stop]
+
 def _edge_warnings(pair: PromptPair) -> list[tuple[str, str]]:
-    a, b = ([p[i:j] for i, j in words(p)] for p in (pair.clean_prompt, pair.corrupt_prompt))
-    return [(f"differs_at_{edge}", f"the {edge} of the prompts is {a[i]!r} / {b[i]!r}")
-            for edge, i in (("start", 0), ("end", -1)) if a[i] != b[i]]
+    edges = [(edge, *(_edge(p, edge) for p in (pair.clean_prompt, pair.corrupt_prompt))) for edge in ("start", "end")]
+    return [(f"differs_at_{edge}", f"the {edge} of the prompts is {quoted(a)} / {quoted(b)}") for edge, a, b in edges if a != b]
 
 # %% ../../nbs/library/battery/01_pairs.ipynb #d820ce0c
 def _space_warnings(pair: PromptPair) -> list[tuple[str, str]]:
@@ -205,7 +275,7 @@ def _space_warnings(pair: PromptPair) -> list[tuple[str, str]]:
     for side, prompt, target in (("clean", pair.clean_prompt, pair.clean_target), ("corrupted", pair.corrupt_prompt, pair.corrupt_target)):
         bare, wanted = target.strip(), spaced(prompt, target)
         good = {True: (" " + bare,), False: (bare,), None: (bare, " " + bare)}[wanted]
-        if target not in good: out.append(("target_space", f"the {side} target is {target!r}; after that prompt one writes {good[0]!r}"))
+        if target not in good: out.append(("target_space", f"the {side} target is {quoted(target)}; after that prompt one writes {quoted(good[0])}"))
     return out
 
 # %% ../../nbs/library/battery/01_pairs.ipynb #49b4c4d2
@@ -214,15 +284,14 @@ def _repeat_warnings(pairs: Sequence[PromptPair]) -> list[tuple[int, str, str]]:
     for i, p in enumerate(pairs):
         for fact in sorted({(p.clean_prompt, p.clean_target), (p.corrupt_prompt, p.corrupt_target)}):
             other = seen.setdefault(fact, p.id)
-            if other != p.id: out.append((i, "repeated_fact", f"{fact[0] + fact[1]!r} is also in {other}"))
+            if other != p.id: out.append((i, "repeated_fact", f"{quoted(fact[0] + fact[1])} is also in {plain(other)}"))
     return out
 
 def review(pairs: Sequence[PromptPair]) -> pd.DataFrame:
     """What is doubtful about pairs that load: one row per warning.
 
-    Returns columns `battery_idx` (from 0), `pair_id`, `rule`, `warning`. The rules are `several_spans`, `entity_too_short`,
-    `same_entity`, `unicode_forms`, `answer_in_prompt`, `differs_at_start`, `differs_at_end`, `prompt_space`, `target_space`,
-    `repeated_fact`.
+    Returns columns `battery_idx` (from 0), `pair_id`, `rule`, `warning`. The rules are `several_spans`, `entity_too_short`, `same_entity`,
+    `unicode_forms`, `answer_in_prompt`, `differs_at_start`, `differs_at_end`, `prompt_space`, `target_space`, `repeated_fact`.
     """
     rows = [(i, rule, text) for i, p in enumerate(pairs)
             for rule, text in _span_warnings(p) + _answer_warnings(p) + _edge_warnings(p) + _space_warnings(p)]

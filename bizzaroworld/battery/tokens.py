@@ -13,6 +13,8 @@ from typing import Any
 import pandas as pd
 
 from .pairs import PromptPair, Span, entity_spans, spaced, unspaced
+from ..files import quoted
+
 
 # %% auto #0
 __all__ = ['REASONS', 'NOTES', 'Problems', 'Encoding', 'get_tokenizer', 'encode', 'AlignmentError', 'token_span', 'continuation',
@@ -143,20 +145,23 @@ class TokenPair:
 Problems = list[tuple[str, str]]
 
 def _pieces(tok: Any, ids: Iterable[int]) -> str:
-    return " ".join(repr(t) for t in tok.convert_ids_to_tokens(list(ids)))
+    shown = list(ids)
+    more = f" and {len(shown) - 10} more" if len(shown) > 10 else ""
+    return " ".join(quoted(t) for t in tok.convert_ids_to_tokens(shown[:10])) + more
 
 def _unknown_problems(tok: Any, pair: PromptPair) -> Problems:
     texts = {k: getattr(pair, k) for k in ("clean_prompt", "corrupt_prompt", "clean_target", "corrupt_target")}
     if (unk := tok.unk_token_id) is None: return []
     def own(text): return tok(text, add_special_tokens=False)["input_ids"][unk == tok.bos_token_id and text.startswith(tok.unk_token):]
-    bad = [f"{k} {t!r}" for k, t in texts.items() if unk in own(t)]
+    bad = [f"{k} {quoted(t)}" for k, t in texts.items() if unk in own(t)]
     return [("unknown_token", f"the tokenizer does not know a word of {' and of '.join(bad)}; change it")] if bad else []
 
 def _length_problems(tok: Any, pair: PromptPair, clean: Encoding, corrupt: Encoding) -> Problems:
     n, m = len(clean.ids), len(corrupt.ids)
     if n == m: return []
-    a = _pieces(tok, [i for i in clean.ids if i not in corrupt.ids])
-    b = _pieces(tok, [i for i in corrupt.ids if i not in clean.ids])
+    here, there = set(clean.ids), set(corrupt.ids)
+    a = _pieces(tok, [i for i in clean.ids if i not in there])
+    b = _pieces(tok, [i for i in corrupt.ids if i not in here])
     return [("length_differs", f"the prompts have {n} and {m} tokens (only in the clean one: {a or 'none'}; "
              f"only in the corrupted one: {b or 'none'}); choose entities with as many tokens as each other")]
 
@@ -166,10 +171,10 @@ def _target_problems(tok: Any, side: str, target: str, own: Encoding, other: Enc
     """The ids of a target after its own prompt, and what is wrong with it."""
     here, there = (continuation(tok, prompt, target, bos) for prompt in (own, other))
     if here is not None and len(here) != 1 and not (multi_token and here):
-        return None, [(f"{side}_target_not_one_token", f"{target!r} is {len(here)} tokens after the prompt "
+        return None, [(f"{side}_target_not_one_token", f"{quoted(target)} is {len(here)} tokens after the prompt "
                        f"({_pieces(tok, here)}); choose an answer that is one or compare first tokens (multi_token)")]
     if here is None or here != there:
-        return None, [("target_depends_on_prompt", f"{target!r} does not follow both prompts as the same token, "
+        return None, [("target_depends_on_prompt", f"{quoted(target)} does not follow both prompts as the same token, "
                        "leaving theirs as they are; end both prompts in the same whole word")]
     return here, []
 
@@ -178,8 +183,8 @@ def _shared(pair: PromptPair, a: tuple[int, ...] | None, b: tuple[int, ...] | No
     if a is None or b is None: return 0, []
     k = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
     if k < min(len(a), len(b)): return k, []
-    if a == b: return k, [("same_target", f"{pair.clean_target!r} and {pair.corrupt_target!r} are the same token{'s' * (k > 1)}")]
-    return k, [("target_is_prefix", f"{pair.clean_target!r} and {pair.corrupt_target!r} are the same tokens until one ends; choose another answer")]
+    if a == b: return k, [("same_target", f"{quoted(pair.clean_target)} and {quoted(pair.corrupt_target)} are the same token{'s' * (k > 1)}")]
+    return k, [("target_is_prefix", f"{quoted(pair.clean_target)} and {quoted(pair.corrupt_target)} are the same tokens until one ends; choose another answer")]
 
 # %% ../../nbs/library/battery/04_tokens.ipynb #a13c835a
 def _entity_problems(pair: PromptPair, clean: Encoding, corrupt: Encoding) -> tuple[Span | None, Problems]:
@@ -188,12 +193,12 @@ def _entity_problems(pair: PromptPair, clean: Encoding, corrupt: Encoding) -> tu
     except ValueError as e: return None, [("entity_not_found", f"{e}; write the entity as it stands in the prompt")]
     names, ((a, whole_a), (b, whole_b)) = (pair.clean_entity, pair.corrupt_entity), found
     if not (whole_a and whole_b):
-        return None, [("entity_cuts_token", f"{names[whole_a]!r} begins or ends inside a token; take the whole word")]
+        return None, [("entity_cuts_token", f"{quoted(names[whole_a])} begins or ends inside a token; take the whole word")]
     if a == b or len(clean.ids) != len(corrupt.ids): return a, []
     if a[1] - a[0] != b[1] - b[0]:
-        return None, [("entity_length_differs", f"{names[0]!r} has {a[1] - a[0]} tokens and {names[1]!r} has "
+        return None, [("entity_length_differs", f"{quoted(names[0])} has {a[1] - a[0]} tokens and {quoted(names[1])} has "
                        f"{b[1] - b[0]}; choose entities with as many tokens as each other")]
-    return None, [("entity_moved", f"{names[0]!r} begins at position {a[0]} and {names[1]!r} at {b[0]}; "
+    return None, [("entity_moved", f"{quoted(names[0])} begins at position {a[0]} and {quoted(names[1])} at {b[0]}; "
                    "put the entities at the same place")]
 
 # %% ../../nbs/library/battery/04_tokens.ipynb #1e32c77f

@@ -30,7 +30,7 @@ from .names import PACKAGED, ModelError, called, embedded_models, locate
 from .readout import readout_of
 
 # %% auto #0
-__all__ = ['UNSURE', 'load_tokenizer', 'weight_bytes', 'checked', 'load_model', 'is_embedded', 'untrained']
+__all__ = ['PICKLE', 'UNSURE', 'load_tokenizer', 'weight_bytes', 'checked', 'load_model', 'is_embedded', 'untrained']
 
 # %% ../../nbs/library/model/08_load.ipynb #6e6b8522
 def _explain(name: str, error: BaseException) -> ModelError:
@@ -50,8 +50,19 @@ def _explain(name: str, error: BaseException) -> ModelError:
     elif met(errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ConnectionError):
         text = ("is not on this machine, and the Hub could not be reached (or HF_HUB_OFFLINE is set). "
                 f"Use a model by name ({', '.join([*embedded_models(), *PACKAGED])}), a local folder, or a machine with network.")
+    elif "model.safetensors" in str(error): text = f"has no weights in safetensors; pickles are read only by load_model(..., allow_pickle=True): {error}"
     else: text = f"could not be loaded: {error}"
-    return ModelError(f"Model {name!r} {text}")
+    return ModelError(_without_token(f"Model {name!r} {text}"))
+
+
+def _without_token(text: str) -> str:
+    "A text without this machine's Hub token, which an error may quote."
+    from huggingface_hub import get_token
+    return text.replace(get_token() or "\0", "(token)")
+
+
+PICKLE = ("Model {name!r} has its weights in a pickle ({file}), which can run any code when it is read. Use a checkpoint in safetensors, or, if you trust "
+          "who made it, load_model(..., allow_pickle=True), and give run_study the loaded model.")
 
 
 @contextmanager
@@ -140,6 +151,14 @@ def _is_placed(hf_model) -> bool:
     "Whether a model was put where it has to be while it was loaded, and may not be moved."
     return bool(getattr(hf_model, "is_loaded_in_8bit", False) or getattr(hf_model, "is_loaded_in_4bit", False))
 
+# %% ../../nbs/library/model/08_load.ipynb #5e1f0e02
+def _check_no_pickle(name: str, where: str) -> None:
+    "That a folder has its weights not in pickles only. Raises `ModelError`. (Of a Hub id transformers is asked for safetensors alone.)"
+    files = [*Path(where).iterdir()] if Path(where).is_dir() else []
+    pickled = sorted(f.name for f in files if f.suffix in (".bin", ".pt", ".pth", ".ckpt") and not f.name.startswith("training_args"))
+    if pickled and not any(f.suffix == ".safetensors" for f in files): raise ModelError(PICKLE.format(name=name, file=pickled[0]))
+
+
 # %% ../../nbs/library/model/08_load.ipynb #a554f4e6
 def _check_files(folder: Path) -> None:
     "That the weight files of a local folder are whole. Raises `ModelError`, which names the file."
@@ -152,9 +171,10 @@ def _check_files(folder: Path) -> None:
             raise ModelError(f"{file} is damaged or incomplete ({file.stat().st_size:,} bytes; {error}). Download or write it again.") from error
 
 
-def _from_pretrained(name: str, where: str, tokenizer, device, dtype, revision, trust_remote_code) -> tuple:
+def _from_pretrained(name: str, where: str, tokenizer, device, dtype, revision, trust_remote_code, allow_pickle) -> tuple:
     "Weights, tokenizer, SHA-256 and note of a folder or Hub id."
     options = dict(revision=revision, trust_remote_code=trust_remote_code)
+    if not allow_pickle: _check_no_pickle(name, where)
     adapted = has_adapter(where, revision)
     config = None if adapted else AutoConfig.from_pretrained(where, **options)
     if config is not None:
@@ -162,7 +182,8 @@ def _from_pretrained(name: str, where: str, tokenizer, device, dtype, revision, 
         _check_quantized(name, config, device)
         _check_memory(name, config, dtype, device)
     _check_files(Path(where))
-    hf_model = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=dtype or torch.float32, attn_implementation="eager", **options)
+    hf_model = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=dtype or torch.float32, attn_implementation="eager",
+                                                    use_safetensors=None if allow_pickle else True, **options)
     if tokenizer is None:
         try: tokenizer = AutoTokenizer.from_pretrained(where, **options)
         except (OSError, ValueError):
@@ -231,30 +252,30 @@ def checked(hf_model, tokenizer, name: str, sha: str = "", note: str = "", revis
         return validate(loaded, bare)
 
 # %% ../../nbs/library/model/08_load.ipynb #48149f19
-def _fetched(name: str, tokenizer, device, dtype, revision, trust_remote_code) -> tuple:
+def _fetched(name: str, tokenizer, device, dtype, revision, trust_remote_code, allow_pickle) -> tuple:
     "A model by its name: Hugging Face model, tokenizer, SHA-256 of its weights, and what became of them on the way."
     with _explained(name), _quiet_unless_terminal():
         file = _gguf_at(where := locate(name, revision))
         if file: return _from_gguf(name, file, tokenizer, device, dtype)
-        return _from_pretrained(name, where, tokenizer, device, dtype, revision, trust_remote_code)
+        return _from_pretrained(name, where, tokenizer, device, dtype, revision, trust_remote_code, allow_pickle)
 
 
 def load_model(model: str | Path | torch.nn.Module | Model, *, tokenizer=None, device: torch.device | str | None = None,
                dtype: torch.dtype | str = torch.float32, revision: str | None = None,
-               trust_remote_code: bool = False) -> Model:
+               trust_remote_code: bool = False, allow_pickle: bool = False) -> Model:
     """Load a causal language model with hooks at every site, and check it.
 
     `model` is a model by name (`bizzaro-nano`, `gemma-3-270m`), a local folder, a GGUF file (`model.gguf`, or on the Hub
     `org/repo:model.gguf`), a Hub id (`google/gemma-2b`), or a Hugging Face model or a
     TransformerBridge in memory, which is used as it is (its device and dtype too) and gets its hooks in place (`close()` takes
-    them out again; so does the garbage collector). An adapter in a folder is merged. `dtype`: `auto` for that of the checkpoint. `device` is CUDA's where there is one, else the CPU, unless another is asked for.
+    them out again; so does the garbage collector). An adapter in a folder is merged. `dtype`: `auto` for that of the checkpoint. `trust_remote_code`, `allow_pickle`: run code that comes with a checkpoint, and read weights that can hold code (.bin); both only if asked for. `device` is CUDA's where there is one, else the CPU, unless another is asked for.
 
-    Raises `ModelError` for an unknown name, a missing license, token or network, a damaged file, too little memory, an
+    Raises `ModelError` for an unknown name, a pickle that was not asked for, a missing license, token or network, a damaged file, too little memory, an
     architecture without hooks, or a model whose logits change when hooks are attached."""
     if isinstance(model, Model): return model
     if isinstance(model, (str, Path)):
         (name,) = called([str(model)])
-        hf_model, tokenizer, sha, note = _fetched(str(model), tokenizer, _as_device(device), _as_dtype(dtype), revision, trust_remote_code)
+        hf_model, tokenizer, sha, note = _fetched(str(model), tokenizer, _as_device(device), _as_dtype(dtype), revision, trust_remote_code, allow_pickle)
     else:
         hf_model, tokenizer = bridge_in_memory(model, tokenizer)
         name, sha, note = type(hf_model).__name__, sha256_tensors(hf_model), _quantized(hf_model.config)

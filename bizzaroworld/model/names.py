@@ -146,9 +146,11 @@ def locate(name: str, revision: str | None = None) -> str:
 
 # %% ../../nbs/library/model/01_names.ipynb #da1a8b2a
 def called(names: Sequence[str]) -> list[str]:
-    "What these models are called: folders and GGUF files by their last part, or as given where two share it; all others as given."
+    """What these models are called: folders and GGUF files by their last part, numbered where two share it, and never by the path, which
+    says whose machine it is; all others as given."""
     def short(name: str) -> str:
         path = Path(os.path.abspath(Path(name).expanduser()))
         return path.name if path.is_dir() else path.stem if path.is_file() else name
     found = [short(name) for name in names]
-    return [s if found.count(s) == 1 else name for s, name in zip(found, names)]
+    return [s if found.count(s) == 1 else f"{s} ({found[:i].count(s) + 1})" for i, s in enumerate(found)]
+

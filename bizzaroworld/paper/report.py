@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -110,7 +111,7 @@ def _kernel(folder: Path):
 
 def _environment(folder: Path, run: Path) -> dict[str, str]:
     "The kernel's environment: the run to read, this package, no network, no settings of the user's."
-    kept = {k: v for k, v in os.environ.items() if k not in ("BIZZARO_MODEL", "MPLBACKEND")}
+    kept = {k: v for k, v in os.environ.items() if k not in ("BIZZARO_MODEL", "MPLBACKEND", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")}
     roots = [str(Path(str(files("bizzaroworld"))).parent), kept.get("PYTHONPATH", "")]
     return kept | {"BIZZARO_RUN": str(run.resolve()), "PYTHONPATH": os.pathsep.join(filter(None, roots)), "IPYTHONDIR": str(folder),
                    "MPLBACKEND": "agg", "HF_HUB_OFFLINE": "1"}
@@ -131,10 +132,26 @@ def execute(chapters: Sequence[Chapter], run: Path, timeout: int = 600, progress
         client = _client(notebook, begin, km=_kernel(Path(name)), timeout=timeout, resources={"metadata": {"path": name}})
         _executed(client, env=_environment(Path(name), run), cleanup_kc=True)
     if progress: progress(len(chapters), len(chapters), "")
-    done = {c.name: [] for c in chapters}
+    done, placeless = {c.name: [] for c in chapters}, _placeless(run)
+    for cell in notebook["cells"]: _nowhere(cell, placeless)
     for cell in notebook["cells"]: done.get(cell["metadata"].get("chapter"), []).append(cell)
-    return [Chapter(c.name, {**c.notebook, "cells": done[c.name]}, _reason(*client.stopped[c.name]) if c.name in client.stopped else "")
+    return [Chapter(c.name, {**c.notebook, "cells": done[c.name]}, placeless(_reason(*client.stopped[c.name])) if c.name in client.stopped else "")
             for c in chapters]
+
+
+def _placeless(run: Path) -> Callable[[str], str]:
+    "A function that takes out of a text where on whose machine it was made: the run's folder is left by its name, home as ~."
+    places = {str(run.resolve()): run.resolve().name, str(run.absolute()): run.name, str(Path.home()): "~", tempfile.gettempdir(): "..."}
+    found = re.compile("|".join(rf"{re.escape(place)}(?![\w-])" for place in sorted(places, key=len, reverse=True) if len(place) > 1))
+    return lambda text: found.sub(lambda m: places[m[0]], text)
+
+
+def _nowhere(cell, placeless: Callable[[str], str]) -> None:
+    "The same for what a cell shows as text."
+    for output in cell.get("outputs", []):
+        if "text" in output: output["text"] = placeless("".join(output["text"]))
+        for kind in ("text/plain", "text/markdown", "text/html"):
+            if kind in output.get("data", {}): output["data"][kind] = placeless("".join(output["data"][kind]))
 
 
 def _reason(error: str, message: str, where: str) -> str:

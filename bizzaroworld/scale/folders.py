@@ -5,6 +5,7 @@
 # %% ../../nbs/library/scale/01_folders.ipynb #c305a713
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,10 +21,15 @@ from ..files import read_table, write_table
 __all__ = ['NUMBERS', 'LEFT_OUT', 'LEFT', 'pair_file', 'read_pair', 'is_done', 'not_finite', 'note_left_out', 'BusyError', 'held']
 
 # %% ../../nbs/library/scale/01_folders.ipynb #7a8dbeac
+_FILE = re.compile(r"(?!(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$))[a-z0-9_][a-z0-9 ,_.+=()-]{0,119}(?<![ .])")
+
+
 def pair_file(folder: Path, pair_id: str, part: str = "pairs") -> Path:
-    "Where the rows of a pair are kept; `part` is another folder for each kind of sweep."
-    name = re.sub(r'[%/\\:*?"<>|\0-\x1f]', lambda m: f"%{ord(m[0]):02X}", pair_id)  # an id may hold anything
-    return folder / part / f"{name}.parquet"
+    """Where the rows of a pair are kept; `part` is another folder for each kind of sweep. An id may hold anything: what is not a plain name on
+    every system (and alone there, where capitals count for nothing) becomes its letters and a hash."""
+    if _FILE.fullmatch(pair_id): return folder / part / f"{pair_id}.parquet"
+    plain = re.sub(r"[^a-z0-9]+", "-", pair_id[:60].lower()).strip("-")
+    return folder / part / f"{plain}~{hashlib.sha256(pair_id.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}.parquet"
 
 
 def read_pair(folder: Path, pair_id: str, part: str = "pairs") -> pd.DataFrame | None:

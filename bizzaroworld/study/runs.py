@@ -14,12 +14,12 @@ from pathlib import Path
 import pandas as pd
 
 from ..battery.knowing import VERDICT_SWING, pairs_that
-from ..files import data_path, write_json
+from ..files import data_path, unguarded, write_json
 from ..scale.folders import LEFT_OUT
 
 # %% auto #0
-__all__ = ['IDENTITY', 'AGAIN', 'TEXT', 'FOLLOWS', 'RunError', 'DamagedError', 'claim', 'read_info', 'slim', 'filled', 'Tables',
-           'Run', 'ControlRun', 'control_run', 'shipped_runs', 'open_run', 'output']
+__all__ = ['IDENTITY', 'AGAIN', 'TEXT', 'FOLLOWS', 'RunError', 'DamagedError', 'claim', 'check_links', 'read_info', 'slim',
+           'filled', 'Tables', 'Run', 'ControlRun', 'control_run', 'shipped_runs', 'open_run', 'output']
 
 # %% ../../nbs/library/study/03_runs.ipynb #13428333
 class RunError(ValueError):
@@ -36,8 +36,9 @@ IDENTITY = ("model", "battery_sha256", "options")
 def claim(folder: Path, info: dict) -> None:
     """Make `folder` the run described by `info`, or check that it already is.
 
-    Raises `RunError` if the folder holds another run, naming what differs."""
+    Raises `RunError` if the folder holds another run, naming what differs, or a link out of it."""
     path = folder / "run.json"
+    check_links(folder)
     if not path.exists():
         if folder.exists() and any(p for p in folder.iterdir() if not p.name.startswith(".")):
             raise RunError(f"{folder} is not empty and holds no run. Choose another folder with --out.")
@@ -60,6 +61,15 @@ def _differs(old, new) -> str:
     if isinstance(old, dict) and isinstance(new, dict):
         return ", ".join(f"{k} {old.get(k)!r}, not {new.get(k)!r}" for k in {**old, **new} if old.get(k) != new.get(k))
     return f"{old!r}, not {new!r}"
+
+# %% ../../nbs/library/study/03_runs.ipynb #5e1f0d01
+def check_links(folder: Path) -> None:
+    "That nothing in a folder leads out of it. Raises `RunError` for a link that does."
+    home = folder.resolve()
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(home):
+            raise RunError(f"{path} is a link to a place outside the run folder, where nothing of a run is written. Remove the link, or move what it leads to here.")
+
 
 # %% ../../nbs/library/study/03_runs.ipynb #749ec32b
 def read_info(folder: Path) -> dict:
@@ -84,7 +94,7 @@ TEXT = ("pair_id", "category", "relation", "clean_prompt", "corrupt_prompt", "cl
 def _read(path: Path) -> pd.DataFrame:
     "A table; of CSV, text stays text: a pair may be called 1 or NA."
     if path.suffix != ".csv": return pd.read_parquet(path)
-    return pd.read_csv(path, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values=[""])
+    return unguarded(pd.read_csv(path, dtype=dict.fromkeys(TEXT, str), keep_default_na=False, na_values=[""]))
 
 
 def _table(folder: Path, name: str) -> pd.DataFrame:

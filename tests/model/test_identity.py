@@ -49,8 +49,23 @@ def test_a_bridge_whose_weights_were_processed_is_refused():
 
 
 def test_a_pytorch_checkpoint_has_the_hash_of_its_file(tmp_path):
-    a, b = (load_model(str(as_bin(tiny_hf("gemma", seed), tmp_path / str(seed))), device="cpu") for seed in (0, 1))
+    a, b = (load_model(str(as_bin(tiny_hf("gemma", seed), tmp_path / str(seed))), device="cpu", allow_pickle=True) for seed in (0, 1))
     assert a.weights_sha256 == hashlib.sha256((tmp_path / "0" / "pytorch_model.bin").read_bytes()).hexdigest() != b.weights_sha256
+
+
+def test_a_pickle_is_refused_unless_asked_for(tmp_path, monkeypatch):
+    folder = as_bin(tiny_hf("gemma"), tmp_path / "p")
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("a pickle was opened"))
+    with pytest.raises(ModelError, match=r"pickle \(pytorch_model.bin\).*safetensors.*allow_pickle=True"): load_model(str(folder), device="cpu")
+
+
+def test_no_token_in_a_message(monkeypatch):
+    from bizzaroworld.model import load
+    monkeypatch.setenv("HF_TOKEN", "hf_marker0123456789")
+    def failing(*args, **kwargs): raise OSError("401 for url https://x, headers Authorization: Bearer hf_marker0123456789")
+    monkeypatch.setattr(load, "locate", failing)
+    with pytest.raises(ModelError, match="401") as error: load_model("some/model")
+    assert "hf_marker" not in str(error.value)
 
 
 def test_shards_are_those_of_the_index_and_other_files_do_not_count(tmp_path):

@@ -52,7 +52,7 @@ def test_a_model_is_called_by_its_folder_and_known_by_its_weights(tmp_path, monk
     for folder in folders: folder.mkdir(parents=True)
     mine, again, other = map(str, folders)
     assert called([mine, other, "google/gemma-2b"]) == ["mine", "other", "google/gemma-2b"] and called([mine + "/"]) == ["mine"]
-    assert called([mine, again]) == [mine, again], "two folders of one name are told apart"
+    assert called([mine, again]) == ["mine (1)", "mine (2)"], "two folders of one name are told apart, and not by whose they are"
     (folders[2] / "small-q4.gguf").touch()
     assert called([f"{other}/small-q4.gguf", "org/repo:small-q4.gguf"]) == ["small-q4", "org/repo:small-q4.gguf"]
     monkeypatch.chdir(mine)

@@ -1,10 +1,16 @@
 """Run folders: nothing half-written, nothing mixed up, nothing done twice."""
+import csv
+import os
+import tempfile
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from bizzaroworld.files import data_path, replacing, write_json, write_table
+from bizzaroworld.scale.folders import pair_file
 from bizzaroworld.study.runs import (Run, RunError, _read, claim, control_run, filled, open_run, output, read_info, shipped_runs, slim)
 
 from planted import planted_run, steps
@@ -142,6 +148,52 @@ def test_a_missing_table_is_named_with_what_to_do(tmp_path):
 def test_a_damaged_run_json_is_named_with_what_to_do(tmp_path, text):
     (tmp_path / "run.json").write_bytes(text)
     with pytest.raises(RunError, match="run.json is damaged.*run the study again"): open_run(tmp_path)
+
+
+IDS = st.one_of(st.text(max_size=20), st.sampled_from(["con", "NUL", "com1.x", "aux.", "a.", "a ", " a", ".", "..", "../a", "a/b", "A", "a", "é", "e\u0301", "x" * 300, "x" * 119, "\ud800", "", "~", "a~0", "-a"]),
+                st.builds(lambda t, n: t * n, st.text(min_size=1, max_size=3), st.sampled_from([1, 100, 5000])))
+
+
+@settings(max_examples=500)
+@given(IDS, IDS)
+def test_a_pair_s_file_can_be_made_on_every_system_and_is_its_own(a, b):
+    folder = Path("run")
+    found = [pair_file(folder, i) for i in (a, b)]
+    for path in found:
+        assert path.parent == folder / "pairs" and path.name.isascii() and len(path.name) <= 130 and path.name[0] not in ". -"
+        assert not set(path.name) & set('<>:"/\\|?*\0') and path.name == path.name.lower()
+        stem = path.name.removesuffix(".parquet")
+        assert stem and stem[-1] not in ". " and stem.partition(".")[0].rstrip() not in {"con", "prn", "aux", "nul", *(f"{k}{n}" for k in ("com", "lpt") for n in range(10))}
+    assert (found[0] == found[1]) == (a == b)
+
+
+def test_a_folder_with_a_link_that_leads_out_is_refused(tmp_path):
+    claim(tmp_path / "run", INFO)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / "pairs").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunError, match="link to a place outside"): claim(tmp_path / "run", INFO)
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_nothing_is_written_through_a_link(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "thesis").write_text("years of work")
+    for name in ("run.json", f".run.json.{os.getpid()}.tmp"): (tmp_path / "run" / name).symlink_to(tmp_path / "thesis")
+    write_json(tmp_path / "run" / "run.json", {})
+    assert (tmp_path / "thesis").read_text() == "years of work" and not (tmp_path / "run" / "run.json").is_symlink()
+
+
+@settings(max_examples=300)
+@given(st.lists(st.builds(lambda a, b: a + b, st.sampled_from(["", "=", "+", "-", "@", "\t", "\r", "'", "''", "'=", "＝", " ="]), st.text(st.characters(codec="utf-8"), max_size=8)).filter(bool), min_size=1, max_size=4))
+@example(["=cmd|' /C calc'!A0", "'=1", "''-1", "-5", "x"])
+def test_no_cell_is_a_formula_and_all_come_back(texts):
+    frame = pd.DataFrame({"pair_id": texts, "clean_target": texts[::-1], "effect": [-1.5] * len(texts)})
+    with tempfile.TemporaryDirectory() as folder:
+        write_table(path := Path(folder) / "t.csv", frame)
+        with path.open(encoding="utf-8", newline="") as file: rows = list(csv.reader(file))[1:]
+        assert all(cell[0] not in "=+-@\t\r" for row in rows for cell in row[:2]) and all(row[2] == "-1.5" for row in rows)
+        found = _read(path)
+    assert found.pair_id.tolist() == texts and found.clean_target.tolist() == texts[::-1]
 
 
 def test_a_folder_of_that_name_without_a_run_does_not_hide_a_shipped_run(tmp_path, monkeypatch):
