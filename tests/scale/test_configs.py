@@ -56,11 +56,12 @@ def test_the_head_of_a_gguf_file_is_enough(tmp_path):
         asked.append(n)
         return path.read_bytes()[:head]
     found = gguf_known("tiny", "its head", read)
-    assert shape_of(found.config) == shape_of(whole.config) and count(empty_model(found)) == count(empty_model(whole)) and found.disk == found.missing == whole.disk == path.stat().st_size and asked == [configs.HEAD]
+    assert shape_of(found.config) == shape_of(whole.config) and count(empty_model(found)) == count(empty_model(whole)) and found.disk == found.missing and asked == [configs.HEAD]
+    assert 0 <= whole.disk - found.disk < 32 and whole.disk == path.stat().st_size, "but for what the last tensor is padded with"
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(path.read_bytes()[:head + 100])
     partly = look_up(str(cut))
-    assert "head" in partly.source and partly.missing == whole.disk - head - 100 and shape_of(partly.config) == shape_of(whole.config)
+    assert "head" in partly.source and partly.missing == found.disk - head - 100 and shape_of(partly.config) == shape_of(whole.config)
 
 
 def test_more_of_a_gguf_file_is_read_where_the_head_is_longer(tmp_path, monkeypatch):
@@ -71,7 +72,7 @@ def test_more_of_a_gguf_file_is_read_where_the_head_is_longer(tmp_path, monkeypa
     def read(n):
         asked.append(n)
         return path.read_bytes()[:n]
-    assert gguf_known("tiny", "its head", read).disk == path.stat().st_size and asked[:3] == [64, 128, 256]
+    assert gguf_known("tiny", "its head", read).disk > path.stat().st_size - 32 and asked[:3] == [64, 128, 256]
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"no such thing" * 10, b"GGUF" + bytes(200)])
