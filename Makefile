@@ -44,6 +44,7 @@ bench: $(VENV)/.installed-dev $(NNSIGHT)/.installed  ## the sweep against Transf
 	$(BIN)/python benchmarks/shapes.py
 	$(BIN)/python benchmarks/where_time_goes.py
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/plan.py
 	$(BIN)/python benchmarks/gpu.py
 
 docs: $(VENV)/.installed-dev  ## build the site into _docs (needs Quarto on the PATH)

@@ -16,8 +16,9 @@ from . import __version__
 from .circuits_command import attribute, circuit, paths
 from .console import count_words, print_frame, print_table, progress, reported, save
 from .methods_command import methods
-from .options import (BatteryFile, Bos, Chat, Debug, Device, Direction, Dtype, ModelName, MultiToken, Revision,
+from .options import (Anyway, BatteryFile, Bos, Chat, Debug, Device, Direction, Dtype, ModelName, MultiToken, Revision,
                                   RunName, RunNames, TableFile, Workers)
+from .plan_command import plan
 
 # %% auto #0
 __all__ = ['app', 'study', 'triage', 'audit', 'battery', 'models', 'claims', 'compare', 'report', 'view', 'main']
@@ -57,7 +58,7 @@ def study(model: ModelName = "bizzaro-nano", battery: BatteryFile = None,
           report: Annotated[bool, typer.Option("--report/--no-report", help="Write the paper about the run at the end.")] = True,
           rows: Annotated[int, typer.Option(metavar="N", min=1, help=(
               "Most patched runs in one pass. Fewer take less memory; the results are the same."))] = 8192,
-          workers: Workers = None, debug: Debug = False) -> None:
+          workers: Workers = None, anyway: Anyway = False, debug: Debug = False) -> None:
     """Run the whole study on one model: triage, experiments 1 to 4F, controls, summary, report.
 
     Every pair of the battery is patched at every layer and head, and the run folder gets one table with all effects.
@@ -74,7 +75,7 @@ def study(model: ModelName = "bizzaro-nano", battery: BatteryFile = None,
         chosen = {"default": None, "all": ("unrelated", "shuffled", "untrained"), "none": ()}[controls]
         with progress(Path(model).name) as advance:
             folder = run_study(model, battery=battery, out=out, device=device, dtype=dtype, revision=revision,
-                               direction=direction, chat=chat, bos=bos, multi_token=multi_token, controls=chosen, max_rows=rows, workers=workers, progress=advance, say=advance.say)
+                               direction=direction, chat=chat, bos=bos, multi_token=multi_token, controls=chosen, max_rows=rows, workers=workers, anyway=anyway, progress=advance, say=advance.say)
         try:
             if report: _report(str(folder))
         finally:
@@ -181,7 +182,7 @@ def battery(out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", dir
         typer.echo(f"{count_words(len(built.pairs), 'pair')} of {count_words(built.table.relation.nunique(), 'relation')}. Wrote {out}")
 
 # %% ../nbs/library/10_cli.ipynb #6b1d0b02
-for command in (methods, paths, attribute, circuit): app.command()(command)
+for command in (plan, methods, paths, attribute, circuit): app.command()(command)
 
 # %% ../nbs/library/10_cli.ipynb #d8bdcfc4
 @app.command()

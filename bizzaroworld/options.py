@@ -12,7 +12,7 @@ import typer
 
 # %% auto #0
 __all__ = ['ModelName', 'BatteryFile', 'Device', 'Dtype', 'Revision', 'Direction', 'Chat', 'Bos', 'MultiToken', 'Workers',
-           'Debug', 'TableFile', 'RunName', 'RunNames']
+           'Anyway', 'Debug', 'TableFile', 'RunName', 'RunNames']
 
 # %% ../nbs/library/04_options.ipynb #5faddf73
 ModelName = Annotated[str, typer.Option("--model", "-m", metavar="NAME",
@@ -31,6 +31,7 @@ MultiToken = Annotated[bool, typer.Option("--multi-token", help=(
     "Compare answers of several tokens at the first token in which they differ, instead of refusing them."))]
 Workers = Annotated[int | None, typer.Option(metavar="N", min=1, help=(
     "So many processes, each with the model: N times its memory. One for each GPU, or for two or three cores. Default: this process."))]
+Anyway = Annotated[bool, typer.Option("--anyway", help="Begin even if it does not seem to fit the disk or the memory (see `plan`).")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback when something fails.")]
 
 # %% ../nbs/library/04_options.ipynb #c0623ab6

@@ -35,6 +35,7 @@ from .scale.processes import Source, crew_of
 from .scale.units import Advance, Crew, Say, read_pairs, sweep_missing
 from .study.controls import CONTROLLED, CONTROLS, Control, controls_of, default_controls, forecast_control
 from .study.experiments import EXPERIMENTS, interventions_of, sweep_experiments
+from .study.foreseen import check_room
 from .study.runs import Run, claim, open_run
 
 # %% auto #0
@@ -120,17 +121,20 @@ def study_forecast(model: Model, result: Triage, controls: Sequence[Control], fo
 def run_study(model: str | Model, *, battery: str | Path | None = None, out: str | Path | None = None,
               device: str | None = None, dtype: str = "float32", revision: str | None = None,
               direction: str = "noising", chat: bool = False, bos: bool | None = None, multi_token: bool = False,
-              controls: Sequence[str] | None = None, max_rows: int = 8192, workers: int | None = None,
+              controls: Sequence[str] | None = None, max_rows: int = 8192, workers: int | None = None, anyway: bool = False,
               progress: Advance | None = None, say: Say | None = None) -> Path:
     """Run the whole study on a model; return the run folder.
 
     `model`: a name for `load_model`, or a loaded model. `battery`: a file of pairs (else the shipped 60, with the
     shipped spares for those that the tokenizer drops). `chat`: each prompt begins the answer of an instruction-tuned model.
     `bos`, `multi_token`: as in `align`. `out`: the folder (else `runs/NAME`). `controls`: names of controls (else `default_controls`; none: `()`). `workers`: so many processes, each with the
-    model (else this one alone). `progress` is called with (pairs done, pairs, a note), `say` with a line about what is to come or went wrong.
+    model (else this one alone). `anyway`: begin even what does not seem to fit. `progress` is called with (pairs done, pairs, a note), `say` with a line about what is to come or went wrong.
 
-    Raises `ModelError`, `BatteryError`, `CrewError`, `BusyError`, `ValueError` for an unknown control, or `RunError` if the folder holds another run
+    Raises `NoRoomError` for what does not fit disk or memory, `ModelError`, `BatteryError`, `CrewError`, `BusyError`, `ValueError` for an unknown control, or `RunError` if the folder holds another run
     or no pair is left."""
+    if not (anyway or isinstance(model, Model)):
+        check_room(str(model), Path(out or "runs"), battery, precision=dtype, device=device, revision=revision, direction=direction, controls=controls,
+                   max_rows=max_rows, workers=workers or 1)
     source = None if isinstance(model, Model) else Source(str(model), device, dtype, revision)
     if not isinstance(model, Model): model = load_model(model, device=device, dtype=dtype, revision=revision)
     pairs, spares = load_battery(battery), load_spares() if battery is None else []

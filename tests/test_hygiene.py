@@ -19,10 +19,10 @@ WINGS = {wing: rooms.split() for wing, rooms in {
     "model": "names bridge readout hooked identity adapters gguf checks load catalog",
     "tasks": "drafts recipes ioi greater_than docstring arithmetic choices recall registry ability",
     "patch": "interventions metrics noise passes engine means forecast telling sweep hops",
-    "scale": "folders units processes",
+    "scale": "folders units processes configs needs simulate",
     "methods": "detections multiverse grid attention cross_model masks",
     "circuits": "gradients attribution atp_star search_baselines paths interactions knockout edge_sets faithfulness search",
-    "study": "runs experiments controls",
+    "study": "runs experiments controls foreseen",
     "planted": "weights families variants truth scoreboard",
     "results": "estimates effects layers heads correlations summary quantities compare",
     "replication": "published numbers claims verdicts",
@@ -30,10 +30,10 @@ WINGS = {wing: rooms.split() for wing, rooms in {
     "views": "lens_and_attention explorer explorer_state circuitsvis widgets",
     "paper": "chapters pages report",
     "zoo": "corpus training nano micro changed",
-    "top": "pipeline console options methods_run methods_command circuits_folder circuits_run circuits_command cli"}.items()}
+    "top": "pipeline console options methods_run methods_command circuits_folder circuits_run circuits_command plan_command cli"}.items()}
 FLOW = [room if wing in ("ground", "top") else f"{wing}.{room}" for wing, rooms in WINGS.items() for room in rooms]
 # What `--help` and a reader of the battery wait for; and all that reads a run, which needs no model.
-TORCHLESS = {"files", "scale.folders", "console", "options", "methods_command", "circuits_command", "cli", "battery.pairs", "battery.layouts", "battery.formats", "battery.knowing", "battery.facts", "model.names", "model.catalog", "methods.detections", "methods.multiverse", "study.runs", "paper.pages", "views.explorer",
+TORCHLESS = {"files", "scale.folders", "console", "options", "methods_command", "circuits_command", "plan_command", "cli", "battery.pairs", "battery.layouts", "battery.formats", "battery.knowing", "battery.facts", "model.names", "model.catalog", "methods.detections", "methods.multiverse", "study.runs", "paper.pages", "views.explorer",
              *(name for name in FLOW if name.partition(".")[0] in ("results", "replication", "figures"))}
 # The one exception to the flow: `Sweep.plot` draws when it is called, as pandas does.
 UPWARD = {("patch.sweep", "figures.sweeps")}
