@@ -132,9 +132,9 @@ class Measured(Circuits):
             self.means = Means(self.model, self.reference or self.pairs)
             self.means.add(keys, places)
 
-    def only(self, pair: TokenPair):
-        "The same for one pair; means are those of all."
-        return replace(self, pairs=[pair], reference=self.means if self.ablation == "mean" else None)
+    def only(self, *pairs: TokenPair):
+        "The same for one of the pairs, or for others; means stay those that were taken."
+        return replace(self, pairs=pairs, reference=self.means if self.ablation == "mean" else None)
 
 # %% ../../nbs/library/circuits/08_faithfulness.ipynb #01775c32
 STAGES = {site: i for i, site in enumerate(("resid_pre", "q", "k", "v", "scores", "pattern", "z", "attn_out", "resid_mid", "neurons", "mlp_out", "resid_post"))}
