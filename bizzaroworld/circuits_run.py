@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from scipy import stats
 from .battery.tokens import TokenPair
 from .circuits.atp_star import atp_star
 from .circuits.attribution import Attribution, attribution
-from .circuits.faithfulness import ABLATIONS, Circuit, EdgeCircuits, Measured, NodeCircuits, areas, completeness, curve, draw_halves, minimality, name, nodes_at
+from .circuits.faithfulness import ABLATIONS, EdgeCircuits, Measured, NodeCircuits, completeness, curve, draw_halves, minimality, name, nodes_at, worth
 from .circuits.gradients import DIFFERENTIABLE, nodes_of
 from .circuits.paths import edges, sweep_paths
 from .circuits.search import Pruned, by_category, clusters, membership, prune, ranked, scores_of
@@ -206,8 +206,7 @@ def run_circuit(model: str | Model, *, of: str = "nodes", at: Sequence[str | int
     """The circuit of a model on its pairs, and what it is worth; returns the folder.
 
     `of`: `nodes` (heads and MLPs, at the places in `at`) or `edges`. `ablation`: what is outside a circuit is that of the corrupted run (`noising`), or a `mean` over both prompts of all
-    pairs that could be asked. `threshold`, `rounds`: as in `prune`. `each`: find the circuit of each pair alone, too; may be asked for later. `held_out`: measure what was found on so many
-    further pairs, too, the next in order. Other arguments and errors as in `opened`; `direction` is that of the effects by which parts are ranked. The folder gets `circuit.json`, `circuit.csv` (a row for each part), `curve.csv` and `steps.csv`, with `each` also
+    pairs that could be asked. `threshold`, `rounds`: as in `prune`. `each`: find the circuit of each pair alone, too; may be asked for later. `held_out`: measure on so many of the next pairs, too. Other arguments and errors as in `opened`; `direction` is that of the effects by which parts are ranked. The folder gets `circuit.json`, `circuit.csv` (a row for each part), `curve.csv` and `steps.csv`, with `each` also
     `circuits.csv` (how many pairs have a part in theirs) and `clusters.csv`."""
     at, parts, others = ([at] if isinstance(at, (str, int)) else list(at)), [], []
 
@@ -216,8 +215,7 @@ def run_circuit(model: str | Model, *, of: str = "nodes", at: Sequence[str | int
         parts.extend(parts_of(model, of, at))
         for place in at: [positions_of(place, tp) for tp in pairs]
         if ablation not in ABLATIONS: raise CircuitsError(f"Unknown ablation {ablation!r}: use {' or '.join(ABLATIONS)}.")
-        if threshold <= 0 or rounds < 1: raise CircuitsError(f"A threshold of {threshold:g} and {count_words(rounds, 'round')}: give a threshold above 0 and one round or more.")
-        if held_out < 0: raise CircuitsError(f"{held_out} pairs held out: ask for none or more.")
+        if threshold <= 0 or rounds < 1 or held_out < 0: raise CircuitsError(f"A threshold of {threshold:g} and {count_words(rounds, 'round')}: give a threshold above 0 and one round or more, and hold out no pair or more.")
         check_metrics([metric])
     settings = {"of": of, "at": at if of == "nodes" else [], "ablation": ablation, "metric": metric, "threshold": threshold, "rounds": rounds}
     with opened("circuit", model, settings, check, **asked) as run:
@@ -249,13 +247,6 @@ def _telling(run: Opened, circuits: Measured) -> None:
     circuits.ablated = told
 
 # %% ../nbs/library/08_circuits_run.ipynb #2b1c1c5b
-def _worth(circuits: Measured, circuit: Circuit, curves: Mapping[str, pd.DataFrame]) -> dict:
-    "What a circuit and the curves are worth on some pairs: `faithfulness` with its interval, `CPR`, `CMD`."
-    whole = circuits.table({"circuit": circuit}).drop(columns="circuit").round(4).iloc[0].dropna().to_dict()
-    return {"pairs": [tp.id for tp in circuits.pairs], **{k: float(v) for k, v in whole.items()},
-            "CPR": round(float(areas(curves["help"]).CPR), 4), "CMD": round(float(areas(curves["size"]).CMD), 4)}
-
-
 def _joint(run: Opened, circuits: Measured, effects: pd.DataFrame, threshold: float, rounds: int, others: Sequence[TokenPair]) -> dict:
     "Write the curves and the circuit of all pairs; returns what `circuit.json` says of them, and of the `others`."
     scores = scores_of(effects, circuits)
@@ -267,10 +258,9 @@ def _joint(run: Opened, circuits: Measured, effects: pd.DataFrame, threshold: fl
     found = prune(circuits, threshold, rounds)
     write_table(run.folder / "steps.csv", found.steps)
     write_table(run.folder / "circuit.csv", _part_table(circuits, found, effects, scores, ways["size"]))
-    worth = {pairs: _worth(some, found.circuit, curves[pairs]) for pairs, some in on.items()}
     gap = completeness(circuits, found.circuit, [*draw_halves(found.circuit, 8), found.circuit]).gap if found.circuit else pd.Series([np.nan])
-    return {"metric": circuits.metric, "parts": len(circuits.parts), "circuit": [name(p) for p in reversed(found.circuit)], **worth["searched"],
-            "largest_gap": None if gap.isna().all() else round(float(gap.max()), 4), "held_out": worth.get("held out")}
+    return {"metric": circuits.metric, "parts": len(circuits.parts), "circuit": [name(p) for p in reversed(found.circuit)], **worth(circuits, found.circuit, curves["searched"]),
+            "largest_gap": None if gap.isna().all() else round(float(gap.max()), 4), "held_out": worth(on["held out"], found.circuit, curves["held out"]) if others else None}
 
 
 def _part_table(circuits: Measured, found: Pruned, effects: pd.DataFrame, scores: dict, ranking: list) -> pd.DataFrame:
@@ -304,8 +294,7 @@ def circuit_lines(folder: str | Path, top: int = 12) -> list[str]:
     kept = table[table.kept].sort_values("alone", ascending=False)
     def keeps(on): return f"{on['faithfulness']:.2f}" + (f" [{on['low']:.2f}, {on['high']:.2f}]" if "low" in on else "")
     lines = [chosen_line(folder), f"The circuit has {len(kept)} of {count_words(told['parts'], 'part')}. Alone it keeps {keeps(told)} of what the whole model does in {told['metric']} (n = {told['n']:.0f}).",
-             f"Over all sizes: CPR {told['CPR']:.3f}, CMD {told['CMD']:.3f}. Measured on the pairs that it was found on.",
-             *([f"On pairs that were not searched it keeps {keeps(held)} (n = {held['n']:.0f}); CPR {held['CPR']:.3f}, CMD {held['CMD']:.3f}."] if (held := told.get("held_out")) else []), *(f"  {row.part}: {row.alone:+.2f} of it is lost without" for row in kept.head(top).itertuples())]
+             f"Over all sizes: CPR {told['CPR']:.3f}, CMD {told['CMD']:.3f}. Measured on the pairs that it was found on.", *([f"On pairs that were not searched it keeps {keeps(held)} (n = {held['n']:.0f}); CPR {held['CPR']:.3f}, CMD {held['CMD']:.3f}."] if (held := told.get("held_out")) else []), *(f"  {row.part}: {row.alone:+.2f} of it is lost without" for row in kept.head(top).itertuples())]
     if told.get("each"): lines.append("Circuits of single pairs: Jaccard distance {within:.2f} within categories, {between:.2f} between (p = {p:.3f}).".format(**told["each"]))
     return [*lines, *file_lines(folder, {"circuit.csv": "each part: its effect, and whether it is in the circuit", "curve.csv": "faithfulness of the first parts of the rankings, on the pairs searched and on those held out",
             "steps.csv": "what pruning did", "circuits.csv": "in how many pairs' own circuits a part is", "clusters.csv": "pairs with alike circuits", "triage.csv": "every pair, ranked by TotalSwing"})]
