@@ -38,13 +38,14 @@ notebooks: $(VENV)/.installed-dev  ## export, re-execute and clean the committed
 	$(BIN)/python .ci/execute.py
 	$(BIN)/python .ci/readme.py
 
-bench: $(VENV)/.installed-dev $(NNSIGHT)/.installed  ## the sweep against TransformerLens, nnsight and the plain loop; floor, profile, growth
+bench: $(VENV)/.installed-dev $(NNSIGHT)/.installed  ## the sweep against TransformerLens, nnsight and the plain loop; floor, profile, growth, circuits
 	$(BIN)/python benchmarks/patching.py
 	$(BIN)/python benchmarks/patching.py --clock processor --rounds 2
 	$(BIN)/python benchmarks/shapes.py
 	$(BIN)/python benchmarks/where_time_goes.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/plan.py
+	$(BIN)/python benchmarks/circuits.py
 	$(BIN)/python benchmarks/gpu.py
 
 docs: $(VENV)/.installed-dev  ## build the site into _docs (needs Quarto on the PATH)

@@ -97,6 +97,7 @@ def circuit(model: ModelName = "bizzaro-nano", battery: BatteryFile = None, out:
             metric: Metric = "ld", threshold: Annotated[float, typer.Option(metavar="SHARE", help="A part goes if its loss costs less than this share of what the model does.")] = 0.01,
             rounds: Annotated[int, typer.Option(metavar="N", min=1, help="How often all parts are visited.")] = 1,
             each: Annotated[bool, typer.Option("--each", help="Find the circuit of each pair alone, too, and cluster them. May be asked for later.")] = False,
+            held_out: Annotated[int, typer.Option("--held-out", metavar="N", min=0, help="Measure what was found on this many further pairs, too.")] = 0,
             direction: Direction = "noising", rows: Rows = 8192, workers: Workers = None, device: Device = None, dtype: Dtype = "float32", revision: Revision = None, chat: Chat = False, bos: Bos = None,
             multi_token: MultiToken = False, debug: Debug = False) -> None:
     """Which few parts do what the whole model does? Exact effects, faithfulness over all sizes, and a pruned circuit.
@@ -106,14 +107,14 @@ def circuit(model: ModelName = "bizzaro-nano", battery: BatteryFile = None, out:
 
     Examples:
 
-        bizzaroworld circuit --at entity,final
+        bizzaroworld circuit --at entity,final --pairs 10 --held-out 10
         bizzaroworld circuit --model gemma-3-270m --each --pairs 30
         bizzaroworld circuit --of edges --threshold 0.005 --pairs 5 --out circuits/edges
     """
     with reported(debug):
         from bizzaroworld.circuits_run import circuit_lines, run_circuit
         with progress(f"{Path(model).name} circuit") as advance:
-            folder = run_circuit(model, of=of, at=[place(p) for p in listed(at)], ablation=ablation, metric=metric, threshold=threshold, rounds=rounds, each=each, max_rows=rows,
+            folder = run_circuit(model, of=of, at=[place(p) for p in listed(at)], ablation=ablation, metric=metric, threshold=threshold, rounds=rounds, each=each, held_out=held_out, max_rows=rows,
                                  battery=battery, out=out, n=n, known=known, direction=direction, device=device, dtype=dtype, revision=revision, chat=chat, bos=bos,
                                  multi_token=multi_token, workers=workers, progress=advance, say=advance.say)
         for line in circuit_lines(folder): typer.echo(line)

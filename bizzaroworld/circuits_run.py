@@ -18,7 +18,7 @@ from scipy import stats
 from .battery.tokens import TokenPair
 from .circuits.atp_star import atp_star
 from .circuits.attribution import Attribution, attribution
-from .circuits.faithfulness import ABLATIONS, EdgeCircuits, Measured, NodeCircuits, areas, completeness, curve, draw_halves, minimality, name, nodes_at
+from .circuits.faithfulness import ABLATIONS, EdgeCircuits, Measured, NodeCircuits, completeness, curve, draw_halves, minimality, name, nodes_at, worth
 from .circuits.gradients import DIFFERENTIABLE, nodes_of
 from .circuits.paths import edges, sweep_paths
 from .circuits.search import Pruned, by_category, clusters, membership, prune, ranked, scores_of
@@ -202,40 +202,40 @@ def effects_of(run: Opened, parts: list, of: str, metric: str, max_rows: int) ->
 
 # %% ../nbs/library/08_circuits_run.ipynb #90542b55
 def run_circuit(model: str | Model, *, of: str = "nodes", at: Sequence[str | int] = ("all",), ablation: str = "noising", metric: str = "ld", threshold: float = 0.01, rounds: int = 1,
-                each: bool = False, max_rows: int = 8192, **asked) -> Path:
+                each: bool = False, held_out: int = 0, max_rows: int = 8192, **asked) -> Path:
     """The circuit of a model on its pairs, and what it is worth; returns the folder.
 
     `of`: `nodes` (heads and MLPs, at the places in `at`) or `edges`. `ablation`: what is outside a circuit is that of the corrupted run (`noising`), or a `mean` over both prompts of all
-    pairs that could be asked. `threshold`, `rounds`: as in `prune`. `each`: find the circuit of each pair alone, too; may be asked for later. Other arguments and errors as in
-    `opened`; `direction` is that of the effects by which parts are ranked. The folder gets `circuit.json`, `circuit.csv` (a row for each part), `curve.csv` and `steps.csv`, with `each` also
+    pairs that could be asked. `threshold`, `rounds`: as in `prune`. `each`: find the circuit of each pair alone, too; may be asked for later. `held_out`: measure on so many of the next pairs, too. Other arguments and errors as in `opened`; `direction` is that of the effects by which parts are ranked. The folder gets `circuit.json`, `circuit.csv` (a row for each part), `curve.csv` and `steps.csv`, with `each` also
     `circuits.csv` (how many pairs have a part in theirs) and `clusters.csv`."""
-    at, parts = ([at] if isinstance(at, (str, int)) else list(at)), []
+    at, parts, others = ([at] if isinstance(at, (str, int)) else list(at)), [], []
 
     def check(model, pairs):
         if not at: raise CircuitsError("Give one place or more: all, entity, final.")
         parts.extend(parts_of(model, of, at))
         for place in at: [positions_of(place, tp) for tp in pairs]
         if ablation not in ABLATIONS: raise CircuitsError(f"Unknown ablation {ablation!r}: use {' or '.join(ABLATIONS)}.")
-        if threshold <= 0 or rounds < 1: raise CircuitsError(f"A threshold of {threshold:g} and {count_words(rounds, 'round')}: give a threshold above 0 and one round or more.")
+        if threshold <= 0 or rounds < 1 or held_out < 0: raise CircuitsError(f"A threshold of {threshold:g} and {count_words(rounds, 'round')}: give a threshold above 0 and one round or more, and hold out no pair or more.")
         check_metrics([metric])
     settings = {"of": of, "at": at if of == "nodes" else [], "ablation": ablation, "metric": metric, "threshold": threshold, "rounds": rounds}
     with opened("circuit", model, settings, check, **asked) as run:
-        effects, done, each = effects_of(run, parts, of, metric, max_rows), _whole(run), each or run.has("circuits")
+        if held_out and not (others := run.known[len(run.pairs):][:held_out]): raise CircuitsError(f"All {len(run.known)} pairs are searched, and none is left to hold out. Ask for fewer (--pairs).")
+        effects, done, each = effects_of(run, parts, of, metric, max_rows), _whole(run, others), each or run.has("circuits")
         if done and not each: return run.folder
         with named():
             circuits = (NodeCircuits if of == "nodes" else EdgeCircuits)(run.model, run.pairs, parts, ablation, metric, run.known)
-            told = done or _joint(run, circuits, effects, threshold, rounds)
+            told = done or _joint(run, circuits, effects, threshold, rounds, others)
             if not each: run.write(dict.fromkeys(("circuits.csv", "clusters.csv")))
             if not done: write_json(run.folder / "circuit.json", told)
             if each: write_json(run.folder / "circuit.json", told | {"each": _each(run, circuits, threshold, rounds)})
     return run.folder
 
 # %% ../nbs/library/08_circuits_run.ipynb #57181f56
-def _whole(run: Opened) -> dict | None:
+def _whole(run: Opened, others: Sequence[TokenPair]) -> dict | None:
     "What a folder says of the circuit of these pairs, if that was found."
     if not all((run.folder / file).exists() for file in ("circuit.json", "circuit.csv", "curve.csv", "steps.csv")): return None
     told = json.loads((run.folder / "circuit.json").read_text("utf-8"))
-    return told if told["pairs"] == [tp.id for tp in run.pairs] else None
+    return told if (told["pairs"], (told.get("held_out") or {}).get("pairs", [])) == ([tp.id for tp in run.pairs], [tp.id for tp in others]) else None
 
 
 def _telling(run: Opened, circuits: Measured) -> None:
@@ -247,20 +247,20 @@ def _telling(run: Opened, circuits: Measured) -> None:
     circuits.ablated = told
 
 # %% ../nbs/library/08_circuits_run.ipynb #2b1c1c5b
-def _joint(run: Opened, circuits: Measured, effects: pd.DataFrame, threshold: float, rounds: int) -> dict:
-    "Write the curve and the circuit of all pairs; returns what `circuit.json` says of them."
+def _joint(run: Opened, circuits: Measured, effects: pd.DataFrame, threshold: float, rounds: int, others: Sequence[TokenPair]) -> dict:
+    "Write the curves and the circuit of all pairs; returns what `circuit.json` says of them, and of the `others`."
     scores = scores_of(effects, circuits)
     ways = {"size": ranked(circuits, scores), "help": ranked(circuits, scores, absolute=False)}
     _telling(run, circuits)
-    curves = {way: curve(circuits, ranking) for way, ranking in ways.items()}
-    write_table(run.folder / "curve.csv", pd.concat([found.assign(ranking=way) for way, found in curves.items()], ignore_index=True))
+    on = {"searched": circuits} | ({"held out": circuits.only(*others)} if others else {})
+    curves = {pairs: {way: curve(some, ranking) for way, ranking in ways.items()} for pairs, some in on.items()}
+    write_table(run.folder / "curve.csv", pd.concat([found.assign(ranking=way, pairs=pairs) for pairs, some in curves.items() for way, found in some.items()], ignore_index=True))
     found = prune(circuits, threshold, rounds)
     write_table(run.folder / "steps.csv", found.steps)
     write_table(run.folder / "circuit.csv", _part_table(circuits, found, effects, scores, ways["size"]))
-    whole = circuits.table({"circuit": found.circuit}).drop(columns="circuit").round(4).iloc[0].dropna().to_dict()
     gap = completeness(circuits, found.circuit, [*draw_halves(found.circuit, 8), found.circuit]).gap if found.circuit else pd.Series([np.nan])
-    return {"pairs": [tp.id for tp in run.pairs], "metric": circuits.metric, "parts": len(circuits.parts), "circuit": [name(p) for p in reversed(found.circuit)], **{k: float(v) for k, v in whole.items()},
-            "CPR": round(float(areas(curves["help"]).CPR), 4), "CMD": round(float(areas(curves["size"]).CMD), 4), "largest_gap": None if gap.isna().all() else round(float(gap.max()), 4)}
+    return {"metric": circuits.metric, "parts": len(circuits.parts), "circuit": [name(p) for p in reversed(found.circuit)], **worth(circuits, found.circuit, curves["searched"]),
+            "largest_gap": None if gap.isna().all() else round(float(gap.max()), 4), "held_out": worth(on["held out"], found.circuit, curves["held out"]) if others else None}
 
 
 def _part_table(circuits: Measured, found: Pruned, effects: pd.DataFrame, scores: dict, ranking: list) -> pd.DataFrame:
@@ -292,9 +292,9 @@ def circuit_lines(folder: str | Path, top: int = 12) -> list[str]:
     folder = Path(folder)
     told, table = json.loads((folder / "circuit.json").read_text("utf-8")), pd.read_csv(folder / "circuit.csv")
     kept = table[table.kept].sort_values("alone", ascending=False)
-    interval = f" [{told['low']:.2f}, {told['high']:.2f}]" if "low" in told else ""
-    lines = [chosen_line(folder), f"The circuit has {len(kept)} of {count_words(told['parts'], 'part')}. Alone it keeps {told['faithfulness']:.2f}{interval} of what the whole model does in {told['metric']} (n = {told['n']:.0f}).",
-             f"Over all sizes: CPR {told['CPR']:.3f}, CMD {told['CMD']:.3f}. Measured on the pairs that it was found on.", *(f"  {row.part}: {row.alone:+.2f} of it is lost without" for row in kept.head(top).itertuples())]
+    def keeps(on): return f"{on['faithfulness']:.2f}" + (f" [{on['low']:.2f}, {on['high']:.2f}]" if "low" in on else "")
+    lines = [chosen_line(folder), f"The circuit has {len(kept)} of {count_words(told['parts'], 'part')}. Alone it keeps {keeps(told)} of what the whole model does in {told['metric']} (n = {told['n']:.0f}).",
+             f"Over all sizes: CPR {told['CPR']:.3f}, CMD {told['CMD']:.3f}. Measured on the pairs that it was found on.", *([f"On pairs that were not searched it keeps {keeps(held)} (n = {held['n']:.0f}); CPR {held['CPR']:.3f}, CMD {held['CMD']:.3f}."] if (held := told.get("held_out")) else []), *(f"  {row.part}: {row.alone:+.2f} of it is lost without" for row in kept.head(top).itertuples())]
     if told.get("each"): lines.append("Circuits of single pairs: Jaccard distance {within:.2f} within categories, {between:.2f} between (p = {p:.3f}).".format(**told["each"]))
-    return [*lines, *file_lines(folder, {"circuit.csv": "each part: its effect, and whether it is in the circuit", "curve.csv": "faithfulness of the first parts of the rankings",
+    return [*lines, *file_lines(folder, {"circuit.csv": "each part: its effect, and whether it is in the circuit", "curve.csv": "faithfulness of the first parts of the rankings, on the pairs searched and on those held out",
             "steps.csv": "what pruning did", "circuits.csv": "in how many pairs' own circuits a part is", "clusters.csv": "pairs with alike circuits", "triage.csv": "every pair, ranked by TotalSwing"})]

@@ -10,6 +10,8 @@ import pytest
 import torch
 from tiny import BUILDERS, random_pair, tiny_model
 
+from bizzaroworld.circuits.attribution import attribution, beside
+from bizzaroworld.circuits.paths import edges, path_effects
 from bizzaroworld.model.load import load_model
 from bizzaroworld.patch.interventions import grid, positions_of
 from bizzaroworld.patch.sweep import sweep
@@ -25,12 +27,13 @@ def programs():
     if not (ROOT / "benchmarks").is_dir(): pytest.skip("the benchmark programs are not here")
     sys.path.insert(0, str(ROOT / "benchmarks"))
     try:
+        import circuits
         import expert
         import floor
         import gpu
         import patching
         import shapes
-        yield Namespace(patching=patching, floor=floor, gpu=gpu, expert=expert, shapes=shapes)
+        yield Namespace(circuits=circuits, patching=patching, floor=floor, gpu=gpu, expert=expert, shapes=shapes)
     finally: sys.path.remove(str(ROOT / "benchmarks"))
 
 
@@ -58,6 +61,45 @@ def test_the_experts_loop_agrees_at_every_site(programs, name):
     ours = sweep(model, pair, asked, progress=False)
     assert len(edits) > 32 and {e[0] for e in edits} == {"resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "z"}
     assert abs(torch.tensor(theirs) - torch.tensor(ours.patched[0, :, 0])).max() < 1e-5 < abs(ours.patched - ours.clean[0, 0]).max()
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llama", "gpt2"])
+def test_every_edge_by_hand_is_that_of_the_paths(programs, name):
+    """One at a time with plain hooks; those of the record are some of each kind."""
+    model, pair = tiny_model(name), random_pair(1)
+    hand, ours = programs.circuits.ByHand(model, pair), path_effects(model, pair, edges(model))
+    assert max(abs(hand.value(path) - value) for path, value in zip(ours.paths, ours.patched[0, :, 0])) < 1e-5 < abs(ours.effects()).max()
+    some = programs.circuits.drawn(list(ours.paths), lambda path: (path[0].kind, path[1].kind), 2)
+    assert len(set(some)) == len(some) == 2 * 3 * 5 - 1, "three kinds of senders, five of receivers; one embedding to the logits"
+
+
+@torch.no_grad()
+def test_circuits_are_timed_beside_estimates_after_they_were_checked(programs, monkeypatch):
+    c, model, pair = programs.circuits, tiny_model("gemma3"), random_pair(1)
+    done = c.measure(model, pair, rounds=2, tries=1)["tasks"]
+    assert set(done) == {"exact", "AtP", "AtP*", "every edge"} and done["exact"]["asked"] == 9 * 3 * (4 + 2 + 2 + 4) == done["AtP"]["asked"]
+    assert done["every edge"]["asked"] == len(edges(model)) and done["every edge"]["checked"] > 30 and done["exact"]["checked"] == 12
+    table = beside(sweep(model, pair, grid(model, ("q", "k", "v", "z"), range(3, 9)), progress=False), attribution(model, pair, sites=("q", "k", "v", "z")))
+    assert done["AtP"]["rank_correlation"] == pytest.approx(table.effect.abs().corr(table.atp.abs(), "spearman"), abs=1e-3)
+    for r in done.values():
+        assert r["largest_difference"] < 1e-4 and all(0 < s["min"] <= s["median"] <= s["max"] for s in r["seconds"].values())
+    found = {n: run() for n, run in c.contestants(model, pair).items()}
+    found["every edge"].patched[:] += 0.01
+    with pytest.raises(SystemExit, match="edges: the numbers disagree"): c.checked(model, pair, found, 1)
+    found["exact"].patched[:] += 0.01
+    with pytest.raises(SystemExit, match="nodes: the numbers disagree"): c.checked(model, pair, found, 1)
+    found = {n: run() for n, run in c.contestants(model, pair).items()}
+    found["AtP"] = attribution(model, random_pair(2), sites=("q", "k", "v", "z"))
+    with pytest.raises(SystemExit, match="both runs of the estimates"): c.checked(model, pair, found, 1)
+
+
+def test_the_quietest_try_counts(programs, monkeypatch):
+    """Of three, and no more once one is quiet: half of two cores busy with others, then a quarter, then none."""
+    clock = iter([(0, 0, 0), (2, 1, 3), (2, 1, 3), (5, 3, 6.5), (5, 3, 6.5), (9, 4, 7.5), (9, 9, 9)])
+    monkeypatch.setattr(programs.circuits, "used", lambda: next(clock))
+    monkeypatch.setattr(programs.circuits.os, "cpu_count", lambda: 2)
+    value, took = programs.circuits.timed(lambda: 7, 5)
+    assert value == 7 and took == {"wall": 4, "processor": 1, "others": 0.0}
 
 
 def test_what_can_be_saved_is_counted_by_hand(programs):
@@ -128,6 +170,19 @@ def test_records_of_patching_hold_what_the_page_reads():
                 assert {"transformer_lens", "plain_loop"} <= set(r["times_faster_than"])
                 assert {"floor_seconds", "fraction_of_floor", "bound_by"} <= set(r["floor"])
                 assert "bar" in r and 0 <= r["other_programs"] <= 1
+
+
+def test_the_record_of_circuits_holds_what_the_page_reads():
+    path = ROOT / "data" / "benchmarks" / "circuits-cpu.json"
+    if not path.exists(): pytest.skip("circuits were not timed")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert record["model"] == "gemma-3-270m" and record["results"]
+    for done in record["results"].values():
+        assert [r["bar"] for r in done["tasks"].values()] == [20, None, None, 60] and list(done["tasks"]) == ["exact", "AtP", "AtP*", "every edge"]
+        assert done["tasks"]["exact"]["asked"] == done["tokens"] * 18 * (4 + 1 + 1 + 4) and done["tasks"]["every edge"]["asked"] == 5644
+        for name, r in done["tasks"].items():
+            assert r["largest_difference"] < 1e-4 and 0 <= r["other_programs"] <= 1 and {"wall", "processor"} == set(r["seconds"])
+            assert name not in ("AtP", "AtP*") or (0.8 < r["rank_correlation"] <= 1 and r["of_exact"]["processor"]["median"] > 0)
 
 
 def test_growth_keeps_to_its_budget():

@@ -13,7 +13,7 @@ from bizzaroworld.circuits import paths as paths_room
 from bizzaroworld.battery.formats import load_battery, load_spares
 from bizzaroworld.battery.triage import triage
 from bizzaroworld.circuits.attribution import attribution
-from bizzaroworld.circuits.faithfulness import NodeCircuits, nodes_at
+from bizzaroworld.circuits.faithfulness import NodeCircuits, areas, curve, nodes_at
 from bizzaroworld.circuits.paths import path_effects
 from bizzaroworld.circuits.search import prune
 from bizzaroworld.circuits_folder import CircuitsError, over_pairs
@@ -203,6 +203,25 @@ def test_a_circuit_that_was_found_is_not_looked_for_again(nano, found, monkeypat
     run_circuit(nano, out=found, **PLACES)
     assert {p: p.read_bytes() for p in found.rglob("*") if p.is_file()} == before
     with pytest.raises(TypeError): run_circuit(nano, out=found, **PLACES | {"n": 5})
+
+
+@pytest.mark.parametrize("ablation", ["noising", "mean"])
+def test_a_circuit_is_measured_on_pairs_that_were_not_searched(nano, ranked, tmp_path, ablation):
+    """The next in order; what is found does not change, and means are those of all pairs."""
+    folder, asked = tmp_path / "run", dict(at="final", n=4, ablation=ablation)
+    before = json.loads((run_circuit(nano, out=tmp_path / "alone", **asked) / "circuit.json").read_text())
+    told = json.loads((run_circuit(nano, out=folder, held_out=3, **asked) / "circuit.json").read_text())
+    held, curves = told["held_out"], pd.read_csv(folder / "curve.csv")
+    assert {**told, "held_out": None} == before and held["pairs"] == [tp.id for tp in ranked[4:7]]
+    circuits = NodeCircuits(nano, ranked[4:7], nodes_at(nano, "final"), ablation, reference=ranked)
+    expected, ranking = [p for p in circuits.parts if str(p) in told["circuit"]], pd.read_csv(folder / "circuit.csv").part
+    assert held["faithfulness"] == pytest.approx(circuits.faithfulness([expected])[0], abs=1e-3) != told["faithfulness"]
+    mine = curve(circuits, sorted(circuits.parts, key=lambda p: list(ranking).index(str(p))))
+    theirs = curves[(curves.pairs == "held out") & (curves.ranking == "size")]
+    np.testing.assert_allclose(theirs.faithfulness, mine.faithfulness, atol=1e-4)
+    assert held["CMD"] == pytest.approx(areas(mine).CMD, abs=1e-3) and (curves.pairs == "searched").sum() == (curves.pairs == "held out").sum()
+    assert "On pairs that were not searched it keeps" in "".join(circuit_lines(folder)) and "(n = 3)" in "".join(circuit_lines(folder))
+    assert len(json.loads((run_circuit(nano, out=folder, held_out=2, **asked) / "circuit.json").read_text())["held_out"]["pairs"]) == 2
 
 
 def test_circuits_of_each_pair_are_added_and_resumed(nano, ranked, tmp_path):

@@ -152,21 +152,24 @@ def _at_once(model: Model, two: TwoRuns, wires: Sequence[Wires], tokens: int) ->
 # %% ../../nbs/library/circuits/07_edge_sets.ipynb #e00ca100
 @torch.no_grad()
 def edge_sets(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPair | TokenPair], sets: Mapping[str, Iterable[str | Path]], direction: str = "noising", *,
-              metrics: Sequence[str] = ("ld",), at_once: int = 4096) -> pd.DataFrame:
+              metrics: Sequence[str] = ("ld",), donors: Iterable[PromptPair | TokenPair] | None = None, at_once: int = 4096) -> pd.DataFrame:
     """What it changes if all edges of a set carry the other run's message, for each set and pair, exactly.
 
     `sets`: edges by the name of the set, as `edges(model)` gives them or by name. `direction`: `noising` (the edges of a set are corrupted, all others are as they are) or
-    `denoising`. `at_once`: about how many tokens a block runs. Returns a row per pair x set x metric: `edges` (how many), `clean`, `corrupt`, `patched`, `effect` and `recovery`, as
-    everywhere. Raises `ValueError` for what is no edge of the model."""
+    `denoising`. `donors`: pairs whose messages are sent instead (a control), one for each pair, of as many tokens. `at_once`: about how many tokens a block runs. Returns a row per pair x set x metric: `edges` (how many), `clean`, `corrupt`, `patched`, `effect` and `recovery`, as
+    everywhere. Raises `ValueError` for what is no edge of the model, and donors that do not fit."""
     token_pairs, metrics = as_token_pairs(model, pairs), (metrics,) if isinstance(metrics, str) else tuple(metrics)
     check_metrics(metrics)
     if direction not in ("noising", "denoising"): raise ValueError(f"Unknown direction {direction!r}: use noising or denoising.")
+    donors = token_pairs if donors is None else as_token_pairs(model, donors)
+    if len(donors) != len(token_pairs): raise ValueError(f"{len(donors)} donors for {len(token_pairs)} pairs: give one for each, in the same order.")
     sets = {name: list(dict.fromkeys(as_path(model, e) for e in some)) for name, some in sets.items()}
     wires, rows = [as_wires(model, some) for some in sets.values()], []
-    for tp in token_pairs:
-        base, other = (tp.clean_ids, tp.corrupt_ids) if direction == "noising" else (tp.corrupt_ids, tp.clean_ids)
-        two = two_runs(model, base, other, range(min(tp.differing, default=0), len(base)))
-        hidden = torch.cat([two.base.hidden, model.run(torch.tensor([other])), *(run_sets(model, two, wires[some.start:some.stop]) for some in _at_once(model, two, wires, at_once))])
+    for tp, donor in zip(token_pairs, donors):
+        base, end, other = (tp.clean_ids, tp.corrupt_ids, donor.corrupt_ids) if direction == "noising" else (tp.corrupt_ids, tp.clean_ids, donor.clean_ids)
+        if len(base) != len(other): raise ValueError(f"{tp.id} has {len(base)} tokens and its donor {donor.id} has {len(other)}. Edges need as many in both.")
+        two = two_runs(model, base, other, range(next((i for i, (a, b) in enumerate(zip(base, other)) if a != b), 0), len(base)))
+        hidden = torch.cat([two.base.hidden, model.run(torch.tensor([end])), *(run_sets(model, two, wires[some.start:some.stop]) for some in _at_once(model, two, wires, at_once))])
         clean = hidden[:1] if direction == "noising" else hidden[1:2]
         read = measured(model.readout, hidden[:, None], answers_of([tp]).to(model.device).expand(len(hidden), -1, -1), clean.expand_as(hidden)[:, None], metrics).double().cpu().numpy()
         ends = dict(zip(("clean", "corrupt") if direction == "noising" else ("corrupt", "clean"), read))

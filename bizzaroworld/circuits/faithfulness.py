@@ -31,7 +31,7 @@ from ..patch.sweep import sweep
 # %% auto #0
 __all__ = ['Part', 'Circuit', 'ABLATIONS', 'STAGES', 'SHARES', 'Means', 'Circuits', 'name', 'ratios', 'Measured', 'nodes_at',
            'NodeCircuits', 'wires_of', 'read_sets', 'EdgeCircuits', 'draw_halves', 'completeness', 'minimality',
-           'curve', 'areas']
+           'curve', 'areas', 'worth']
 
 # %% ../../nbs/library/circuits/08_faithfulness.ipynb #65c1ee08
 class Means:
@@ -132,9 +132,9 @@ class Measured(Circuits):
             self.means = Means(self.model, self.reference or self.pairs)
             self.means.add(keys, places)
 
-    def only(self, pair: TokenPair):
-        "The same for one pair; means are those of all."
-        return replace(self, pairs=[pair], reference=self.means if self.ablation == "mean" else None)
+    def only(self, *pairs: TokenPair):
+        "The same for one of the pairs, or for others; means stay those that were taken."
+        return replace(self, pairs=pairs, reference=self.means if self.ablation == "mean" else None)
 
 # %% ../../nbs/library/circuits/08_faithfulness.ipynb #01775c32
 STAGES = {site: i for i, site in enumerate(("resid_pre", "q", "k", "v", "scores", "pattern", "z", "attn_out", "resid_mid", "neurons", "mlp_out", "resid_post"))}
@@ -276,3 +276,10 @@ def areas(found: pd.DataFrame) -> pd.Series:
     "CPR and CMD of a curve (MIB): the areas under the faithfulness, and between it and 1, over the share of parts."
     f = found.faithfulness
     return pd.Series({"CPR": np.trapezoid(f, found.share), "CMD": np.trapezoid((1 - f).abs(), found.share)})
+
+
+def worth(circuits: Measured, circuit: Circuit, curves: Mapping[str, pd.DataFrame]) -> dict:
+    "What a circuit and the curves are worth on some pairs: `faithfulness` with its interval, `CPR`, `CMD`."
+    whole = circuits.table({"circuit": circuit}).drop(columns="circuit").round(4).iloc[0].dropna().to_dict()
+    return {"pairs": [tp.id for tp in circuits.pairs], **{k: float(v) for k, v in whole.items()},
+            "CPR": round(float(areas(curves["help"]).CPR), 4), "CMD": round(float(areas(curves["size"]).CMD), 4)}

@@ -23,7 +23,8 @@ from ..patch.sweep import sweep
 
 # %% auto #0
 __all__ = ['Measure', 'Sets', 'Search', 'in_order', 'by_size', 'cost_table', 'iterative', 'random_order', 'drawn_sets',
-           'contrasts', 'subsampling', 'blocks', 'hierarchical', 'Bound', 'missed', 'coverage', 'overlooked']
+           'contrasts', 'subsampling', 'blocks', 'hierarchical', 'Bound', 'bounds_of', 'missed', 'coverage', 'redrawn',
+           'overlooked']
 
 # %% ../../nbs/library/circuits/03_search_baselines.ipynb #bf814c31
 Measure = Callable[[Sequence[Sequence[int]]], Float[np.ndarray, "set"]]
@@ -143,6 +144,13 @@ class Bound:
     def __str__(self) -> str: return f"at most {self.value:.3f} with {self.confidence:.0%} confidence ({self.nodes} nodes left, {self.samples} sets of them)"
 
 
+def bounds_of(member: Bool[np.ndarray, "sample node"], effects: Float[np.ndarray, "sample"], confidence: float = 0.95) -> Float[np.ndarray, "node"]:
+    "What each node's effect is at most, from the effects of sets; without end for one that too few sets have, or lack."
+    contrast, error, df = contrasts(member, effects)
+    with np.errstate(invalid="ignore"): bounds = np.abs(contrast) + np.where(error > 0, stats.t.ppf(confidence, df) * error, 0)
+    return np.nan_to_num(bounds, nan=np.inf)
+
+
 def missed(measure: Measure, left: Sequence[int], samples: int = 100, confidence: float = 0.95, share: float = 0.5, seed: int = 0) -> Bound:
     """Bound the largest effect among the nodes `left`, from random sets of them (after Kramár et al. 2024, section 3.2; the bound is derived above).
 
@@ -150,9 +158,7 @@ def missed(measure: Measure, left: Sequence[int], samples: int = 100, confidence
     left = np.asarray(left)
     if not len(left) or samples < 8: raise ValueError(f"{len(left)} nodes, {samples} samples: a bound needs a node and eight samples or more.")
     member = drawn_sets(len(left), samples, share, seed)
-    contrast, error, df = contrasts(member, measure([left[row] for row in member]))
-    with np.errstate(invalid="ignore"): bounds = np.abs(contrast) + np.where(error > 0, stats.t.ppf(confidence, df) * error, 0)
-    return Bound(float(np.nan_to_num(bounds, nan=np.inf).max()), confidence, len(left), samples)
+    return Bound(float(bounds_of(member, measure([left[row] for row in member]), confidence).max()), confidence, len(left), samples)
 
 
 def coverage(measure: Measure, effects: Float[np.ndarray, "node"], verified: Sequence[Sequence[int]], samples: int = 100,
@@ -163,6 +169,23 @@ def coverage(measure: Measure, effects: Float[np.ndarray, "node"], verified: Seq
         left = np.setdiff1d(np.arange(len(effects)), known)
         bound, largest = missed(measure, left, samples, confidence, share, seed + i).value, np.abs(effects[left]).max()
         rows.append({"verified": len(effects) - len(left), "bound": bound, "largest": largest, "covered": bool(bound >= largest - 1e-6)})
+    return pd.DataFrame(rows)
+
+# %% ../../nbs/library/circuits/03_search_baselines.ipynb #c0570002
+def redrawn(member: Bool[np.ndarray, "sample node"], effects: Float[np.ndarray, "sample"], alone: Float[np.ndarray, "node"], samples: int = 100,
+            confidences: Sequence[float] = (0.9, 0.95, 0.99)) -> pd.DataFrame:
+    """The bound beside the truth, once for each group of `samples` sets that have no set in common.
+
+    `member`, `effects`: which nodes are in each set, and what patching it changes. `alone`: the exact effect of each node. A row for each group (`draw`) and confidence: `bound`,
+    `largest` (the largest exact effect), `covered`, and `own`, whether the bound of the largest node alone holds. Raises `ValueError` for fewer than eight samples, or sets."""
+    groups = len(effects) // samples if samples >= 8 else 0
+    if not groups: raise ValueError(f"{len(effects)} sets in groups of {samples}: a bound needs eight samples or more, and one group of them.")
+    most, rows = int(np.abs(alone).argmax()), []
+    for draw, some in enumerate(np.arange(groups * samples).reshape(groups, samples)):
+        for confidence in confidences:
+            bounds = bounds_of(member[some], effects[some], confidence)
+            held = bounds >= abs(alone[most]) - 1e-6
+            rows.append({"draw": draw, "samples": samples, "confidence": confidence, "bound": bounds.max(), "largest": abs(alone[most]), "covered": bool(held.any()), "own": bool(held[most])})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/library/circuits/03_search_baselines.ipynb #387131b7

@@ -21,9 +21,9 @@ from ..results.estimates import estimate_means, number
 
 # %% auto #0
 __all__ = ['EDGE', 'START', 'END', 'MOST', 'COLUMNS', 'SIDES', 'TOP', 'BOXES', 'SHARES', 'PER_SHARE', 'THINNEST', 'METHODS',
-           'GROUPS', 'FLOOR', 'CONVENTIONS', 'shares', 'edge_table', 'ends', 'on_a_way', 'circuit_graph', 'kind_of',
-           'when', 'layout', 'width_of', 'draw_circuit', 'draw_estimates', 'draw_cuts', 'circuit_plate',
-           'estimates_plate', 'cuts_plate']
+           'GROUPS', 'FLOOR', 'KEPT', 'CONVENTIONS', 'shares', 'edge_table', 'ends', 'on_a_way', 'circuit_graph',
+           'kind_of', 'when', 'layout', 'width_of', 'draw_circuit', 'draw_estimates', 'draw_cuts', 'draw_faithfulness',
+           'circuit_plate', 'estimates_plate', 'faithfulness_plate', 'cuts_plate']
 
 # %% ../../nbs/library/figures/10_circuits_figures.ipynb #9776b6a5
 EDGE = ["lane", "sender", "receiver"]
@@ -170,6 +170,28 @@ def draw_cuts(table: pd.DataFrame) -> Figure:
     legend(figure, ax, 4, "Attention from the final token to the entity is cut in")
     return figure
 
+# %% ../../nbs/library/figures/10_circuits_figures.ipynb #c0570012
+KEPT = {("noising", "searched"): {"color": "#332288", "ls": "-", "marker": "o"}, ("noising", "held out"): {"color": "#332288", "ls": "--", "marker": "o", "mfc": "white"},
+        ("mean", "searched"): {"color": "#CC6677", "ls": "-", "marker": "s"}, ("mean", "held out"): {"color": "#CC6677", "ls": "--", "marker": "s", "mfc": "white"}}
+
+
+@styled
+def draw_faithfulness(table: pd.DataFrame) -> Figure:
+    "A panel for each `of`, a line for each `ablation` and set of `pairs`: rows with `share`, `faithfulness`, `low` and `high`."
+    kinds = table["of"].unique()
+    figure, axes = panels(len(kinds), 4.2)
+    for ax, kind in zip(axes, kinds):
+        levels(ax, 0, 1)
+        for (ablation, pairs), look in KEPT.items():
+            rows = table[(table["of"] == kind) & (table["ablation"] == ablation) & (table["pairs"] == pairs)]
+            if len(rows): line(ax, rows.rename(columns={"faithfulness": "mean"}), f"{ablation}, {pairs}", look, "share")
+        ax.set(xscale="log", title=f"Circuits of {kind}", xlabel="Parts kept")
+        ax.set_xticks([0.001, 0.01, 0.1, 1], ["0.1%", "1%", "10%", "all"], fontsize=SMALL)
+        ax.minorticks_off()
+    axes[0].set_ylabel("Faithfulness")
+    legend(figure, axes[0], 2)
+    return figure
+
 # %% ../../nbs/library/figures/10_circuits_figures.ipynb #386b2fb5
 CONVENTIONS = ("A share is an effect, patched minus unpatched, over the change from the clean to the corrupted run: 0 changes nothing, 1 does all that the other prompt does, below 0 works against "
                "it. Brackets and bands: 95% intervals, BCa bootstrap over pairs.")
@@ -191,6 +213,16 @@ def estimates_plate(audit: pd.DataFrame, model: str, methods: Sequence[str] = tu
     caption = (f"Estimated beside exact effects of single nodes at single tokens: noising, metric ld, n = {audit['pair_id'].nunique()} pairs, {len(audit):,} nodes in all, {model}; drawn where either is 1% of the swing or more. "
                "Gray: the two agree. Below it: missed.")
     return Plate("estimates", draw_estimates(audit, methods), caption, f"Points in {len(methods)} panels. Rank correlation of sizes: {', '.join(told)}.", f"Model: {model}. {CONVENTIONS}")
+
+
+def faithfulness_plate(table: pd.DataFrame, model: str) -> Plate:
+    "Faithfulness over size, with caption and the text in its place. `table` also has `n`."
+    n = {key: int(rows["n"].iloc[0]) for key, rows in table.groupby(["of", "pairs"], sort=False)}
+    counted = "; ".join(f"{of}: {n[of, 'searched']} pairs searched" + (f", {n[of, 'held out']} held out" if (of, "held out") in n else "") for of in table["of"].unique())
+    told = [f"{of}, {a}, {p}: {number(rows.iloc[(rows['share'] - 0.1).abs().argmin()]['faithfulness'])} with a tenth of the parts" for (of, a, p), rows in table.groupby(["of", "ablation", "pairs"], sort=False)]
+    caption = (f"Faithfulness of circuits over their size: the parts with the largest exact effects on the pairs searched are kept, the rest is as in the corrupted run (noising) or as in the mean over prompts (mean). 0: the empty circuit, 1: the whole model. Metric ld, "
+               f"{counted}, {model}. Bands: 95% intervals, bootstrap over pairs.")
+    return Plate("faithfulness", draw_faithfulness(table), caption, f"Lines in {table['of'].nunique()} panels. {'; '.join(told)}.", f"Model: {model}. Faithfulness: means over pairs are taken before dividing. The ranking is by the size of exact effects, noising.")
 
 
 def cuts_plate(table: pd.DataFrame, model: str) -> Plate:

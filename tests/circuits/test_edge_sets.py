@@ -1,4 +1,6 @@
 """Many edges at once: what they must come to where an ordinary sweep, or a run, says it."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -104,3 +106,20 @@ def test_what_is_refused():
         with pytest.raises(ValueError, match=why): edge_sets(model, tp, {"": some})
     with pytest.raises(ValueError, match="Unknown direction"): edge_sets(model, tp, {}, "up")
     assert str(as_node("L1KV0.k")) == "L1KV0.k" and edge_sets(MODELS["gpt2"], tp, {"one": ["L0H0 -> L1H2.k"]}).edges.tolist() == [1]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_a_control_takes_what_is_sent_from_another_pair(name):
+    """All edges: the donor's run, read at this pair's answers. A pair that differs from its start on; the ends stay the pair's own."""
+    model, tp, other = MODELS[name], random_pair(1), random_pair(5)
+    sets = {"all": edges(model), "some": edges(model, ["embed", "L0H1"], ["L1H2.q", "L2.mlp", "logits"]), "one": edges(model)[40:41]}
+    for direction, side in (("noising", "corrupt_ids"), ("denoising", "clean_ids")):
+        plain, own = edge_sets(model, tp, sets, direction), edge_sets(model, tp, sets, direction, donors=[tp])
+        assert own.equals(plain)
+        found = edge_sets(model, tp, sets, direction, donors=[other])
+        assert found[["clean", "corrupt"]].equals(plain[["clean", "corrupt"]])
+        end = sweep(model, replace(tp, clean_ids=getattr(other, side), corrupt_ids=getattr(other, side)), Edit("resid_pre", 0, "final"), progress=False).clean[0, 0]
+        assert found.patched[0] == pytest.approx(end, abs=1e-5) and abs(end - plain.patched[0]) > 1e-2
+        assert found.patched[2] == pytest.approx(path_effects(model, tp, sets["one"], direction, donors=[other]).patched[0, 0, 0], abs=1e-5)
+    with pytest.raises(ValueError, match="0 donors for 1 pairs"): edge_sets(model, tp, sets, donors=[])
+    with pytest.raises(ValueError, match="9 tokens and its donor pair-2 has 12"): edge_sets(model, tp, sets, donors=[random_pair(2, 12, (8, 9))])

@@ -1,11 +1,12 @@
 """Ways to look for nodes, on functions of sets whose effects are known, and on a tiny model."""
 import numpy as np
+import pandas as pd
 import pytest
 from tiny import random_pair, tiny_model
 
 from bizzaroworld.circuits.attribution import attribution, beside
 from bizzaroworld.circuits.search_baselines import (
-    Search, Sets, blocks, by_size, contrasts, cost_table, coverage, drawn_sets, hierarchical, in_order, iterative, missed, overlooked, random_order, subsampling)
+    Search, Sets, blocks, bounds_of, by_size, contrasts, cost_table, coverage, drawn_sets, hierarchical, in_order, iterative, missed, overlooked, random_order, redrawn, subsampling)
 from bizzaroworld.patch.interventions import Intervention, grid
 from bizzaroworld.patch.sweep import sweep
 
@@ -70,6 +71,39 @@ def test_the_bound_holds_as_often_as_it_says(confidence):
         held.append(bound.value >= 5.0 - 1e-9)
     assert np.mean(held) == pytest.approx(confidence, abs=0.07)
     assert "30 nodes left, 24 sets" in str(bound) and bound.confidence == confidence
+
+
+LAWS = {"uniform": lambda rng, n: rng.uniform(-1, 1, n), "heavy-tailed": lambda rng, n: rng.standard_t(1.2, n)}
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
+def test_redrawn_bounds_hold_as_often_as_known(law, confidence):
+    """Effects that add up, drawn from a law: the bound of the largest node alone holds as often as it says; the largest of all bounds at least as often."""
+    rng, n, tables = np.random.default_rng(5), 40, []
+    for trial in range(60):
+        effects, member = LAWS[law](rng, n), drawn_sets(n, 400, 0.5, trial)
+        tables.append(redrawn(member, member @ effects, effects, 40, (confidence,)))
+    found = pd.concat(tables)
+    assert len(found) == 600 and found.own.mean() == pytest.approx(confidence, abs=3 * (confidence * (1 - confidence) / 600) ** 0.5 + 0.01)
+    assert found.covered.mean() >= found.own.mean() and (found.covered | ~found.own).all() and (found.covered == (found.bound >= found.largest - 1e-6)).all()
+    if law == "heavy-tailed": assert found.covered.mean() < 0.5 + confidence / 2 + 0.04, "where one node is far above the others, hardly any other bound is above its effect"
+    else: assert found.covered.mean() == 1, "among many of one size some bound is always above the largest effect"
+
+
+def test_redrawn_bounds_are_those_of_each_group():
+    effects = sparse(60, (17, 40, 50))
+    member = drawn_sets(60, 100, 0.5, 3)
+    found = redrawn(member, member @ effects, effects, 30)
+    assert found.draw.tolist() == [0] * 3 + [1] * 3 + [2] * 3 and (found.samples == 30).all() and (found.largest == 3.0).all()
+    for i, row in found[found.confidence == 0.95].iterrows():
+        some = slice(30 * row.draw, 30 * row.draw + 30)
+        assert 0 < row.bound == pytest.approx(bounds_of(member[some], member[some] @ effects).max())
+    assert (found.groupby("draw").bound.diff().dropna() > 0).all(), "more confidence, a larger bound"
+    any_of = member[:, :40].any(1).astype(float)
+    assert not redrawn(member[:, :40], any_of, np.ones(40), 50).covered.any(), "nodes that stand in for one another hide from it"
+    for sets, samples in ((20, 30), (20, 7)):
+        with pytest.raises(ValueError, match="eight samples"): redrawn(member[:sets], any_of[:sets], effects, samples)
 
 
 def test_the_bound_is_for_what_is_left_and_for_effects_that_add_up():

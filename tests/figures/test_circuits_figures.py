@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 from drawn import clipped, legend_texts, lines, overlapping, smallest
 
-from bizzaroworld.figures.circuits_figures import (BOXES, EDGE, END, FLOOR, SHARES, START, circuit_graph, circuit_plate, cuts_plate, draw_circuit, draw_cuts,
-                                                   draw_estimates, edge_table, estimates_plate, kind_of, layout, shares, when, width_of)
+from bizzaroworld.figures.circuits_figures import (BOXES, EDGE, END, FLOOR, KEPT, SHARES, START, circuit_graph, circuit_plate, cuts_plate, draw_circuit, draw_cuts,
+                                                   draw_estimates, draw_faithfulness, edge_table, estimates_plate, faithfulness_plate, kind_of, layout, shares, when, width_of)
 
 WAY = {("entity", "embed", "L0.mlp"): 0.9, ("entity", "L0.mlp", "L3.mlp"): 0.5, ("routing", "L3.mlp", "L5H1"): 0.4, ("routing", "L0.mlp", "L5H3"): 0.3,
        ("final", "L5H1", "L6.mlp"): 0.2, ("final", "L5H3", "L6.mlp"): -0.15, ("final", "L6.mlp", "logits"): 0.1, ("final", "L5H1", "logits"): 0.08}
@@ -141,3 +141,31 @@ def test_captions_say_metric_direction_pairs_and_model(audit):
     assert "The 8 strongest" in made[0].caption and "8.0% of the swing" in made[0].caption
     assert "embed at entity to L0.mlp at entity 0.90" in made[0].alt and "L5H3 at final to L6.mlp at final -0.15" in made[0].alt
     assert "AtP 0.00, AtP, QK fix 1.00" in made[1].alt  # ranks of sizes 5 3 1 4 2 and 1 4 2 5 3
+
+
+def curves(kinds=("nodes", "edges"), keys=tuple(KEPT)):
+    """Faithfulness that differs with what, ablation, pairs and size."""
+    return pd.DataFrame([{"of": of, "ablation": a, "pairs": p, "share": s, "faithfulness": f, "low": f - 0.1, "high": f + 0.1, "n": 5 + 5 * (p == "held out")}
+                         for i, of in enumerate(kinds) for j, (a, p) in enumerate(keys) for s, f in ((0.001, 0.0), (0.1, 0.5 + 0.1 * i + 0.01 * j), (1.0, 1.0))])
+
+
+def test_faithfulness_is_drawn_as_it_is_in_the_table():
+    table = curves()
+    figure = draw_faithfulness(table)
+    for ax, of in zip(figure.axes, ("nodes", "edges")):
+        assert ax.get_title() == f"Circuits of {of}"
+        for (ablation, pairs), look in KEPT.items():
+            drawn, = [x for x in ax.lines if x.get_label() == f"{ablation}, {pairs}"]
+            rows = table[(table.of == of) & (table.ablation == ablation) & (table.pairs == pairs)]
+            assert drawn.get_xdata().tolist() == rows.share.tolist() and drawn.get_ydata().tolist() == rows.faithfulness.tolist()
+            assert drawn.get_color() == look["color"] and drawn.get_linestyle() == look["ls"]
+    assert legend_texts(figure) == [f"{a}, {p}" for a, p in KEPT]
+    fits(figure)
+
+
+def test_faithfulness_is_told_with_its_pairs():
+    plate = faithfulness_plate(curves(), "made-up")
+    assert "nodes: 5 pairs searched, 10 held out; edges: 5 pairs searched, 10 held out" in plate.caption and "nodes, mean, held out: 0.53 with a tenth" in plate.alt
+    alone = faithfulness_plate(curves(["edges"], [("noising", "searched")]), "made-up")
+    assert "edges: 5 pairs searched, made-up" in alone.caption and len(alone.figure.axes) == 1
+    fits(plate.figure), fits(alone.figure)
