@@ -23,8 +23,8 @@ from .tokens import TokenPair
 from ..files import write_table
 
 # %% auto #0
-__all__ = ['STUDY_COLUMNS', 'OWN_COLUMNS', 'read_targets', 'kinds', 'kind_ranks', 'TriageError', 'batches_by_length',
-           'VocabularyError', 'check_ids', 'baselines', 'Triage', 'triage']
+__all__ = ['STUDY_COLUMNS', 'OWN_COLUMNS', 'NOT_FINITE', 'read_targets', 'kinds', 'kind_ranks', 'TriageError',
+           'batches_by_length', 'VocabularyError', 'check_ids', 'baselines', 'Triage', 'triage']
 
 # %% ../../nbs/library/battery/07_triage.ipynb #2e26cf99
 def read_targets(logits: Float[Tensor, "row d_vocab"], targets: Int[Tensor, "row 2"]) -> dict[str, Tensor]:
@@ -76,13 +76,10 @@ def check_ids(model: Any, whose: str, ids: Iterable[int]) -> None:
         raise VocabularyError(f"{whose}: a token id is outside 0 to {model.d_vocab - 1}: {wrong[0]}. Give the model its own tokenizer "
                               "(load_model(model, tokenizer=...)); if tokens were added to that, hf_model.resize_token_embeddings(len(tokenizer)) makes room.")
 
-def _check_finite(logits: Tensor, ids: Sequence[str]) -> None:
-    bad = [i for i, ok in zip(ids, logits.isfinite().all(-1).tolist()) if not ok]
-    if bad: raise ValueError(f"the model's logits are not finite on {', '.join(bad[:3])}; load it with dtype='float32'")
-
 @torch.no_grad()
 def baselines(model: Any, token_pairs: Sequence[TokenPair], batch_size: int = 32) -> list[tuple[dict, dict]]:
-    """The clean and the corrupted run of each pair, as `read_targets` describes them, in plain numbers; with `kind_rank`, among the `of_kind` answers of `kinds`."""
+    """The clean and the corrupted run of each pair, as `read_targets` describes them, in plain numbers; with `kind_rank`, among the `of_kind` answers of `kinds`, and
+    `finite`: whether all logits are."""
     for tp in token_pairs: check_ids(model, tp.id, (*tp.clean_ids, *tp.corrupt_ids, tp.clean_target_id, tp.corrupt_target_id))
     kind = kinds(token_pairs)
     runs = [(tp, side) for tp in token_pairs for side in ("clean_ids", "corrupt_ids")]
@@ -92,9 +89,8 @@ def baselines(model: Any, token_pairs: Sequence[TokenPair], batch_size: int = 32
         tps = [runs[i][0] for i in rows]
         targets = torch.tensor([(tp.clean_target_id, tp.corrupt_target_id) for tp in tps], device=model.device)
         logits = model.logits(ids)
-        _check_finite(logits, [tp.id for tp in tps])
         among = torch.stack([kind_ranks(row, two, kind[tp.pair.relation]) for row, two, tp in zip(logits, targets, tps)])
-        read = {k: v.tolist() for k, v in (read_targets(logits, targets) | {"kind_rank": among}).items()}
+        read = {k: v.tolist() for k, v in (read_targets(logits, targets) | {"kind_rank": among, "finite": logits.isfinite().all(-1)}).items()}
         for j, i in enumerate(rows): out[i] = {k: v[j] for k, v in read.items()} | {"of_kind": len(kind[tps[j].pair.relation])}
     return list(zip(out[::2], out[1::2]))
 
@@ -178,6 +174,21 @@ def _summary(table: pd.DataFrame) -> pd.DataFrame:
         return mode, len(t), *counts(t).values(), len(pairs_that(t)), t.total_swing.mean()
     return pd.DataFrame([row(m) for m in "ABC"], columns=["mode", "pairs", *DEGREES, "verdicts", "mean_total_swing"])
 
+# %% ../../nbs/library/battery/07_triage.ipynb #cd9d7471
+NOT_FINITE = "the model's logits are not finite; load it with dtype='float32' or 'bfloat16'"
+
+def _too_long(model: Any, n: int) -> str:
+    """Why a prompt of `n` tokens cannot be run; empty if it can. A model without a shape takes anything."""
+    if not hasattr(model, "shape"): return ""
+    if model.positions and n > model.positions: return f"it has {n:,} tokens, and the model has positions for {model.positions:,}"
+    need, free = 4 * model.shape.row_values(n, n), model.free_bytes
+    return f"it has {n:,} tokens, whose attention takes about {need / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free" if need > free else ""
+
+def _excluded(entries: Sequence[Entry], wrong: Mapping[str, str]) -> pd.DataFrame:
+    """Rows for pairs that the tokenizer can use and the model cannot."""
+    rows = [(e.pair.id, e.battery_idx, "not_finite" if wrong[e.used.id] == NOT_FINITE else "too_long", wrong[e.used.id], "none") for e in entries if e.used.id in wrong]
+    return pd.DataFrame(rows, columns=["pair_id", "battery_idx", "reason", "message", "replaced_by"])
+
 # %% ../../nbs/library/battery/07_triage.ipynb #cd9d746f
 def triage(model: Any, pairs: Sequence[PromptPair], spares: Sequence[PromptPair] = (), batch_size: int = 32, *, bos: bool | None = None,
            multi_token: bool = False, mend: bool = True) -> Triage:
@@ -192,7 +203,8 @@ def triage(model: Any, pairs: Sequence[PromptPair], spares: Sequence[PromptPair]
 
     Raises
     ------
-    ValueError : no pair can be used, one has a token that the model has no embedding for, or the model's logits are not finite.
+    ValueError : no pair can be used, or one has a token that the model has no embedding for. A pair that is too long for the model or its memory, or on which its logits
+        are not finite, is excluded.
     """
     found = audit({"model": model}, pairs, spares, bos=bos, multi_token=multi_token, mend=mend)
     excluded = found.dropped("model")
@@ -200,7 +212,12 @@ def triage(model: Any, pairs: Sequence[PromptPair], spares: Sequence[PromptPair]
     if not entries:
         why = f": {excluded.message[0]}" if len(excluded) else ""
         raise TriageError(f"none of {len(pairs)} pairs can be used with this model's tokenizer{why}")
-    runs = baselines(model, [e.used for e in entries], batch_size)
-    table = _ranked([{**_named(e), **_measured(*r)} for e, r in zip(entries, runs)])
+    long = {e.used.id: why for e in entries if (why := _too_long(model, len(e.used.clean_ids)))}
+    short = [e for e in entries if e.used.id not in long]
+    runs = {e.used.id: r for e, r in zip(short, baselines(model, [e.used for e in short], batch_size))}
+    wrong = long | {i: NOT_FINITE for i, r in runs.items() if not all(side["finite"] for side in r)}
+    if len(wrong) == len(entries): raise TriageError(f"none of {len(pairs)} pairs can be used with this model; {entries[0].used.id}: {wrong[entries[0].used.id]}")
+    excluded = pd.concat([excluded, _excluded(entries, wrong)], ignore_index=True) if wrong else excluded
+    table = _ranked([{**_named(e), **_measured(*runs[e.used.id])} for e in entries if e.used.id not in wrong])
     by_id = {e.used.id: e.used for e in entries}
     return Triage(table, tuple(by_id[i] for i in table.pair_id), excluded)

@@ -209,6 +209,7 @@ def validate(model: Model, bare: Float[Tensor, "1 d_vocab"]) -> Model:
     Raises `ModelError` if the logits differ or blocks are not attention and MLP: nothing measured on such a model would mean
     anything."""
     ids, tolerance = some_ids(model.hf), 1e-4 if model.dtype == torch.float32 else 3e-2
+    if not bare.isfinite().all(): raise ModelError(f"The logits of {model.name!r} are not finite in {str(model.dtype).removeprefix('torch.')}: it overflows. Load it in float32 or bfloat16 (--dtype).")
     gap = gap_of(model.logits(ids), bare)
     if not gap <= tolerance:
         raise ModelError(f"The logits of {model.name!r} with hooks differ from the bare model's by {gap:.1e} of their "

@@ -103,6 +103,13 @@ class ModelFacts:
     def d_head(self) -> int: return self.shape.d_head
     @property
     def d_vocab(self) -> int: return self.shape.d_vocab
+    @property
+    def free_bytes(self) -> int: return free_bytes(self.device)
+    @property
+    def positions(self) -> int | None:
+        "How many tokens the model has positions for; `None` where they do not end, as with rotary embeddings."
+        config = self.hf.config.get_text_config()
+        return None if hasattr(config, "rope_parameters") else getattr(config, "max_position_embeddings", None)
 
     def __repr__(self) -> str:
         return (f"Model({self.name!r}: {self.n_layers} layers, {self.n_heads} heads ({self.n_kv_heads} key-value), "

@@ -38,8 +38,7 @@ def as_token_pairs(model_or_tokenizer: Any, pairs: PromptPair | TokenPair | Iter
 
 def check_pairs(model: Any, pairs: Iterable[TokenPair]) -> None:
     "That token pairs can be what they say on this model. Raises `ValueError`, which names the pair."
-    config = model.hf.config.get_text_config()
-    longest = None if hasattr(config, "rope_parameters") else getattr(config, "max_position_embeddings", None)  # rotary positions do not end
+    longest = model.positions
     for tp in pairs:
         n, (first, stop) = len(tp.clean_ids), tp.entity_span
         if n != len(tp.corrupt_ids): raise ValueError(f"{tp.id}: the clean prompt has {n} tokens and the corrupted one {len(tp.corrupt_ids)}. "

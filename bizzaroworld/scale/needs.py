@@ -25,7 +25,7 @@ from ..battery.audit import audit
 from ..battery.pairs import PromptPair, entity_spans
 from ..battery.tokens import TokenPair
 from ..files import data_path
-from ..model.hooked import NEURONS, SITES, ModelBatches, Shape, free_bytes
+from ..model.hooked import NEURONS, SITES, ModelBatches, ModelFacts, Shape, free_bytes
 from ..model.load import load_tokenizer
 from ..model.names import ModelError
 from ..patch.forecast import Forecast
@@ -128,6 +128,8 @@ class Sketch:
     def d_vocab(self) -> int: return self.shape.d_vocab
     @property
     def length_matters(self) -> bool: return ModelBatches.length_matters.func(self)
+    @property
+    def positions(self) -> int | None: return ModelFacts.positions.fget(self)
 
 
 def sketch(known: Known, empty: torch.nn.Module, device: str | torch.device = "cpu", dtype: str = "float32") -> Sketch:

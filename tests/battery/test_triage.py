@@ -1,6 +1,7 @@
 import math
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -10,7 +11,7 @@ from transformers import GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerFast
 
 from bizzaroworld.battery.pairs import PromptPair
 from bizzaroworld.battery.tokens import TokenPair
-from bizzaroworld.battery.triage import STUDY_COLUMNS, baselines, kind_ranks, kinds, read_targets, triage
+from bizzaroworld.battery.triage import STUDY_COLUMNS, TriageError, baselines, kind_ranks, kinds, read_targets, triage
 
 NAMES = ["Ada", "Bea", "Cy", "Dee", "Eve", "Flo", "Gus", "Hal"]
 ANSWERS = ["red", "blue", "green", "gold", "pink", "gray", "teal", "rust"]
@@ -222,9 +223,32 @@ def test_no_usable_pair_is_an_error_that_says_why():
         triage(Table(LOGITS), [])
 
 
-def test_logits_that_are_not_finite_are_an_error_that_names_the_pair():
-    with pytest.raises(ValueError, match="not finite on p2"):
-        triage(Table({**LOGITS, "Flo": {"So": float("nan")}}), PAIRS)
+def test_a_pair_whose_logits_are_not_finite_is_excluded_and_the_others_are_ranked():
+    t = triage(Table({**LOGITS, "Flo": {"So": float("nan")}}), PAIRS)
+    whole = triage(Table(LOGITS), PAIRS)
+    assert t.excluded[["pair_id", "reason", "replaced_by"]].values.tolist() == [["p2", "not_finite", "none"]] and "dtype='float32'" in t.excluded.message[0]
+    kept = whole.table[whole.table.pair_id != "p2"]
+    assert t.table.drop(columns="rank").equals(kept.drop(columns="rank").reset_index(drop=True)) and t.table["rank"].tolist() == list(range(1, len(kept) + 1))
+    assert [tp.id for tp in t.golden("C")] == kept.pair_id.tolist()
+
+
+def test_where_no_pair_is_finite_it_is_said_what_to_do():
+    with pytest.raises(TriageError, match="none of .* can be used with this model; .*not finite; load it with dtype='float32'"):
+        triage(Table({name: {"So": float("inf")} for name in LOGITS}), PAIRS)
+
+
+def test_prompts_that_are_too_long_for_positions_or_memory_are_excluded_before_they_run():
+    """Those that fit are ranked as if the others were not there; where none fits the first is told of."""
+    lengths = {tp.id: len(tp.clean_ids) for tp in triage(Table(LOGITS), PAIRS).token_pairs}
+    assert set(lengths.values()) == {4, 5}
+    class Short(Table): free_bytes, shape, positions = 10**9, SimpleNamespace(row_values=lambda tail, length: 10**3 * length), 4
+    class Small(Short): positions, free_bytes = None, 4 * 10**3 * 4
+    for kind, why in ((Short, "it has 5 tokens, and the model has positions for 4"), (Small, "it has 5 tokens, whose attention takes about")):
+        t = triage(kind(LOGITS), PAIRS)
+        assert set(t.excluded.pair_id) == {i for i, n in lengths.items() if n == 5} and set(t.table.pair_id) == {i for i, n in lengths.items() if n == 4}
+        assert set(t.excluded.reason) == {"too_long"} and t.excluded.message.str.startswith(why).all()
+    Short.positions = 3
+    with pytest.raises(TriageError, match="this model; .*positions for 3"): triage(Short(LOGITS), PAIRS)
 
 
 def test_warnings_are_in_the_table():
