@@ -119,7 +119,7 @@ def chosen_words(result: Triage, known: int, n: int, degree: str) -> str:
     of = f"the {n} with the largest TotalSwing" if n < known else "all"
     which = f"of {count_words(known, 'pair')}" if degree == "all" else f"of {count_words(known, 'pair')} whose answers are {DEGREES[degree]} on both prompts ({len(result.table)} ranked)"
     replaced = int((result.excluded.replaced_by != "none").sum())
-    lost = f" The tokenizer cannot align {count_words(len(result.excluded), 'pair')}; {replaced} replaced by a spare (excluded.csv)." if len(result.excluded) else ""
+    lost = f" {count_words(len(result.excluded), 'pair')} could not be used (excluded.csv); {replaced} replaced by a spare." if len(result.excluded) else ""
     return " ".join([f"{count_words(n, 'pair')}: {of} {which}.{lost}", *notes_lines(result.table.warnings)])
 
 # %% ../nbs/library/07_circuits_folder.ipynb #8ee9e0c7

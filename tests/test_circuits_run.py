@@ -279,7 +279,7 @@ def test_pairs_that_the_tokenizer_cannot_align_are_told(nano, tmp_path):
     pairs = load_battery()[:6]
     save_battery([replace(pairs[0], clean_prompt="Well, " + pairs[0].clean_prompt), *pairs[1:]], tmp_path / "one.json")
     folder = run_paths(nano, paths=["embed -> logits"], battery=tmp_path / "one.json", n=2, out=tmp_path / "run")
-    assert "cannot align 1 pair; 0 replaced" in paths_lines(folder)[0] and pd.read_csv(folder / "excluded.csv").pair_id.tolist() == [pairs[0].id]
+    assert "1 pair could not be used (excluded.csv); 0 replaced" in paths_lines(folder)[0] and pd.read_csv(folder / "excluded.csv").pair_id.tolist() == [pairs[0].id]
 
 
 @pytest.mark.parametrize("options, files", [
