@@ -154,7 +154,7 @@ def bounds_of(member: Bool[np.ndarray, "sample node"], effects: Float[np.ndarray
 def missed(measure: Measure, left: Sequence[int], samples: int = 100, confidence: float = 0.95, share: float = 0.5, seed: int = 0) -> Bound:
     """Bound the largest effect among the nodes `left`, from random sets of them (after Kramár et al. 2024, section 3.2; the bound is derived above).
 
-    Each sample is a run. Raises `ValueError` for no node, or fewer than eight samples."""
+    It is of effects among random others; alone a node can do more. Each sample is a run. Raises `ValueError` for no node, or fewer than eight samples."""
     left = np.asarray(left)
     if not len(left) or samples < 8: raise ValueError(f"{len(left)} nodes, {samples} samples: a bound needs a node and eight samples or more.")
     member = drawn_sets(len(left), samples, share, seed)

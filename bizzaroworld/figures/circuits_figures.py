@@ -186,7 +186,8 @@ def draw_faithfulness(table: pd.DataFrame) -> Figure:
             rows = table[(table["of"] == kind) & (table["ablation"] == ablation) & (table["pairs"] == pairs)]
             if len(rows): line(ax, rows.rename(columns={"faithfulness": "mean"}), f"{ablation}, {pairs}", look, "share")
         ax.set(xscale="log", title=f"Circuits of {kind}", xlabel="Parts kept")
-        ax.set_xticks([0.001, 0.01, 0.1, 1], ["0.1%", "1%", "10%", "all"], fontsize=SMALL)
+        ticks = {share: told for share, told in zip((0.001, 0.01, 0.1, 1), ("0.1%", "1%", "10%", "all")) if share >= table["share"].min()}
+        ax.set_xticks(list(ticks), list(ticks.values()), fontsize=SMALL)
         ax.minorticks_off()
     axes[0].set_ylabel("Faithfulness")
     legend(figure, axes[0], 2)

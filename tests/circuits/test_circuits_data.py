@@ -109,3 +109,36 @@ def test_the_scoreboard_is_of_every_method_and_circuit():
     assert saturated == {"AtP": "0/2", "AtP, QK fix": "1/2", "IG": "2/2", "exact, noising": "2/2"}  # its query is mended, the value before it is not
     edges = told.result["edges", "exact paths"]
     assert not edges.str.contains("+", regex=False).any() and set(edges.index[~told.exact["edges", "exact paths"].to_numpy()]) == masked
+
+
+def test_curves_of_circuits_begin_with_nothing_and_end_with_the_model():
+    """Under both ablations, on pairs that were searched and on others; MIB's areas are those of the curves."""
+    kept, found = (pd.read_csv(FOLDER / f"{name}.csv") for name in ("faithfulness", "circuits"))
+    for key, rows in kept.groupby(["of", "ablation", "pairs", "ranking"]):
+        assert rows.share.is_monotonic_increasing and rows.faithfulness.iloc[-1] == pytest.approx(1, abs=1e-3), key
+        assert (rows.faithfulness[rows["size"] == 0].abs() < 1e-3).all() and rows["size"].iloc[-1] == (180 if key[0] == "nodes" else 5644)
+        assert ((rows.low <= rows.faithfulness + 1e-4) & (rows.faithfulness <= rows.high + 1e-4)).all() and rows.n.nunique() == 1
+    rankings = kept.groupby(["of", "ablation", "pairs"]).ranking.nunique()
+    assert (rankings == 2).all() and {("nodes", a, p) for a in ("noising", "mean") for p in ("searched", "held out")} <= set(rankings.index)
+    for row in found.itertuples():
+        curves = {way: rows for way, rows in kept[(kept["of"] == row.of) & (kept.ablation == row.ablation) & (kept.pairs == row.pairs)].groupby("ranking")}
+        assert np.trapezoid(curves["help"].faithfulness, curves["help"].share) == pytest.approx(row.CPR, abs=2e-3) and curves["size"].n.iloc[0] == row.n
+        assert np.trapezoid((1 - curves["size"].faithfulness).abs(), curves["size"].share) == pytest.approx(row.CMD, abs=2e-3)
+
+
+def test_the_circuit_that_was_found_is_of_the_parts():
+    parts, found = pd.read_csv(FOLDER / "circuit.csv"), pd.read_csv(FOLDER / "circuits.csv").query("circuit == 'found'")
+    assert len(parts) == 180 == parts.part.nunique() and (found["size"] == parts.kept.sum()).all() and parts.alone.notna().equals(parts.kept)
+    assert {(a, p) for a, p in zip(found.ablation, found.pairs)} == {(a, p) for a in ("noising", "mean") for p in ("searched", "held out")}
+
+
+def test_the_bound_was_tried_on_what_estimates_left(audit):
+    tried = pd.read_csv(FOLDER / "coverage.csv")
+    assert set(tried.method) == {"atp", "atp_star"} and set(tried.confidence) == {0.9, 0.95, 0.99} and set(tried.pair_id) <= set(audit.pair_id)
+    assert ((tried.own <= tried.covered) & (tried.covered <= tried.draws)).all() and (tried.groupby(["method", "pair_id", "samples"]).bound.diff().dropna() >= 0).all()
+    for (pair, method), rows in tried.groupby(["pair_id", "method"]):
+        one = audit[audit.pair_id == pair]
+        left = one.drop(one[method].abs().nlargest(20).index)
+        assert (rows.left == len(left)).all() and rows.largest.to_numpy() == pytest.approx(left.effect.abs().max(), abs=2e-3)
+        assert rows.swing.to_numpy() == pytest.approx(abs(one.corrupt.iloc[0] - one.clean.iloc[0]), abs=2e-3)
+        assert rows.among.nunique() == 1 and (rows.error > 0).all() and (rows.draws * rows.samples == 200).all()
