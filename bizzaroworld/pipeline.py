@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import os
 import platform
-from functools import partial
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,14 +29,14 @@ from .model.load import is_embedded, load_model
 from .model.names import called
 from .paper.chapters import PAPER
 from .results.summary import findings, summarize
-from .patch.forecast import Forecast, forecast
+from .patch.forecast import Forecast
 from .patch.telling import announced
 from .scale.folders import LEFT_OUT, held, is_done, note_left_out, pair_file
 from .scale.processes import Source, crew_of
 from .scale.units import Advance, Crew, Say, read_pairs, sweep_missing
-from .study.controls import CONTROLLED, CONTROLS, Control, controls_of, default_controls, forecast_control
-from .study.experiments import EXPERIMENTS, interventions_of, sweep_experiments
-from .study.foreseen import check_room
+from .study.controls import CONTROLLED, CONTROLS, Control, controls_of, default_controls
+from .study.experiments import EXPERIMENTS, sweep_experiments
+from .study.foreseen import NOTHING, check_room, sweeps_of
 from .study.runs import Run, claim, open_run
 
 # %% auto #0
@@ -104,18 +105,14 @@ def noted(progress: Advance, note: str, done: int, total: int, _: str) -> None:
 SAMPLE = 32  # pairs that are planned for a forecast
 
 
-def _of_some(pairs: Sequence[TokenPair], forecast_of) -> Forecast | None:
-    "What all these pairs come to, by a sample of them spread over their lengths."
-    some = sorted(pairs, key=lambda tp: len(tp.clean_ids))[::-(-len(pairs) // SAMPLE) or 1]
-    return forecast_of(some).of(len(pairs)) if some else None
-
-
 def study_forecast(model: Model, result: Triage, controls: Sequence[Control], folder: Path, direction: str, max_rows: int) -> Forecast | None:
-    "What is missing of a study comes to; `None` if nothing is."
-    def missing(pairs, part): return [tp for tp in pairs if not is_done(folder, tp.id, part)]
-    found = [_of_some(missing(result.golden("C"), "pairs"), lambda some: forecast(model, some, interventions_of(model), direction, max_rows=max_rows))]
-    found += [_of_some(missing(c.token_pairs, f"controls/{c.name}"), partial(forecast_control, model, c)) for c in controls]
-    return sum((f for f in found[1:] if f), found[0]) if found[0] else next((f for f in found if f), None)
+    "What is missing of a study comes to, by a sample of its pairs; `None` if nothing is."
+    pairs = sorted(result.golden("C"), key=lambda tp: len(tp.clean_ids))
+    def missing(those, part): return sum(not is_done(folder, tp.id, part) for tp in those)
+    left = {"study": missing(pairs, "pairs")} | {c.name: missing(c.token_pairs, f"controls/{c.name}") for c in controls}
+    if not any(left.values()): return None
+    parts = sweeps_of(model, pairs[::-(-len(pairs) // SAMPLE)], direction, [c.name for c in controls], max_rows=max_rows)
+    return replace(sum((parts[name].of(n) for name, n in left.items()), NOTHING), pairs=max(left.values()))
 
 # %% ../nbs/library/02_pipeline.ipynb #d76af055
 def run_study(model: str | Model, *, battery: str | Path | None = None, out: str | Path | None = None,
@@ -149,8 +146,10 @@ def run_study(model: str | Model, *, battery: str | Path | None = None, out: str
         possible = _controls(model, result.golden("C"), default_controls(model) if controls is None else controls, folder, direction, max_rows)
         if say: _announce(model, study_forecast(model, result, possible, folder, direction, max_rows), result, workers, say)
         note_left_out(folder, sweep_study(crew, result, possible, folder, direction, max_rows, progress, say))
-        run = open_run(folder)
+        run, n = open_run(folder), len(result.table)
+        if progress: progress(n, n, "summary")
         write_json(folder / "summary.json", summarize(run))
+        if progress: progress(n, n, "figures")
         save_figures(run, folder / "figures")
     return folder
 

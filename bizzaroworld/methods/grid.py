@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -234,7 +234,8 @@ def _announce(work: Work, folder: Path, workers: int, say: Say) -> None:
     found = [work.forecast(part, pairs[::-(-len(pairs) // SAMPLE)]).of(len(pairs)) for part, pairs in left.items() if pairs]
     if not found: return
     vocabulary = bool(set(WHOLE_VOCABULARY) & set(work.settings.metrics))
-    if line := announced(work.model, sum(found[1:], found[0]), work.task.pairs[0].clean_ids, vocabulary, workers): say(line)
+    total = replace(sum(found[1:], found[0]), pairs=len(work.task.pairs))
+    if line := announced(work.model, total, work.task.pairs[0].clean_ids, vocabulary, workers): say(line)
 
 
 def run_grid(model: Model, task: Task, folder: str | Path, settings: Settings = Settings(), *, max_rows: int = 8192, crew: Crew | None = None, workers: int = 1,

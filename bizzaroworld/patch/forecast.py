@@ -220,13 +220,13 @@ class Forecast:
     bytes_a_pass: int
 
     def __add__(self, other: Forecast) -> Forecast:
-        "Two sweeps of the same pairs, one after the other."
-        return Forecast(max(self.pairs, other.pairs), *(getattr(self, f) + getattr(other, f) for f in ("interventions", "rows", "passes", "token_layers")),
+        "Two sweeps, one after the other: the work of both, the memory of the larger pass."
+        return Forecast(self.pairs + other.pairs, max(self.interventions, other.interventions), *(getattr(self, f) + getattr(other, f) for f in ("rows", "passes", "token_layers")),
                         max(self.bytes_a_pass, other.bytes_a_pass))
 
     def of(self, pairs: int) -> Forecast:
         "About what the same comes to for so many pairs."
-        more = pairs / self.pairs
+        more = pairs / self.pairs if self.pairs else 0
         return replace(self, pairs=pairs, **{f: round(more * getattr(self, f)) for f in ("rows", "passes", "token_layers")})
 
     def __repr__(self) -> str:

@@ -15,7 +15,6 @@ import pandas as pd
 from ..battery.tokens import TokenPair
 from ..model.hooked import Model
 from ..model.load import untrained
-from ..patch.forecast import Forecast, forecast
 from ..patch.interventions import grid
 from ..patch.sweep import sweep
 from ..scale.units import Recipe, Sweeper
@@ -23,7 +22,7 @@ from .experiments import EXPERIMENTS, interventions_of, label
 
 # %% auto #0
 __all__ = ['CONTROLLED', 'CONTROLS', 'TWIN', 'unrelated_donors', 'sweep_unrelated', 'shuffled_positions', 'sweep_shuffled',
-           'sweep_untrained', 'default_controls', 'Control', 'controls_of', 'forecast_control']
+           'sweep_untrained', 'default_controls', 'Control', 'controls_of']
 
 # %% ../../nbs/library/study/02_controls.ipynb #3433dd08
 CONTROLLED = {"unrelated": ("1", "2A", "2B", "3", "4F"), "shuffled": ("1", "3"), "untrained": ("1", "3")}  # experiments
@@ -109,10 +108,3 @@ def controls_of(token_pairs: Sequence[TokenPair], names: Sequence[str], directio
     recipes = {"unrelated": (donors, partial(sweep_unrelated, donors=donors, **asked)), "shuffled": (positions, partial(sweep_shuffled, positions=positions, **asked)),
                "untrained": ({tp.id for tp in token_pairs}, partial(sweep_untrained, **asked))}
     return [Control(name, [tp for tp in token_pairs if tp.id in recipes[name][0]], recipes[name][1]) for name in dict.fromkeys(names)]
-
-# %% ../../nbs/library/study/02_controls.ipynb #5fdec322
-def forecast_control(model: Model, control: Control, token_pairs: Sequence[TokenPair]) -> Forecast:
-    "What sweeping a control on these pairs comes to."
-    asked = control.recipe.keywords
-    donors = [asked["donors"][tp.id] for tp in token_pairs] if "donors" in asked else None
-    return forecast(model, token_pairs, interventions_of(model, CONTROLLED[control.name]), asked["direction"], donors=donors, max_rows=asked["max_rows"])

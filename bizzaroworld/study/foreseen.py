@@ -28,14 +28,10 @@ from .controls import CONTROLLED, CONTROLS, TWIN, shuffled_positions, unrelated_
 from .experiments import EXPERIMENTS, interventions_of
 
 # %% auto #0
-__all__ = ['SOME', 'SIZES', 'added', 'sweeps_of', 'foresee', 'plan_lines', 'box_table', 'NoRoomError', 'check_room']
+__all__ = ['NOTHING', 'SOME', 'SIZES', 'sweeps_of', 'foresee', 'plan_lines', 'box_table', 'NoRoomError', 'check_room']
 
 # %% ../../nbs/library/study/04_foreseen.ipynb #74304de0
-def added(forecasts: Sequence[Forecast]) -> Forecast:
-    "Several forecasts as one: the work of all, the memory of the largest pass."
-    def total(field): return sum(getattr(f, field) for f in forecasts)
-    return Forecast(total("pairs"), max((f.interventions for f in forecasts), default=0), total("rows"), total("passes"), total("token_layers"),
-                    max((f.bytes_a_pass for f in forecasts), default=0))
+NOTHING = Forecast(0, 0, 0, 0, 0, 0)
 
 
 def sweeps_of(model: Sketch, token_pairs: Sequence[TokenPair], direction: str = "noising", controls: Sequence[str] = CONTROLS[:2], *,
@@ -55,7 +51,7 @@ def sweeps_of(model: Sketch, token_pairs: Sequence[TokenPair], direction: str = 
         parts = [(p, [tp for tp in g if places[tp.id] == p]) for g in units_of([tp for tp in token_pairs if tp.id in places]) for p in {places[tp.id] for tp in g}]
         out["shuffled"] = [forecast(model, part, grid(model, sites, p), direction, **options) for p, part in parts]
     if "untrained" in controls: out["untrained"] = plain(token_pairs, CONTROLLED["untrained"])
-    return {name: added(found) for name, found in out.items()}
+    return {name: sum(found, NOTHING) for name, found in out.items()}
 
 # %% ../../nbs/library/study/04_foreseen.ipynb #d31ba872
 SOME = 120  # pairs that are planned of a larger battery
@@ -93,7 +89,7 @@ def foresee(model: str | Known, battery: str | Path | Sequence[PromptPair] | Non
     if not token_pairs: raise ModelError(f"None of {len(taken)} pairs can be used with the tokenizer of {known.name!r}: see `bizzaroworld audit`.")
     budget = memory or _budget(where, copies * bytes_in(counts, precision))
     parts = sweeps_of(drawn, token_pairs, direction, names, max_rows=max_rows, memory=budget)
-    work, k = added(list(parts.values())), len(pairs) / len(taken)
+    work, k = sum(parts.values(), NOTHING), len(pairs) / len(taken)
     work = replace(work, pairs=parts["study"].pairs).of(round(k * parts["study"].pairs))
     files = round(k * sum(f.pairs for f in parts.values())) + 60
     if rates is True: rates = measured_rates(drawn.shape, drawn.dtype, where)

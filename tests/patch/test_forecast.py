@@ -174,7 +174,7 @@ def test_forecasts_add_and_scale(gemma):
     """Two sweeps are the sum of what they come to; a few pairs stand for many of the same kind."""
     final, entity = (forecast(gemma, PAIRS, grid(gemma, ["resid_pre"], at), memory=2**28) for at in ("final", "entity"))
     both = final + entity
-    assert (both.rows, both.token_layers, both.pairs) == (final.rows + entity.rows, final.token_layers + entity.token_layers, len(PAIRS)) and both.bytes_a_pass == max(final.bytes_a_pass, entity.bytes_a_pass)
+    assert (both.rows, both.token_layers, both.pairs) == (final.rows + entity.rows, final.token_layers + entity.token_layers, 2 * len(PAIRS)) and both.bytes_a_pass == max(final.bytes_a_pass, entity.bytes_a_pass)
     alike = [PAIRS[0]] * 12
     whole, part = (forecast(gemma, some, grid(gemma, ["resid_pre"], "final"), memory=2**28) for some in (alike, alike[:3]))
     assert part.of(12).rows == whole.rows and part.of(12).pairs == 12 and part.of(3) == part

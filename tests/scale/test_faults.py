@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -98,3 +99,9 @@ def test_a_folder_that_is_in_use_is_refused_and_nothing_in_it_changes(nano, few,
     held.kill()
     held.wait()
     assert [p.name for p in folder.iterdir()] == [".lock"] and not pair_file(folder, "p").parent.exists()
+
+
+def test_the_page_of_faults_names_tests_that_are_there():
+    cells = json.loads((REPO / "nbs" / "faults.ipynb").read_text("utf-8"))["cells"]
+    named = re.findall(r"tests/[\w/]+\.py", "".join("".join(c["source"]) for c in cells))
+    assert len(set(named)) > 8 and [name for name in named if not (REPO / name).is_file()] == []

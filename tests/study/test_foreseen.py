@@ -12,7 +12,7 @@ from bizzaroworld.patch import engine, sweep as sweep_room
 from bizzaroworld.scale.configs import Known
 from bizzaroworld.scale.needs import Rates, empty_model, sketch
 from bizzaroworld.study import foreseen as room
-from bizzaroworld.study.foreseen import NoRoomError, added, box_table, check_room, foresee, plan_lines, sweeps_of
+from bizzaroworld.study.foreseen import NoRoomError, box_table, check_room, foresee, plan_lines, sweeps_of
 
 PAIRS = [replace(random_pair(i, 7 + i, (2 + i % 2, 4)), pair=replace(random_pair(i).pair, category=f"kind {i % 3}", clean_entity=f"b{i}", corrupt_entity=f"c{i}",
                                                                     clean_target=f" d{i}", corrupt_target=f" e{i}")) for i in range(6)]
@@ -63,7 +63,7 @@ def test_a_large_battery_is_planned_by_some_of_its_pairs():
 
 def test_forecasts_add_up():
     one, two = (sweeps_of(load_model(tiny_hf("gemma")), p, controls=(), memory=2**26)["study"] for p in (PAIRS[:1], PAIRS[:2]))
-    both = added([one, two])
+    both = one + two
     assert (both.rows, both.passes, both.pairs) == (one.rows + two.rows, one.passes + two.passes, 3) and both.bytes_a_pass == max(one.bytes_a_pass, two.bytes_a_pass)
 
 
