@@ -1,5 +1,7 @@
 """The grid of methods: what it patches, that it is what single sweeps give, and that it can be stopped."""
 import json
+import pickle
+import re
 
 import numpy as np
 import pandas as pd
@@ -8,10 +10,11 @@ from typer.testing import CliRunner
 
 from bizzaroworld.cli import app
 from bizzaroworld.methods.grid import (
-    GridError, Part, Settings, parts_of, places_of, run_grid, sweep_part, unrelated, widths_of, windows, wordings)
+    GridError, Part, Settings, Work, parts_of, places_of, run_grid, sweep_part, unrelated, widths_of, windows, wordings)
 from bizzaroworld.methods_run import grid_tables, methods_lines, run_methods
 from bizzaroworld.model.load import load_model
 from bizzaroworld.patch.interventions import grid
+from bizzaroworld.patch import telling
 from bizzaroworld.patch.noise import Noise
 from bizzaroworld.patch.sweep import sweep
 from bizzaroworld.tasks.registry import make_task
@@ -85,6 +88,27 @@ def test_a_grid_that_was_stopped_goes_on(model, task, made, tmp_path):
     assert all(p.stat().st_mtime_ns == t for p, t in before.items()), "what was there was swept again"
     pd.testing.assert_frame_equal(again, whole, check_exact=False, atol=1e-5)
     assert pd.read_parquet(tmp_path / "grid.parquet").equals(again)
+
+
+def test_every_part_can_be_sent_to_another_process(model, task, made):
+    """A recipe that was pickled gives the rows that the grid has."""
+    _, whole = made
+    work = Work(model, task, SMALL, Noise(task.noised, SMALL.scale, SMALL.draws, SMALL.seed).measured(model, task.pairs), unrelated(task.pairs, SMALL.seed), 8192)
+    for part in work.parts:
+        if not (pairs := work.pairs(part)[:1]): continue
+        rows = pickle.loads(pickle.dumps(work.recipe(part)))(model)(pickle.loads(pickle.dumps(pairs)))
+        mine = whole[(whole.pair_id == pairs[0].id) & (whole.corruption == part.corruption) & (whole.direction == part.direction) & (whole.control == part.control)]
+        pd.testing.assert_frame_equal(rows, mine.reset_index(drop=True), check_exact=False, atol=1e-4)
+
+
+def test_what_is_left_of_a_grid_is_said_first(model, task, tmp_path, monkeypatch):
+    monkeypatch.setattr(telling, "PART", 1e9), monkeypatch.setattr(telling, "LONG", 0.0)
+    said, told = [], []
+    run_grid(model, task, tmp_path, SMALL, say=lambda line: said.append((line, len(told))), progress=lambda *at: told.append(at))
+    assert len(said) == 1 and said[0][1] == 0 and re.match(r"5 pairs x [\d,]+ interventions: [\d,]+ rows in .*; about \d+ second", said[0][0])
+    assert told[-1][0] == told[-1][1] and len({total for _, total, _ in told}) == 1
+    run_grid(model, task, tmp_path, SMALL, say=said.append)
+    assert len(said) == 1
 
 
 def test_a_folder_holds_one_grid(model, task, made):
