@@ -21,14 +21,14 @@ from .battery.knowing import DEGREES
 from .battery.tokens import TokenPair, notes_lines
 from .battery.triage import Triage, triage
 from .console import count_words
-from .files import write_json, write_table
+from .files import unguarded, write_json, write_table
 from .model.hooked import Model
 from .model.load import load_model
 from .patch.sweep import DIRECTIONS
 from .pipeline import collect, noted, run_info
 from .results.estimates import estimate_means
 from .scale.folders import LEFT_OUT, held, is_done, note_left_out
-from .scale.processes import Source, crew_of
+from .scale.processes import crew_of, source_of
 from .scale.units import Advance, Alone, Crew, Recipe, Say, sweep_missing
 from .study.runs import claim
 
@@ -53,6 +53,12 @@ def named() -> Iterator[None]:
         raise CircuitsError(str(error)) from error
 
 
+def _left_out(folder: Path) -> pd.DataFrame:
+    "What `note_left_out` wrote of a folder."
+    there = (folder / LEFT_OUT).exists()
+    return unguarded(pd.read_csv(folder / LEFT_OUT, dtype=str, keep_default_na=False)) if there else pd.DataFrame(columns=["pair_id", "part", "reason"])
+
+
 @dataclass(frozen=True)
 class Opened:
     "A folder that is this run and no other, what is put to the model, and who sweeps. `failed`: which pairs could not be swept, by part."
@@ -74,8 +80,14 @@ class Opened:
         return collect(self.folder, self.triage, [tp.id for tp in self.pairs], part)
 
     def has(self, part: str) -> bool:
-        "Whether a part is there for all pairs; then what follows from it is kept up."
-        return all(is_done(self.folder, tp.id, part) for tp in self.pairs)
+        "Whether a part was swept for all pairs, those aside that could not be; then what follows from it is kept up."
+        lost = set(_left_out(self.folder).query("part == @part").pair_id)
+        return all(tp.id in lost or is_done(self.folder, tp.id, part) for tp in self.pairs) and not all(tp.id in lost for tp in self.pairs)
+
+    @property
+    def there(self) -> list[TokenPair]:
+        "The pairs that could be swept."
+        return [tp for tp in self.pairs if tp.id not in self.failed.get("pairs", {})]
 
     def write(self, tables: Mapping[str, pd.DataFrame | None]) -> None:
         "Write tables by the names of their files; one that is `None` is no longer true, and goes."
@@ -92,7 +104,7 @@ def opened(command: str, model: str | Model, settings: dict, check: Callable[[Mo
     if known not in KNOWN: raise CircuitsError(f"Unknown set of pairs {known!r}: use {', '.join(KNOWN)}.")
     if direction not in DIRECTIONS: raise CircuitsError(f"Unknown direction {direction!r}: use {' or '.join(DIRECTIONS)}.")
     if n < 1: raise CircuitsError(f"{n} pairs: ask for one or more.")
-    source = None if isinstance(model, Model) else Source(str(model), device, dtype, revision)
+    source = source_of(model, workers, device, dtype, revision)
     if not isinstance(model, Model): model = load_model(model, device=device, dtype=dtype, revision=revision)
     pairs, spares = load_battery(battery), load_spares() if battery is None else []
     aligned = ({} if bos is None else {"bos": bos}) | ({"multi_token": True} if multi_token else {})
@@ -110,8 +122,8 @@ def opened(command: str, model: str | Model, settings: dict, check: Callable[[Mo
         result.save(folder)
         write_json(folder / "pairs.json", {"model": model.name, "sentence": chosen_words(result, len(there), min(n, len(there)), known), "pairs": [tp.id for tp in there[:n]]})
         run = Opened(folder, model, result, there[:n], there, direction, crew, progress, say)
-        yield run
-        note_left_out(folder, run.failed)
+        try: yield run
+        finally: note_left_out(folder, run.failed)
 
 # %% ../nbs/library/07_circuits_folder.ipynb #67f69af5
 def chosen_words(result: Triage, known: int, n: int, degree: str) -> str:
@@ -156,5 +168,5 @@ def file_lines(folder: Path, known: dict[str, str]) -> list[str]:
 def chosen_line(folder: Path) -> str:
     "The model and the pairs of a run."
     told = json.loads((folder / "pairs.json").read_text("utf-8"))
-    lost = sorted(set(pd.read_csv(folder / LEFT_OUT, dtype=str).pair_id)) if (folder / LEFT_OUT).exists() else []
+    lost = sorted(set(_left_out(folder).pair_id))
     return f"{told['model']}, {told['sentence']}" + (f" Left out, as they could not be swept ({LEFT_OUT}): {', '.join(lost)}." if lost else "")

@@ -223,7 +223,7 @@ def run_circuit(model: str | Model, *, of: str = "nodes", at: Sequence[str | int
         effects, done, each = effects_of(run, parts, of, metric, max_rows), _whole(run, others), each or run.has("circuits")
         if done and not each: return run.folder
         with named():
-            circuits = (NodeCircuits if of == "nodes" else EdgeCircuits)(run.model, run.pairs, parts, ablation, metric, run.known)
+            circuits = (NodeCircuits if of == "nodes" else EdgeCircuits)(run.model, run.there, parts, ablation, metric, run.known)
             told = done or _joint(run, circuits, effects, threshold, rounds, others)
             if not each: run.write(dict.fromkeys(("circuits.csv", "clusters.csv")))
             if not done: write_json(run.folder / "circuit.json", told)
@@ -235,12 +235,12 @@ def _whole(run: Opened, others: Sequence[TokenPair]) -> dict | None:
     "What a folder says of the circuit of these pairs, if that was found."
     if not all((run.folder / file).exists() for file in ("circuit.json", "circuit.csv", "curve.csv", "steps.csv")): return None
     told = json.loads((run.folder / "circuit.json").read_text("utf-8"))
-    return told if (told["pairs"], (told.get("held_out") or {}).get("pairs", [])) == ([tp.id for tp in run.pairs], [tp.id for tp in others]) else None
+    return told if (told["pairs"], (told.get("held_out") or {}).get("pairs", [])) == ([tp.id for tp in run.there], [tp.id for tp in others]) else None
 
 
 def _telling(run: Opened, circuits: Measured) -> None:
     "Have every pass of circuits told as progress."
-    ablated, n = circuits.ablated, len(run.pairs)
+    ablated, n = circuits.ablated, len(run.there)
     def told(outside):
         if run.advance: run.advance(n, n, f"{circuits.runs} circuits")
         return ablated(outside)
@@ -276,7 +276,7 @@ def _each(run: Opened, circuits: Measured, threshold: float, rounds: int) -> dic
     def pruned(pairs): return pd.concat([prune(circuits.only(alone[tp.id]), threshold, rounds).steps.assign(pair_id=tp.id) for tp in pairs])
     steps = run.swept("circuits", lambda _: lambda pairs: pruned(pairs)[["pair_id", "part", "round", "before", "after", "kept"]], alone=True)
     kept, by = steps.drop_duplicates(["pair_id", "part"], keep="last").query("kept"), {name(p): p for p in circuits.parts}
-    found = {tp.id: frozenset(by[part] for part in kept.part[kept.pair_id == tp.id]) for tp in run.pairs}
+    found = {i: frozenset(by[part] for part in kept.part[kept.pair_id == i]) for i in dict.fromkeys(steps.pair_id)}
     shares = [{"part": part, "pairs": k, **estimate_share(k, len(found)).to_dict()} for part, k in kept.part.value_counts().items()]
     write_table(run.folder / "circuits.csv", pd.DataFrame(shares, columns=["part", "pairs", "value", "low", "high", "n"]))
     if not len(kept): return None

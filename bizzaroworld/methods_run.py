@@ -21,7 +21,7 @@ from .model.hooked import Model
 from .model.load import load_model
 from .model.names import called
 from .scale.folders import LEFT_OUT, held
-from .scale.processes import Source, crew_of
+from .scale.processes import crew_of, source_of
 from .scale.units import Advance, Say
 from .tasks.ability import ability, only_right
 from .tasks.recipes import Task
@@ -106,7 +106,7 @@ def run_methods(model: str | Model, task: str = "ioi", *, out: str | Path | None
     to eight times as many. The folder gets `ability.json`; and, if the model can do the task, the grid, its tables
     and figures. Started again on the same folder, it does only what is missing. `workers`, `progress`, `say`: as for `run_study`.
     Raises `ModelError`, `CrewError`, `BusyError`, and `GridError` for a task that cannot be made or a folder that holds another grid."""
-    source = None if isinstance(model, Model) else Source(str(model), device, dtype, revision)
+    source = source_of(model, workers, device, dtype, revision)
     if not isinstance(model, Model): model = load_model(model, device=device, dtype=dtype, revision=revision)
     made, chosen = _made(model, task, n, seed, corruption, known)
     folder = Path(out) if out is not None else Path("methods") / Path(called([model.name])[0]).name.replace(":", "-") / task

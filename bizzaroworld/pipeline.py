@@ -32,7 +32,7 @@ from .results.summary import findings, summarize
 from .patch.forecast import Forecast
 from .patch.telling import announced
 from .scale.folders import LEFT_OUT, held, is_done, note_left_out, pair_file
-from .scale.processes import Source, crew_of
+from .scale.processes import crew_of, source_of
 from .scale.units import Advance, Crew, Say, read_pairs, sweep_missing
 from .study.controls import CONTROLLED, CONTROLS, Control, controls_of, default_controls
 from .study.experiments import EXPERIMENTS, sweep_experiments
@@ -86,14 +86,18 @@ def sweep_study(crew: Crew, result: Triage, controls: Sequence[Control], folder:
     "Sweep what is missing of experiments and controls; return which pairs could not be, in each part. Writes `effects.parquet` and `controls.parquet`."
     pairs, tables = result.golden("C"), []
     failed = {"pairs": sweep_missing(pairs, folder, partial(sweep_experiments, direction=direction, max_rows=max_rows), crew, advance=progress, say=say)}
+    write_table(folder / "effects.parquet", collect(folder, result))
     for control in controls:
         part, told = f"controls/{control.name}", progress and partial(noted, progress, f"control: {control.name}")
-        failed[part] = sweep_missing(control.token_pairs, folder, control.recipe, crew, part=part, advance=told, say=say)
+        try: failed[part] = sweep_missing(control.token_pairs, folder, control.recipe, crew, part=part, advance=told, say=say)
+        except Exception as error:
+            failed[part] = {tp.id: f"{type(error).__name__}: {error}"[:500] for tp in control.token_pairs}
+            if say: say(f"The control {control.name} is left out: {error}")
+            continue
         found = collect(folder, result, [tp.id for tp in control.token_pairs], part)
         found = found[found.experiment.isin(CONTROLLED[control.name])]  # earlier versions swept more
         tables.append(found.drop(columns=["intervention", "recovery"]).assign(control=control.name))
     if tables: write_table(folder / "controls.parquet", pd.concat(tables, ignore_index=True))
-    write_table(folder / "effects.parquet", collect(folder, result))
     return failed
 
 
@@ -129,10 +133,10 @@ def run_study(model: str | Model, *, battery: str | Path | None = None, out: str
 
     Raises `NoRoomError` for what does not fit disk or memory, `ModelError`, `BatteryError`, `CrewError`, `BusyError`, `ValueError` for an unknown control, or `RunError` if the folder holds another run
     or no pair is left."""
-    if not (anyway or isinstance(model, Model)):
-        check_room(str(model), Path(out or "runs"), battery, precision=dtype, device=device, revision=revision, direction=direction, controls=controls,
-                   max_rows=max_rows, workers=workers or 1)
-    source = None if isinstance(model, Model) else Source(str(model), device, dtype, revision)
+    source = source_of(model, workers, device, dtype, revision)
+    if source and not anyway:
+        check_room(source.name, Path(out or "runs"), battery, precision=str(dtype).removeprefix("torch."), device=device, revision=revision, direction=direction,
+                   controls=controls, max_rows=max_rows, workers=workers or 1)
     if not isinstance(model, Model): model = load_model(model, device=device, dtype=dtype, revision=revision)
     pairs, spares = load_battery(battery), load_spares() if battery is None else []
     folder = Path(out) if out is not None else Path("runs") / Path(model.name).name.replace(":", "-")
@@ -167,7 +171,8 @@ def left_out_lines(run: Run) -> list[str]:
     "Which pairs a run had to leave out, in a line; none if it left out none."
     if not len(run.left_out): return []
     names, reason = list(dict.fromkeys(run.left_out.pair_id)), run.left_out.reason[0]
-    return [f"Left out: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''} ({reason[:200]}). The same command tries again."]
+    of = "" if "pairs" in set(run.left_out.part) else " of a control"
+    return [f"Left out{of}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''} ({reason[:200]}). The same command tries again."]
 
 
 def closing_lines(folder: str | Path) -> list[str]:

@@ -290,3 +290,15 @@ def test_the_commands(loaded, options, files, tmp_path):
     assert done.exit_code == 0 and loaded == ["bizzaro-nano"], done.output
     assert done.stdout.startswith("bizzaro-nano, 2 pairs: the 2 with the largest TotalSwing") and all(str(tmp_path / "run" / f) in done.stdout or f == "circuit.json" for f in files)
     assert all((tmp_path / "run" / f).exists() for f in files) and json.loads((tmp_path / "run" / "run.json").read_text())["options"]["command"] == options[0]
+
+
+def test_a_pair_that_cannot_be_swept_is_left_out_of_circuits_and_named(nano, ranked, tmp_path, monkeypatch):
+    bad, original = ranked[1].id, circuits_run.swept
+    def overflows(model, **options):
+        sweeper = original(model, **options)
+        return lambda pairs: sweeper(pairs).assign(effect=lambda t: t.effect.where(t.pair_id != bad, np.inf))
+    monkeypatch.setattr(circuits_run, "swept", overflows)
+    folder = run_circuit(nano, out=tmp_path / "r", at="final", n=4, each=True)
+    told = json.loads((folder / "circuit.json").read_text())
+    assert told["pairs"] == [ranked[i].id for i in (0, 2, 3)] and told["n"] == 3 and pd.read_csv(folder / "clusters.csv").shape[0] in (3, 4)
+    assert pd.read_csv(folder / "left_out.csv").pair_id.tolist() == [bad] and f"({circuits_folder.LEFT_OUT}): {bad}." in circuit_lines(folder)[0]

@@ -18,7 +18,8 @@ from filelock import FileLock, Timeout
 from ..files import read_table, write_table
 
 # %% auto #0
-__all__ = ['NUMBERS', 'LEFT_OUT', 'LEFT', 'pair_file', 'read_pair', 'is_done', 'not_finite', 'note_left_out', 'BusyError', 'held']
+__all__ = ['NUMBERS', 'LEFT_OUT', 'OURS', 'LEFT', 'pair_file', 'read_pair', 'is_done', 'not_finite', 'note_left_out', 'BusyError',
+           'held']
 
 # %% ../../nbs/library/scale/01_folders.ipynb #7a8dbeac
 _FILE = re.compile(r"(?!(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$))[a-z0-9_][a-z0-9 ,_.+=()-]{0,119}(?<![ .])")
@@ -55,7 +56,7 @@ def not_finite(rows: pd.DataFrame) -> str:
     if not bad.any(): return ""
     first, names = rows[bad].iloc[0], [name for name in ("intervention", "path", "part", "site", "layer", "position") if name in rows]
     where = first[names[0]] if names and names[0] in ("intervention", "path", "part") else " ".join(f"{name} {first[name]}" for name in names)
-    return f"not finite in {bad.sum()} of {len(rows)} rows, first {where}: half precision may have overflowed; use --dtype float32 or bfloat16"
+    return f"not finite in {bad.sum()} of {len(rows)} rows, first {where}: a number overflowed (half precision ends at 65,504: use --dtype float32 or bfloat16)"
 
 # %% ../../nbs/library/scale/01_folders.ipynb #4d2ba632
 LEFT_OUT = "left_out.csv"
@@ -72,6 +73,7 @@ class BusyError(ValueError):
     "A folder that another process is working on."
 
 
+OURS = ("run.json", "grid.json")  # what says that a folder is a run or a grid
 LEFT = re.compile(r"\.(?!\.).*\.\d+\.tmp")  # what `files.replacing` calls a file until it is whole
 
 
@@ -86,7 +88,8 @@ def held(folder: str | Path) -> Iterator[Path]:
     try: lock.acquire(timeout=0)
     except Timeout: raise BusyError(f"Another process is working on {folder}. Wait until it has ended, or choose another folder with --out.") from None
     try:
-        for path in folder.rglob(".*.tmp"):
-            if LEFT.fullmatch(path.name): path.unlink(missing_ok=True)
+        if any((folder / name).exists() for name in OURS):  # else nothing in it is ours to remove
+            for path in folder.rglob(".*.tmp"):
+                if LEFT.fullmatch(path.name): path.unlink(missing_ok=True)
         yield folder
     finally: lock.release()

@@ -10,10 +10,11 @@ import pickle
 import signal
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context
+from multiprocessing import current_process, get_context
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from ..model.load import load_model
 from .units import Alone, Crew, Outcome, Recipe, Say
 
 # %% auto #0
-__all__ = ['TRIES', 'CrewError', 'Source', 'Processes', 'crew_of']
+__all__ = ['TRIES', 'MAIN', 'CrewError', 'Source', 'Processes', 'source_of', 'crew_of']
 
 # %% ../../nbs/library/scale/03_processes.ipynb #0c0f121a
 class CrewError(ValueError):
@@ -42,13 +43,14 @@ class Source:
 
     def on(self, worker: int, gpus: int) -> str | None:
         "The device of a worker, where there are so many GPUs."
-        return self.device if self.device or gpus < 2 else f"{torch.accelerator.current_accelerator().type}:{worker % gpus}"
+        if gpus < 2 or (self.device and (":" in self.device or self.device == "cpu")): return self.device
+        return f"{self.device or torch.accelerator.current_accelerator().type}:{worker % gpus}"
 
     def load(self, worker: int = 0) -> Model:
         "Load it. Raises `ModelError`, and `CrewError` if it is another model by now."
         gpus = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
         model = load_model(self.name, device=self.on(worker, gpus), dtype=self.dtype, revision=self.revision)
-        if model.weights_sha256 == self.weights_sha256: return model
+        if self.weights_sha256 in ("", model.weights_sha256): return model
         raise CrewError(f"{self.name} is not the model that it was when this began: its weights have changed on disk.")
 
 # %% ../../nbs/library/scale/03_processes.ipynb #dc1dc57c
@@ -67,15 +69,17 @@ def _work(pipe: Connection, source: Source, worker: int, threads: int) -> None:
     pipe.send(os.getpid())
     known = sweeper = None
     while True:
-        try: recipe, pairs = pipe.recv()
+        try: sent = pipe.recv_bytes()
         except (EOFError, ConnectionError): return
-        if recipe is not None: known, sweeper = recipe, None
         try:
+            recipe, pairs = pickle.loads(sent)
+            if recipe is not None: known, sweeper = recipe, None
             sweeper = sweeper or known(model)
             answer = Outcome((), sweeper(pairs))
         except Exception as error: answer = Outcome((), None, _portable(error))
         try: pipe.send(answer)
         except ConnectionError: return
+        if type(answer.error).__name__ == "AcceleratorError": return  # a device in that state does nothing more for this process
 
 # %% ../../nbs/library/scale/03_processes.ipynb #930df821
 @dataclass(eq=False)
@@ -104,10 +108,11 @@ class _Worker:
         self.process.join()
         code = self.process.exitcode
         if code is None or code >= 0: return f"ended with code {code}"
-        return f"ended by signal {-code}" + " (often for want of memory)" * (code == -signal.SIGKILL)
+        return f"ended by signal {-code}" + " (often for want of memory)" * (code == -9)
 
 # %% ../../nbs/library/scale/03_processes.ipynb #58d67cb9
 TRIES = 3
+MAIN = "In a script, what starts workers has to stand below `if __name__ == '__main__':`, for each of them reads the script too."
 
 
 @dataclass(eq=False)
@@ -163,20 +168,28 @@ class Processes(_Staff):
                     yield heard._replace(pairs=unit)
                 else:
                     self.workers.remove(worker)
-                    how, lost = worker.end(), lost + (unit is None)
+                    how, lost = worker.end(), lost + (not worker.ready)
                     if self.say: self.say(f"A worker {how}; another takes its place.")
-                    if lost >= TRIES: raise CrewError(f"{lost} workers could not load the model: the last {how}. Ask for fewer.")
+                    if lost >= TRIES: raise CrewError(f"{lost} workers could not load the model: the last {how}. {MAIN if 'code' in how else 'Ask for fewer.'}")
                     if unit is None: continue
                     tries[id(unit)] += 1
                     if tries[id(unit)] < TRIES: left.appendleft(unit)
                     else: yield Outcome(unit, None, RuntimeError(f"{TRIES} workers ended over it, the last {how}"))
 
 # %% ../../nbs/library/scale/03_processes.ipynb #81f3366b
-def crew_of(workers: int | None, source: Source | None, model: Model, say: Say | None = None):
-    """A crew, for a `with`: this process alone (no number, or one), or so many processes.
+def source_of(model: Any, workers: int | None, device: str | None = None, dtype: Any = "float32", revision: str | None = None) -> Source | None:
+    """How workers would come by the model of a command; `None` for one in memory. To be asked before anything is loaded.
 
-    Raises `CrewError` for less than one worker, or a model that was not loaded by name."""
+    Raises `CrewError` for less than one worker, for a model in memory, and in a worker that reads a script which starts workers."""
     if workers is not None and workers < 1: raise CrewError(f"{workers} workers: ask for one or more.")
+    named = isinstance(model, (str, Path))
+    if workers in (None, 1): return Source(str(model), device, dtype, revision) if named else None
+    if getattr(current_process(), "_inheriting", False): raise CrewError(MAIN)
+    if not named: raise CrewError("Workers load the model themselves: give it by name (or folder), not a loaded one.")
+    return Source(str(model), device, dtype, revision)
+
+
+def crew_of(workers: int | None, source: Source | None, model: Model, say: Say | None = None) -> AbstractContextManager[Crew]:
+    "A crew, for a `with`: this process alone (no number, or one), or so many processes. `source`: from `source_of`."
     if workers in (None, 1): return nullcontext(Alone(model))
-    if source is None: raise CrewError("Workers load the model themselves: give it by name (or folder), not a loaded one.")
     return Processes(replace(source, weights_sha256=model.weights_sha256), workers, say)

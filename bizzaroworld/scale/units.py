@@ -5,6 +5,7 @@
 # %% ../../nbs/library/scale/02_units.ipynb #f7a4c732
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -51,7 +52,9 @@ class Alone:
         sweeper = recipe(self.model) if units else None
         for pairs in units:
             try: rows, error = sweeper(pairs), None
-            except Exception as failure: rows, error = None, failure
+            except Exception as failure:
+                traceback.clear_frames(failure.__traceback__)  # what a failed pass holds may be most of the memory
+                rows, error = None, failure
             yield Outcome(pairs, rows, error)
 
 # %% ../../nbs/library/scale/02_units.ipynb #b78ea534
@@ -89,22 +92,26 @@ def sweep_missing(pairs: Sequence[TokenPair], folder: Path, recipe: Recipe, crew
     """Sweep the units of which some pair has no file yet; return which pairs could not be swept, and why.
 
     `part`: where in the folder the files are. `at_once`, `by_length`: as for `units_of`. `grows`: pairs may be added later; units are made of those that have no file.
-    `advance` and `say` are told what happens. Raises the first error where nothing succeeds, `UnitError` where no number is finite."""
+    `advance` and `say` are told what happens. Raises the first error where nothing succeeds or more than half fails, `UnitError` where no number is finite."""
     missing = {tp.id for tp in pairs if not is_done(folder, tp.id, part)}
     units = units_of([tp for tp in pairs if tp.id in missing] if grows else pairs, at_once, by_length)
     units = [unit for unit in units if not missing.isdisjoint(tp.id for tp in unit)]
     total, again, errors, failed = len(pairs), [], {}, {}
-    done = there = total - sum(map(len, units))
+    done = total - sum(map(len, units))
     for units_now, last in ((units, False), (again, True)):
         for outcome in crew.run(recipe, units_now) if units_now else ():
             if outcome.error is None:
                 failed |= _keep(folder, part, outcome)
                 done += len(outcome.pairs)
             elif last: errors[outcome.pairs[0].id] = outcome.error
-            else: again += [[tp] for tp in outcome.pairs]
-            if errors and done == there and len(errors) >= min(ENOUGH, total): raise next(iter(errors.values()))
+            else:
+                again += [[tp] for tp in outcome.pairs if tp.id in missing]
+                done += sum(tp.id not in missing for tp in outcome.pairs)
+            if len(errors) >= min(ENOUGH, total) and not done: raise next(iter(errors.values()))
             if advance: advance(done + len(errors), total, outcome.pairs[0].pair.category)
+    if len(errors) > total / 2: raise next(iter(errors.values()))
     failed |= {pair_id: f"{type(error).__name__}: {error}"[:500] for pair_id, error in errors.items()}
+    failed = {pair_id: why for pair_id, why in failed.items() if pair_id in missing}
     if failed and len(failed) == total: raise UnitError(f"None of {total} pairs could be swept; {pairs[0].id}: {failed[pairs[0].id]}")
     if say: [say(f"{pair_id} is left out: {why}") for pair_id, why in failed.items()]
     if advance: advance(total, total, "")
@@ -116,4 +123,5 @@ def read_pairs(folder: Path, pairs: Sequence[TokenPair | str], part: str = "pair
     ids = [pair if isinstance(pair, str) else pair.id for pair in pairs]
     found = [rows for pair_id in ids if (rows := read_pair(folder, pair_id, part)) is not None]
     if found: return pd.concat(found, ignore_index=True)
+    if not ids: raise ValueError("No pairs: give one or more.")
     raise FileNotFoundError(f"{folder / part} holds the rows of none of {len(ids)} pairs. Run the same command again: it does only what is missing.")

@@ -76,6 +76,7 @@ def test_one_process_at_a_time_and_a_killed_one_lets_go(tmp_path):
     assert other.stdout.readline() == "held\n"
     half, mine = tmp_path / "pairs" / f".p.parquet.{other.pid}.tmp", tmp_path / ".notes.tmp"
     half.parent.mkdir()
+    (tmp_path / "run.json").write_text("{}")
     half.write_text("cut off"), mine.write_text("kept")
     with pytest.raises(BusyError, match="Another process is working on .*--out"):
         with held(tmp_path): pass
@@ -88,6 +89,8 @@ def test_one_process_at_a_time_and_a_killed_one_lets_go(tmp_path):
 def test_a_name_that_is_cleared_away_is_the_name_that_files_have_until_they_are_whole(tmp_path):
     with replacing(tmp_path / "a b.parquet") as temporary:
         temporary.write_text("half")
+        with held(tmp_path): assert temporary.exists(), "a folder that holds no run is not ours to clear"
+        (tmp_path / "grid.json").write_text("{}")
         with held(tmp_path): assert not temporary.exists()
         temporary.write_text("whole")
 

@@ -1,6 +1,10 @@
 """A unit of work is done once, whoever does it and whatever happens on the way."""
+import gc
+import operator
 import os
 import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +16,7 @@ from bizzaroworld.battery.formats import load_battery
 from bizzaroworld.battery.tokens import align
 from bizzaroworld.model.load import ModelError, load_model
 from bizzaroworld.patch.interventions import grid
-from bizzaroworld.scale.processes import CrewError, Processes, Source, crew_of
+from bizzaroworld.scale.processes import CrewError, Processes, Source, crew_of, source_of
 from bizzaroworld.scale.units import Alone, Outcome, UnitError, read_pairs, sweep_missing, swept, units_of
 
 SOURCE = Source("bizzaro-nano")
@@ -67,6 +71,12 @@ class Unpicklable(Exception):
     def __init__(self, one, two): super().__init__(f"{one} and {two}")
 
 
+class Unreadable:
+    "A recipe that can be written and not read, as one that was defined in a notebook."
+    def __call__(self, model): raise NotImplementedError
+    def __reduce__(self): return operator.methodcaller("no_such_name"), ("text",)
+
+
 def strange(model):
     def sweep(unit): raise Unpicklable("this", "that")
     return sweep
@@ -118,6 +128,46 @@ def test_a_pair_that_overflows_is_left_out_by_itself(model, pairs, two, tmp_path
     assert list(failed) == [bad] and "not finite" in failed[bad] and np.isfinite(read_pairs(tmp_path, pairs).patched).all()
 
 
+def test_a_pair_that_failed_and_is_asked_again_alone_changes_nothing_else(model, pairs, tmp_path):
+    """Three pairs of one unit are left out; asked again they fail again, which stops nothing, and those of their unit that were there stay and are not named."""
+    bad = [tp.id for tp in units_of(pairs, 4)[0][:3]]
+    broken = partial(failing, bad=bad)
+    for _ in range(2): assert set(sweep_missing(pairs, tmp_path, broken, Alone(model), at_once=4)) == set(bad)
+    assert len(read_pairs(tmp_path, pairs)) == 5
+
+
+def test_where_most_of_it_fails_the_error_is_raised_and_the_rest_is_kept(model, pairs, tmp_path):
+    with pytest.raises(RuntimeError, match="no such luck"): sweep_missing(pairs, tmp_path, partial(failing, bad=[tp.id for tp in pairs[:5]]), Alone(model), at_once=1, by_length=False)
+    assert len(read_pairs(tmp_path, pairs)) == 3
+
+
+def test_a_failed_pass_is_let_go_of_before_the_next_begins(model, pairs, tmp_path):
+    alive = []
+    class Pass: pass
+    def recipe(model):
+        def sweep(unit):
+            held = Pass()
+            alive.append(sum(type(o) is Pass for o in gc.get_objects()))
+            if unit[0] is not pairs[0]: raise MemoryError("no room")
+            return lengths(model)(unit)
+        return sweep
+    with pytest.raises(MemoryError): sweep_missing(pairs, tmp_path, recipe, Alone(model), at_once=1, by_length=False)
+    assert set(alive) == {1}
+
+
+def test_what_a_worker_cannot_read_is_told_and_the_worker_stays(pairs, two, tmp_path):
+    with pytest.raises(AttributeError, match="no_such_name"): sweep_missing(pairs[:1], tmp_path, Unreadable(), two)
+    assert sweep_missing(pairs[:1], tmp_path, lengths, two) == {}
+
+
+@pytest.mark.slow
+def test_a_script_without_a_guard_is_told_what_it_lacks(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("from bizzaroworld.pipeline import run_study\nrun_study('bizzaro-nano', out='run', workers=2)\n")
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.rstrip().splitlines()[-1].endswith("for each of them reads the script too.")
+
+
 def test_where_no_pair_is_finite_there_is_nothing_to_go_on_with(model, pairs, tmp_path):
     with pytest.raises(UnitError, match="None of 3 pairs could be swept; .*not finite"): sweep_missing(pairs[:3], tmp_path, partial(overflowing, bad=[tp.id for tp in pairs]), Alone(model))
 
@@ -154,8 +204,9 @@ def test_workers_end_with_the_crew(model, pairs, tmp_path):
 
 
 def test_a_crew_that_cannot_be_had_is_refused_in_words(model, pairs, tmp_path):
-    with pytest.raises(CrewError, match="0 workers"): crew_of(0, SOURCE, model)
-    with pytest.raises(CrewError, match="give it by name"): crew_of(2, None, model)
+    with pytest.raises(CrewError, match="0 workers"): source_of("bizzaro-nano", 0)
+    with pytest.raises(CrewError, match="give it by name"): source_of(model, 2)
+    assert source_of(model, None) is None and source_of("bizzaro-nano", 2, "cpu") == Source("bizzaro-nano", "cpu") == source_of(Path("bizzaro-nano"), 1, "cpu")
     assert isinstance(crew_of(1, None, model).__enter__(), Alone) and isinstance(crew_of(None, None, model).__enter__(), Alone)
     with crew_of(2, Source("no-such-model"), model) as crew:
         with pytest.raises(ModelError, match="no-such-model"): sweep_missing(pairs, tmp_path, lengths, crew)
