@@ -60,6 +60,12 @@ def _portable(error: Exception) -> Exception:
     except Exception: return RuntimeError(f"{type(error).__name__}: {error}")
 
 
+def _raising(error: Exception) -> Recipe:
+    "A recipe that cannot be followed."
+    def recipe(model): raise error
+    return recipe
+
+
 def _work(pipe: Connection, source: Source, worker: int, threads: int) -> None:
     "Load the model, then sweep the units that come in; a recipe is sent once and serves until the next."
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that began this one
@@ -72,7 +78,8 @@ def _work(pipe: Connection, source: Source, worker: int, threads: int) -> None:
         try: sent = pipe.recv_bytes()
         except (EOFError, ConnectionError): return
         try:
-            recipe, pairs = pickle.loads(sent)
+            try: recipe, pairs = pickle.loads(sent)
+            except Exception as error: recipe, pairs = _raising(error), ()  # and again for every unit of it
             if recipe is not None: known, sweeper = recipe, None
             sweeper = sweeper or known(model)
             answer = Outcome((), sweeper(pairs))
