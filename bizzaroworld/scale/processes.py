@@ -10,8 +10,7 @@ import pickle
 import signal
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -21,16 +20,13 @@ import torch
 from ..battery.tokens import TokenPair
 from ..model.hooked import Model
 from ..model.load import load_model
-from .units import Alone, Crew, Outcome, Recipe, Say
+from .units import Outcome, Recipe, Say
+from .workers import CrewError
 
 # %% auto #0
-__all__ = ['TRIES', 'CrewError', 'Source', 'Processes', 'crew_of']
+__all__ = ['TRIES', 'Source', 'Processes']
 
 # %% ../../nbs/library/scale/03_processes.ipynb #0c0f121a
-class CrewError(ValueError):
-    "Workers that cannot be had, or that end again and again."
-
-
 @dataclass(frozen=True)
 class Source:
     "What `load_model` is given, and what has to come of it. `device`: where it is `None` and there are several GPUs, each worker takes the next."
@@ -170,13 +166,3 @@ class Processes(_Staff):
                     tries[id(unit)] += 1
                     if tries[id(unit)] < TRIES: left.appendleft(unit)
                     else: yield Outcome(unit, None, RuntimeError(f"{TRIES} workers ended over it, the last {how}"))
-
-# %% ../../nbs/library/scale/03_processes.ipynb #81f3366b
-def crew_of(workers: int | None, source: Source | None, model: Model, say: Say | None = None):
-    """A crew, for a `with`: this process alone (no number, or one), or so many processes.
-
-    Raises `CrewError` for less than one worker, or a model that was not loaded by name."""
-    if workers is not None and workers < 1: raise CrewError(f"{workers} workers: ask for one or more.")
-    if workers in (None, 1): return nullcontext(Alone(model))
-    if source is None: raise CrewError("Workers load the model themselves: give it by name (or folder), not a loaded one.")
-    return Processes(replace(source, weights_sha256=model.weights_sha256), workers, say)
