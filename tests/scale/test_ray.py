@@ -91,8 +91,9 @@ def slow(model, folder):
 
 
 def processes_of_ray():
-    """The processes of Ray on this machine, by their ids."""
-    return {p.pid for p in psutil.process_iter(["name", "cmdline"]) if p.info["name"] in ("raylet", "gcs_server") or "ray::" in " ".join(p.info["cmdline"] or [])}
+    """The servers of Ray and its workers on this machine, by their ids. (Agents of its own notice by and by that their server is gone.)"""
+    found = {p.pid: (p.info["name"], " ".join(p.info["cmdline"] or [])) for p in psutil.process_iter(["name", "cmdline"])}
+    return {pid for pid, (name, line) in found.items() if name in ("raylet", "gcs_server") or "ray::" in line and "Agent" not in line}
 
 
 def gone(pids, seconds=20):
@@ -100,6 +101,15 @@ def gone(pids, seconds=20):
     until = time.monotonic() + seconds
     while time.monotonic() < until and any(psutil.pid_exists(p) and psutil.Process(p).status() != "zombie" for p in pids): time.sleep(0.2)
     return not any(psutil.pid_exists(p) and psutil.Process(p).status() != "zombie" for p in pids)
+
+
+def test_a_cluster_that_is_not_there_is_named():
+    """First of all tests: what is found automatically could be that of the others."""
+    code = "from types import SimpleNamespace as S\nfrom bizzaroworld.scale.processes import Source\nfrom bizzaroworld.scale.ray import crew_of\n" \
+           "for a in ('127.0.0.1:1', 'auto'):\n try:\n  with crew_of('ray:' + a, Source('m'), S(weights_sha256='')): print('?')\n except Exception as e: print(type(e).__name__, e)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(REPO)})
+    first, second = done.stdout.splitlines()
+    assert first.startswith("CrewError No Ray cluster answers at 127.0.0.1:1") and second.startswith("CrewError Ray cannot join the cluster at auto: ")
 
 
 def test_two_actors_give_the_rows_of_one_sweep(model, pairs, recipe, two, tmp_path):
@@ -247,7 +257,7 @@ with crew_of(f"ray:{cluster.address}", Source("bizzaro-nano"), model, said.appen
             cluster.remove_node(nodes[0], allow_graceful=False)
 print("lost:", lost, "done:", sorted(o.pairs[0].id for o in found) == sorted(tp.id for tp in pairs), "errors:", sum(o.error is not None for o in found), "said:", len(said))
 ray.init(address=cluster.address, log_to_driver=False)
-print("still there:", sum(node["Alive"] for node in ray.nodes()))
+print("still there:", sum(node["Alive"] for node in ray.nodes()) >= 2)
 ray.shutdown()
 cluster.shutdown()
 """
@@ -257,13 +267,5 @@ def test_a_lost_node_loses_no_unit_and_a_joined_cluster_is_left_running(tmp_path
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO), str(Path(__file__).parent)])}
     before = processes_of_ray()
     done = subprocess.run([sys.executable, "-c", CLUSTER, str(tmp_path)], capture_output=True, text=True, timeout=200, env=env)
-    assert "lost: True done: True errors: 0 said: 1" in done.stdout and "still there: 2" in done.stdout, done.stdout + done.stderr
+    assert "lost: True done: True errors: 0 said: 1" in done.stdout and "still there: True" in done.stdout, done.stdout + done.stderr
     assert gone(processes_of_ray() - before)
-
-
-def test_a_cluster_that_is_not_there_is_named(model):
-    code = "from types import SimpleNamespace as S\nfrom bizzaroworld.scale.processes import Source\nfrom bizzaroworld.scale.ray import crew_of\n" \
-           "for a in ('127.0.0.1:1', 'auto'):\n try:\n  with crew_of('ray:' + a, Source('m'), S(weights_sha256='')): print('?')\n except Exception as e: print(type(e).__name__, e)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PYTHONPATH": str(REPO)})
-    first, second = done.stdout.splitlines()
-    assert first.startswith("CrewError No Ray cluster answers at 127.0.0.1:1") and second.startswith("CrewError Ray cannot join the cluster at auto: ")
