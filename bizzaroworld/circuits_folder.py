@@ -28,7 +28,8 @@ from .patch.sweep import DIRECTIONS
 from .pipeline import collect, noted, run_info
 from .results.estimates import estimate_means
 from .scale.folders import LEFT_OUT, held, is_done, note_left_out
-from .scale.processes import crew_of, source_of
+from .scale.processes import source_of
+from .scale.ray import crew_of
 from .scale.units import Advance, Alone, Crew, Recipe, Say, sweep_missing
 from .study.runs import claim
 
@@ -97,7 +98,7 @@ class Opened:
 @contextmanager
 def opened(command: str, model: str | Model, settings: dict, check: Callable[[Model, list[TokenPair]], None], *, battery: str | Path | None = None,
            out: str | Path | None = None, n: int = 15, known: str = "preferred", direction: str = "noising", chat: bool = False, bos: bool | None = None,
-           multi_token: bool = False, device: str | None = None, dtype: str = "float32", revision: str | None = None, workers: int | None = None,
+           multi_token: bool = False, device: str | None = None, dtype: str = "float32", revision: str | None = None, workers: int | str | None = None,
            progress: Advance | None = None, say: Say | None = None) -> Iterator[Opened]:
     """Claim a folder for a run, and hold it for the block; which pairs could not be swept is written at its end. `n`: how many pairs at most; `known`: one of `DEGREES`, or `all`; `out`: the folder (else `circuits/MODEL/COMMAND`). `check` raises
     `ValueError` for settings that do not fit the model or the pairs. The other arguments are those of `run_study`, and so are the errors; raises `CircuitsError`, too."""

@@ -21,7 +21,8 @@ from .model.hooked import Model
 from .model.load import load_model
 from .model.names import called
 from .scale.folders import LEFT_OUT, held
-from .scale.processes import crew_of, source_of
+from .scale.processes import source_of
+from .scale.ray import crew_of
 from .scale.units import Advance, Say
 from .tasks.ability import ability, only_right
 from .tasks.recipes import Task
@@ -99,7 +100,7 @@ def _made(model: Model, name: str, n: int, seed: int, corruption: str | None, kn
 # %% ../nbs/library/05_methods_run.ipynb #6b1d0a12
 def run_methods(model: str | Model, task: str = "ioi", *, out: str | Path | None = None, n: int = 60, seed: int = 0, corruption: str | None = None, known: bool = False,
                 settings: Settings = Settings(), device: str | None = None, dtype: str = "float32", revision: str | None = None, max_rows: int = 8192,
-                workers: int | None = None, progress: Advance | None = None, say: Say | None = None) -> Path:
+                workers: int | str | None = None, progress: Advance | None = None, say: Say | None = None) -> Path:
     """The grid of methods for one task on one model; returns its folder (else `methods/MODEL/TASK`).
 
     `task`, `n`, `seed`, `corruption`: as for `make_task`. `known`: only pairs whose clean answer the model ranks first of all tokens, from up
@@ -114,7 +115,7 @@ def run_methods(model: str | Model, task: str = "ioi", *, out: str | Path | None
     write_json(folder / "ability.json", able.row() | {"sentence": able.sentence + chosen, "question": made.question, "replaced": made.corruption, "model": model.name})
     if not able.can_do: return folder
     with held(folder), crew_of(workers, source, model, say) as crew:
-        table = run_grid(model, made, folder, settings, max_rows=max_rows, crew=crew, workers=workers or 1, progress=progress, say=say)
+        table = run_grid(model, made, folder, settings, max_rows=max_rows, crew=crew, workers=crew.n, progress=progress, say=say)
         for name, found in grid_tables(table).items(): write_table(folder / f"{name}.csv", found)
         write_plates(methods_plates(table, model.name), folder / "figures")
     return folder

@@ -10,9 +10,11 @@ from typing import Annotated, Literal
 
 import typer
 
+from .scale.workers import CrewError, asked
+
 # %% auto #0
-__all__ = ['ModelName', 'BatteryFile', 'Device', 'Dtype', 'Revision', 'Direction', 'Chat', 'Bos', 'MultiToken', 'Workers',
-           'Anyway', 'Debug', 'TableFile', 'RunName', 'RunNames']
+__all__ = ['ModelName', 'BatteryFile', 'Device', 'Dtype', 'Revision', 'Direction', 'Chat', 'Bos', 'MultiToken', 'Anyway', 'Debug',
+           'Workers', 'TableFile', 'RunName', 'RunNames']
 
 # %% ../nbs/library/04_options.ipynb #5faddf73
 ModelName = Annotated[str, typer.Option("--model", "-m", metavar="NAME",
@@ -29,10 +31,18 @@ Chat = Annotated[bool, typer.Option("--chat", help="Put each prompt into the mod
 Bos = Annotated[bool | None, typer.Option("--bos/--no-bos", help="Begin prompts with a BOS, or not. Default: where the tokenizer has one.")]
 MultiToken = Annotated[bool, typer.Option("--multi-token", help=(
     "Compare answers of several tokens at the first token in which they differ, instead of refusing them."))]
-Workers = Annotated[int | None, typer.Option(metavar="N", min=1, help=(
-    "So many processes, each with the model: N times its memory. One for each GPU, or for two or three cores. Default: this process."))]
 Anyway = Annotated[bool, typer.Option("--anyway", help="Begin even if it does not seem to fit the disk or the memory (see `plan`).")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the whole traceback when something fails.")]
+
+# %% ../nbs/library/04_options.ipynb #a29269c3
+def _workers(text: str | None) -> str | None:
+    try: asked(text)
+    except CrewError as error: raise typer.BadParameter(str(error)) from None
+    return text
+
+Workers = Annotated[str | None, typer.Option(metavar="N|ray[:address]", callback=_workers, help=(
+    "So many processes, each with the model: N times its memory. One for each GPU, or for two or three cores. Or a Ray cluster: ray, ray:N, ray:auto, ray:HOST:PORT. "
+    "Default: this process."))]
 
 # %% ../nbs/library/04_options.ipynb #c0623ab6
 def _table_file(path: Path | None) -> Path | None:

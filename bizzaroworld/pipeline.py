@@ -32,8 +32,10 @@ from .results.summary import findings, summarize
 from .patch.forecast import Forecast
 from .patch.telling import announced
 from .scale.folders import LEFT_OUT, held, is_done, note_left_out, pair_file
-from .scale.processes import crew_of, source_of
+from .scale.processes import source_of
+from .scale.ray import crew_of
 from .scale.units import Advance, Crew, Say, read_pairs, sweep_missing
+from .scale.workers import asked
 from .study.controls import CONTROLLED, CONTROLS, Control, controls_of, default_controls
 from .study.experiments import EXPERIMENTS, sweep_experiments
 from .study.foreseen import NOTHING, check_room, sweeps_of
@@ -122,21 +124,21 @@ def study_forecast(model: Model, result: Triage, controls: Sequence[Control], fo
 def run_study(model: str | Model, *, battery: str | Path | None = None, out: str | Path | None = None,
               device: str | None = None, dtype: str = "float32", revision: str | None = None,
               direction: str = "noising", chat: bool = False, bos: bool | None = None, multi_token: bool = False,
-              controls: Sequence[str] | None = None, max_rows: int = 8192, workers: int | None = None, anyway: bool = False,
+              controls: Sequence[str] | None = None, max_rows: int = 8192, workers: int | str | None = None, anyway: bool = False,
               progress: Advance | None = None, say: Say | None = None) -> Path:
     """Run the whole study on a model; return the run folder.
 
     `model`: a name for `load_model`, or a loaded model. `battery`: a file of pairs (else the shipped 60, with the
     shipped spares for those that the tokenizer drops). `chat`: each prompt begins the answer of an instruction-tuned model.
     `bos`, `multi_token`: as in `align`. `out`: the folder (else `runs/NAME`). `controls`: names of controls (else `default_controls`; none: `()`). `workers`: so many processes, each with the
-    model (else this one alone). `anyway`: begin even what does not seem to fit. `progress` is called with (pairs done, pairs, a note), `say` with a line about what is to come or went wrong.
+    model, or a Ray cluster, as in `asked` (else this process alone). `anyway`: begin even what does not seem to fit. `progress` is called with (pairs done, pairs, a note), `say` with a line about what is to come or went wrong.
 
     Raises `NoRoomError` for what does not fit disk or memory, `ModelError`, `BatteryError`, `CrewError`, `BusyError`, `ValueError` for an unknown control, or `RunError` if the folder holds another run
     or no pair is left."""
     source = source_of(model, workers, device, dtype, revision)
     if source and not anyway:
         check_room(source.name, Path(out or "runs"), battery, precision=str(dtype).removeprefix("torch."), device=device, revision=revision, direction=direction,
-                   controls=controls, max_rows=max_rows, workers=workers or 1)
+                   controls=controls, max_rows=max_rows, workers=asked(workers).here)
     if not isinstance(model, Model): model = load_model(model, device=device, dtype=dtype, revision=revision)
     pairs, spares = load_battery(battery), load_spares() if battery is None else []
     folder = Path(out) if out is not None else Path("runs") / Path(model.name).name.replace(":", "-")
@@ -148,7 +150,7 @@ def run_study(model: str | Model, *, battery: str | Path | None = None, out: str
         result = triage(model, pairs, spares, **aligned)
         result.save(folder)
         possible = _controls(model, result.golden("C"), default_controls(model) if controls is None else controls, folder, direction, max_rows)
-        if say: _announce(model, study_forecast(model, result, possible, folder, direction, max_rows), result, workers, say)
+        if say: _announce(model, study_forecast(model, result, possible, folder, direction, max_rows), result, crew.n, say)
         note_left_out(folder, sweep_study(crew, result, possible, folder, direction, max_rows, progress, say))
         run, n = open_run(folder), len(result.table)
         if progress: progress(n, n, "summary")
@@ -158,8 +160,8 @@ def run_study(model: str | Model, *, battery: str | Path | None = None, out: str
     return folder
 
 
-def _announce(model: Model, forecast: Forecast | None, result: Triage, workers: int | None, say: Say) -> None:
-    if forecast and (line := announced(model, forecast, result.golden("C")[0].clean_ids, workers=workers or 1)): say(line)
+def _announce(model: Model, forecast: Forecast | None, result: Triage, workers: int, say: Say) -> None:
+    if forecast and (line := announced(model, forecast, result.golden("C")[0].clean_ids, workers=workers)): say(line)
 
 # %% ../nbs/library/02_pipeline.ipynb #e7434512
 FILES = {"triage.csv": "every pair, ranked by TotalSwing", "effects.parquet": "every intervention, one row each",

@@ -74,7 +74,7 @@ def test_study_passes_every_option_on_and_prints_the_closing_lines(stand_in, tmp
     assert callable(options.pop("progress")) and callable(options.pop("say"))
     assert (name, options) == ("google/gemma-2b", dict(
         battery=battery, out=tmp_path / "run", device="cpu", dtype="bfloat16", revision="main", direction="denoising", chat=False,
-        bos=None, multi_token=False, controls=(), max_rows=7, workers=2, anyway=False))
+        bos=None, multi_token=False, controls=(), max_rows=7, workers="2", anyway=False))
     assert done.stdout.splitlines() == ["60 pairs swept", f"Files: {tmp_path / 'run'}"]
     assert done.stderr == "", "no progress bar where there is no terminal"
 

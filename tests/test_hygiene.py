@@ -19,7 +19,7 @@ WINGS = {wing: rooms.split() for wing, rooms in {
     "model": "names bridge readout hooked identity adapters gguf checks load catalog",
     "tasks": "drafts recipes ioi greater_than docstring arithmetic choices recall registry ability",
     "patch": "interventions metrics noise passes engine means forecast telling sweep hops",
-    "scale": "folders units processes configs needs simulate",
+    "scale": "folders workers units processes ray configs needs simulate",
     "methods": "detections multiverse grid attention cross_model masks",
     "circuits": "gradients attribution atp_star search_baselines paths interactions knockout edge_sets faithfulness search",
     "study": "runs experiments controls foreseen",
@@ -33,7 +33,7 @@ WINGS = {wing: rooms.split() for wing, rooms in {
     "top": "pipeline console options methods_run methods_command circuits_folder circuits_run circuits_command plan_command cli"}.items()}
 FLOW = [room if wing in ("ground", "top") else f"{wing}.{room}" for wing, rooms in WINGS.items() for room in rooms]
 # What `--help` and a reader of the battery wait for; and all that reads a run, which needs no model.
-TORCHLESS = {"files", "scale.folders", "console", "options", "methods_command", "circuits_command", "plan_command", "cli", "battery.pairs", "battery.layouts", "battery.formats", "battery.knowing", "battery.facts", "model.names", "model.catalog", "methods.detections", "methods.multiverse", "study.runs", "paper.pages", "views.explorer",
+TORCHLESS = {"files", "scale.folders", "scale.workers", "console", "options", "methods_command", "circuits_command", "plan_command", "cli", "battery.pairs", "battery.layouts", "battery.formats", "battery.knowing", "battery.facts", "model.names", "model.catalog", "methods.detections", "methods.multiverse", "study.runs", "paper.pages", "views.explorer",
              *(name for name in FLOW if name.partition(".")[0] in ("results", "replication", "figures"))}
 # The one exception to the flow: `Sweep.plot` draws when it is called, as pandas does.
 UPWARD = {("patch.sweep", "figures.sweeps")}
@@ -199,7 +199,7 @@ def declared() -> set[str]:
     """The packages that settings.ini requires at run time, or an extra does."""
     ini = ConfigParser(delimiters=["="], interpolation=None)
     ini.read(REPO / "settings.ini")
-    lines = [line for key in ("requirements", "gguf_requirements", "peft_requirements") for line in ini["DEFAULT"][key].split()]
+    lines = [line for key in ("requirements", "gguf_requirements", "peft_requirements", "ray_requirements") for line in ini["DEFAULT"][key].split()]
     return {canonical(re.split(r"[<>=]", line)[0]) for line in lines}
 
 
@@ -213,7 +213,7 @@ def undeclared(name: str, text: str) -> list[str]:
     tops = {m.partition(".")[0] for m in imported(ast.parse(text), name) if m not in FLOW} - set(sys.stdlib_module_names)
     owners = packages_distributions()
     return [top for top in sorted(tops - {"bizzaroworld", "__version__"})
-            if not declared() & {canonical(d) for d in owners.get(top, [])}]
+            if not declared() & {canonical(d) for d in owners.get(top, [top])}]
 
 
 BAD_MODULES = [

@@ -10,8 +10,7 @@ import pickle
 import signal
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from multiprocessing import current_process, get_context
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -22,16 +21,13 @@ import torch
 from ..battery.tokens import TokenPair
 from ..model.hooked import Model
 from ..model.load import load_model
-from .units import Alone, Crew, Outcome, Recipe, Say
+from .units import Outcome, Recipe, Say
+from .workers import CrewError, asked
 
 # %% auto #0
-__all__ = ['TRIES', 'MAIN', 'CrewError', 'Source', 'Processes', 'source_of', 'crew_of']
+__all__ = ['TRIES', 'MAIN', 'Source', 'Processes', 'source_of']
 
 # %% ../../nbs/library/scale/03_processes.ipynb #0c0f121a
-class CrewError(ValueError):
-    "Workers that cannot be had, or that end again and again."
-
-
 @dataclass(frozen=True)
 class Source:
     "What `load_model` is given, and what has to come of it. `device`: where it is `None` and there are several GPUs, each worker takes the next."
@@ -184,19 +180,13 @@ class Processes(_Staff):
                     else: yield Outcome(unit, None, RuntimeError(f"{TRIES} workers ended over it, the last {how}"))
 
 # %% ../../nbs/library/scale/03_processes.ipynb #81f3366b
-def source_of(model: Any, workers: int | None, device: str | None = None, dtype: Any = "float32", revision: str | None = None) -> Source | None:
+def source_of(model: Any, workers: int | str | None, device: str | None = None, dtype: Any = "float32", revision: str | None = None) -> Source | None:
     """How workers would come by the model of a command; `None` for one in memory. To be asked before anything is loaded.
 
-    Raises `CrewError` for less than one worker, for a model in memory, and in a worker that reads a script which starts workers."""
-    if workers is not None and workers < 1: raise CrewError(f"{workers} workers: ask for one or more.")
+    Raises `CrewError` for what `asked` does not understand, for a model in memory, and in a worker that reads a script which starts workers."""
+    n, ray, _ = asked(workers)
     named = isinstance(model, (str, Path))
-    if workers in (None, 1): return Source(str(model), device, dtype, revision) if named else None
+    if n == 1 and not ray: return Source(str(model), device, dtype, revision) if named else None
     if getattr(current_process(), "_inheriting", False): raise CrewError(MAIN)
     if not named: raise CrewError("Workers load the model themselves: give it by name (or folder), not a loaded one.")
     return Source(str(model), device, dtype, revision)
-
-
-def crew_of(workers: int | None, source: Source | None, model: Model, say: Say | None = None) -> AbstractContextManager[Crew]:
-    "A crew, for a `with`: this process alone (no number, or one), or so many processes. `source`: from `source_of`."
-    if workers in (None, 1): return nullcontext(Alone(model))
-    return Processes(replace(source, weights_sha256=model.weights_sha256), workers, say)

@@ -39,12 +39,14 @@ class Outcome(NamedTuple):
 
 
 class Crew(Protocol):
-    "Who does the work. Units come back in any order, each once."
+    "Who does the work: `n` at once. Units come back in any order, each once."
+    n: int
     def run(self, recipe: Recipe, units: Sequence[Sequence[TokenPair]]) -> Iterator[Outcome]: ...
 
 # %% ../../nbs/library/scale/02_units.ipynb #fca57701
 class Alone:
     "This process does one unit after another."
+    n = 1
 
     def __init__(self, model: Model): self.model = model
 

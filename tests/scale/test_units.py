@@ -16,8 +16,10 @@ from bizzaroworld.battery.formats import load_battery
 from bizzaroworld.battery.tokens import align
 from bizzaroworld.model.load import ModelError, load_model
 from bizzaroworld.patch.interventions import grid
-from bizzaroworld.scale.processes import CrewError, Processes, Source, crew_of, source_of
+from bizzaroworld.scale.processes import Processes, Source, source_of
+from bizzaroworld.scale.ray import crew_of
 from bizzaroworld.scale.units import Alone, Outcome, UnitError, read_pairs, sweep_missing, swept, units_of
+from bizzaroworld.scale.workers import CrewError
 
 SOURCE = Source("bizzaro-nano")
 
