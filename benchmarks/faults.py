@@ -10,23 +10,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import signal
 import sys
 import tempfile
 import time
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 torch.set_num_threads(1)  # a fork has one thread
 
-from bizzaroworld import __version__
 from bizzaroworld.battery.formats import load_battery
 from bizzaroworld.model.load import load_model
 from bizzaroworld.pipeline import run_study
+from patching import hardware
 
 COMPARED = """
 import json, sys
@@ -89,7 +89,7 @@ def main() -> None:
         ends += compared(folder, place / "undisturbed")
     record = {"what": "a study of bizzaro-nano, killed (SIGKILL) at random moments and started again", "pairs": asked.pairs, "kills": kills, "studies_that_ended": ends,
               "different": 0, "killed_during": stages, "seed": asked.seed, "command": f"python benchmarks/faults.py --kills {asked.kills} --pairs {asked.pairs}",
-              "versions": {"bizzaroworld": __version__, "torch": torch.__version__, "python": platform.python_version()}, "system": platform.system()}
+              "hardware": hardware(), "versions": {name: version(name) for name in ("bizzaroworld", "torch", "transformers", "transformer-lens")}}
     print(json.dumps(record, indent=1))
     if asked.out: asked.out.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -59,7 +59,7 @@ def _left_out(folder: Path) -> pd.DataFrame:
     there = (folder / LEFT_OUT).exists()
     return unguarded(pd.read_csv(folder / LEFT_OUT, dtype=str, keep_default_na=False)) if there else pd.DataFrame(columns=["pair_id", "part", "reason"])
 
-
+# %% ../nbs/library/07_circuits_folder.ipynb #370d774c
 @dataclass(frozen=True)
 class Opened:
     "A folder that is this run and no other, what is put to the model, and who sweeps. `failed`: which pairs could not be swept, by part."

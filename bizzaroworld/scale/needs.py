@@ -85,7 +85,10 @@ def bytes_in(counts: Counts, precision: str) -> int:
 def shape_of(config: Any) -> Shape:
     "The shape that a configuration tells."
     c = config.get_text_config()
-    def get(*names): return next((v for v in (getattr(c, name, None) for name in names) if isinstance(v, int) and v), None)
+    def value(name):
+        try: return getattr(c, name, None)
+        except Exception: return None  # transformers refuses a value that differs from layer to layer
+    def get(*names): return next((v for v in map(value, names) if isinstance(v, int) and v), None)
     n, d = c.num_attention_heads, c.hidden_size
     kv = 1 if getattr(c, "multi_query", False) else get("num_key_value_heads", "num_kv_heads") or n
     return Shape(c.num_hidden_layers, n, kv, d, get("head_dim") or d // n, c.vocab_size, get("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size") or 4 * d)

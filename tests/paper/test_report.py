@@ -248,10 +248,18 @@ def test_a_kernel_that_dies_is_named_by_chapter_and_cell(moved):
     with pytest.raises(RuntimeError, match=r"Chapter 02_b, cell 3 \(os._exit\(9\)\): its process ended"): report.execute(killed, moved.folder)
 
 
-def test_a_stop_while_a_chapter_runs_is_a_stop_and_ends_the_kernel(moved, tmp_path):
+@pytest.fixture
+def hears_of_stops():
+    "Ctrl-C raises, also where this was begun in the background by a shell, which has such programs ignore it."
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_stop_while_a_chapter_runs_is_a_stop_and_ends_the_kernel(moved, tmp_path, hears_of_stops):
     """Ctrl-C is neither a lack of memory nor a chapter that failed."""
     note = tmp_path / "pid"
-    endless = [chapter("01_a", code(f"import os, pathlib, time\npathlib.Path({str(note)!r}).write_text(str(os.getpid()))\ntime.sleep(600)")), TINY[3]]
+    endless = [chapter("01_a", code(f"import os, pathlib, time\npathlib.Path({str(note)!r}).write_text(str(os.getpid()))\ntime.sleep(60)")), TINY[3]]
     def stop():
         while not (note.exists() and note.read_text()): time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)

@@ -78,7 +78,7 @@ def test_damaged_files_are_made_again(nano, few, undisturbed, tmp_path):
 def test_a_study_that_is_stopped_says_so_and_goes_on(few, undisturbed, tmp_path, number, code):
     """As a user would: the command, a signal once the first pair is there, and the same command again."""
     folder = tmp_path / "run"
-    command = [sys.executable, "-c", "from bizzaroworld import cli, pipeline; pipeline.save_figures = lambda *_: None; cli.main()", "study", "--battery", str(few), "--out", str(folder), "--no-report", "--rows", "1"]
+    command = [sys.executable, "-c", "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from bizzaroworld import cli, pipeline; pipeline.save_figures = lambda *_: None; cli.main()", "study", "--battery", str(few), "--out", str(folder), "--no-report", "--rows", "1"]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (folder / "golden_C.csv").exists() and first.poll() is None: time.sleep(0.01)
     first.send_signal(number)
