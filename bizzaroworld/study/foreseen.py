@@ -114,8 +114,7 @@ def plan_lines(needs: Needs, device: str = "cpu") -> list[str]:
            f"Work         {work.pairs:,} pairs ({needs.tokens}), {work.rows:,} rows in {work.passes:,} passes ({work.rows / max(1, work.passes):,.0f} rows a pass), "
            f"{work.token_layers:,} token-layers"]
     if needs.seconds is not None:
-        out.append(f"Time         about {in_words(needs.seconds)} on this machine's {device}, a guess from its measured speed (within a factor of two on the models "
-                   "that it was tried on, if nothing else runs)")
+        out.append(f"Time         about {in_words(needs.seconds)} on this machine's {device}, a guess from its measured speed, if nothing else runs")
     return out
 
 # %% ../../nbs/library/study/04_foreseen.ipynb #b4ba6c51
