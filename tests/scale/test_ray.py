@@ -13,6 +13,8 @@ import pytest
 
 ray = pytest.importorskip("ray", reason="the extra [ray]")
 
+from recipes import failing, killing, lengths, strange  # noqa: E402
+
 from bizzaroworld.battery.formats import load_battery  # noqa: E402
 from bizzaroworld.battery.tokens import align  # noqa: E402
 from bizzaroworld.model.load import ModelError, load_model  # noqa: E402
@@ -46,39 +48,6 @@ def two(model):
     with crew_of("ray:2", SOURCE, model, said.append) as crew:
         crew.said = said
         yield crew
-
-
-def lengths(model):
-    """A recipe that needs no model: how many tokens a pair has, and which process counted."""
-    return lambda unit: pd.DataFrame({"pair_id": [tp.id for tp in unit], "patched": [float(len(tp.clean_ids)) for tp in unit], "pid": os.getpid()})
-
-
-def failing(model, bad):
-    """A recipe that cannot take some pairs."""
-    def sweep(unit):
-        if any(tp.id in bad for tp in unit): raise RuntimeError("no such luck")
-        return lengths(model)(unit)
-    return sweep
-
-
-def killing(model, bad, folder, times):
-    """A recipe whose process dies over some pairs, so many times."""
-    def sweep(unit):
-        before = len(list(Path(folder).glob("died-*")))
-        if any(tp.id in bad for tp in unit) and before < times:
-            (Path(folder) / f"died-{before}").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return lengths(model)(unit)
-    return sweep
-
-
-class Unpicklable(Exception):
-    def __init__(self, one, two): super().__init__(f"{one} and {two}")
-
-
-def strange(model):
-    def sweep(unit): raise Unpicklable("this", "that")
-    return sweep
 
 
 def slow(model, folder):
@@ -205,7 +174,7 @@ print("initialized:", ray.is_initialized())
 
 def begin(tmp_path, *args, **options):
     return subprocess.Popen([sys.executable, "-c", BEGINS, str(tmp_path), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO), str(Path(__file__).parent)])}, **options)
+                            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO), str(REPO / "tests"), str(Path(__file__).parent)])}, **options)
 
 
 def test_a_cluster_of_our_own_ends_with_the_block_and_says_nothing(tmp_path):
@@ -264,7 +233,7 @@ cluster.shutdown()
 
 
 def test_a_lost_node_loses_no_unit_and_a_joined_cluster_is_left_running(tmp_path):
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO), str(Path(__file__).parent)])}
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO), str(REPO / "tests"), str(Path(__file__).parent)])}
     before = processes_of_ray()
     done = subprocess.run([sys.executable, "-c", CLUSTER, str(tmp_path)], capture_output=True, text=True, timeout=200, env=env)
     assert "lost: True done: True errors: 0 said: 1" in done.stdout and "still there: True" in done.stdout, done.stdout + done.stderr

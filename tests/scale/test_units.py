@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from recipes import failing, killing, lengths, strange
 
 from bizzaroworld.battery.formats import load_battery
 from bizzaroworld.battery.tokens import align
@@ -42,46 +43,13 @@ def two(model):
     with crew_of(2, SOURCE, model) as crew: yield crew
 
 
-def lengths(model):
-    """A recipe that needs no model: how many tokens a pair has."""
-    return lambda unit: pd.DataFrame({"pair_id": [tp.id for tp in unit], "patched": [float(len(tp.clean_ids)) for tp in unit]})
-
-
-def failing(model, bad, error=RuntimeError("no such luck")):
-    """A recipe that cannot take some pairs."""
-    def sweep(unit):
-        if any(tp.id in bad for tp in unit): raise error
-        return lengths(model)(unit)
-    return sweep
-
-
 def overflowing(model, bad): return lambda unit: lengths(model)(unit).assign(patched=lambda t: t.patched.where(~t.pair_id.isin(bad), np.inf))
-
-
-def killing(model, bad, folder, times):
-    """A recipe whose process dies over some pairs, so many times."""
-    def sweep(unit):
-        before = len(list(Path(folder).glob("died-*")))
-        if any(tp.id in bad for tp in unit) and before < times:
-            (Path(folder) / f"died-{before}").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return lengths(model)(unit)
-    return sweep
-
-
-class Unpicklable(Exception):
-    def __init__(self, one, two): super().__init__(f"{one} and {two}")
 
 
 class Unreadable:
     "A recipe that can be written and not read, as one that was defined in a notebook."
     def __call__(self, model): raise NotImplementedError
     def __reduce__(self): return operator.methodcaller("no_such_name"), ("text",)
-
-
-def strange(model):
-    def sweep(unit): raise Unpicklable("this", "that")
-    return sweep
 
 
 def test_units_follow_from_the_pairs_alone_and_hold_each_once(pairs):
