@@ -76,7 +76,7 @@ def page(browser, origins, console):
 
     context.route("**/*", pass_or_block)
     page = context.new_page()
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(60_000)  # a busy machine took over 10 s for a first sweep; no wait outlasts what it waits for
     page.on("request", lambda r: leaves(r.url) and left.append(r.url))
     page.on("websocket", lambda s: leaves(s.url) and left.append(s.url))
     page.on("console", lambda m: m.type == "error" and console.append(m.text))
