@@ -21,7 +21,7 @@ ModelName = Annotated[str, typer.Option("--model", "-m", metavar="NAME",
                                         help="A model by name (see `models`), a folder, a .gguf file, or a Hub name.")]
 BatteryFile = Annotated[Path | None, typer.Option("--battery", "-b", metavar="FILE", exists=True, dir_okay=False,
                                                   help="Prompt pairs: JSON, JSON Lines, CSV or TSV. Default: the 60 that come along.")]
-Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, mps, ... Default: cuda, if there is one.")]
+Device = Annotated[str | None, typer.Option(metavar="NAME", help="cpu, cuda, mps, ...; auto: spread over GPUs, memory and disk by accelerate. Default: cuda, if there is one.")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(
     metavar="NAME", help="float32, bfloat16 or float16. Logit differences are computed in float32 in any case.")]
 Revision = Annotated[str | None, typer.Option(metavar="NAME", help="A branch, tag or commit on the Hub.")]
@@ -41,7 +41,7 @@ def _workers(text: str | None) -> str | None:
     return text
 
 Workers = Annotated[str | None, typer.Option(metavar="N|ray[:address]", callback=_workers, help=(
-    "So many processes, each with the model: N times its memory. One for each GPU, or for two or three cores. Or a Ray cluster: ray, ray:N, ray:auto, ray:HOST:PORT. "
+    "So many processes, each with the model: N times its memory. One for each GPU, or for two or three cores. Or a Ray cluster: ray, ray:N, ray:auto, ray:HOST:PORT. share:I/N: only that share of the work (see `slurm`). "
     "Default: this process."))]
 
 # %% ../nbs/library/04_options.ipynb #c0623ab6

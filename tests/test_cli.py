@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from bizzaroworld import __version__, cli, console
-from bizzaroworld.model import catalog
+from bizzaroworld.model import names
 
 COMMANDS = ["study", "triage", "audit", "battery", "plan", "methods", "paths", "attribute", "circuit", "models", "claims", "compare", "report", "view"]
 
@@ -236,14 +236,14 @@ def test_models_reads_configs_and_weight_headers(monkeypatch, tmp_path):
     header = json.dumps({"__metadata__": {"format": "pt"}, "w": {"dtype": "F16", "shape": [1000, 500]},
                          "b": {"dtype": "F16", "shape": [100_000]}}).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    monkeypatch.setattr("bizzaroworld.model.catalog.embedded_models", lambda: {"tiny": folder})
-    assert [row[:6] for row in catalog.embedded()] == [("tiny", "0.6M", 8, 4, 1, 128)]
+    monkeypatch.setattr("bizzaroworld.model.names.embedded_models", lambda: {"tiny": folder})
+    assert [row[:6] for row in names.embedded()] == [("tiny", "0.6M", 8, 4, 1, 128)]
     done = run("models")
     assert done.exit_code == 0 and "tiny" in done.stdout and "google/gemma-2b" in done.stdout
 
 
 def test_the_embedded_models_are_listed():
-    assert {row[0] for row in catalog.embedded()} == {"bizzaro-nano", "bizzaro-nano-local", "bizzaro-micro"}
+    assert {row[0] for row in names.embedded()} == {"bizzaro-nano", "bizzaro-nano-local", "bizzaro-micro"}
 
 
 def test_a_wide_table_keeps_its_words(capsys):

@@ -16,10 +16,10 @@ MODULES = sorted(p for p in (REPO / "bizzaroworld").rglob("*.py") if p.name not 
 WINGS = {wing: rooms.split() for wing, rooms in {
     "ground": "files",
     "battery": "pairs layouts formats tokens audit knowing triage facts builder chat",
-    "model": "names bridge readout hooked identity adapters gguf checks load catalog",
+    "model": "names bridge readout hooked identity adapters gguf checks devices load",
     "tasks": "drafts recipes ioi greater_than docstring arithmetic choices recall registry ability",
     "patch": "interventions metrics noise passes engine means forecast telling sweep hops",
-    "scale": "folders workers units processes ray configs needs simulate",
+    "scale": "folders workers units processes ray slurm configs needs simulate",
     "methods": "detections multiverse grid attention cross_model masks",
     "circuits": "gradients attribution atp_star search_baselines paths interactions knockout edge_sets faithfulness search",
     "study": "runs experiments controls foreseen",
@@ -33,7 +33,7 @@ WINGS = {wing: rooms.split() for wing, rooms in {
     "top": "pipeline console options methods_run methods_command circuits_folder circuits_run circuits_command plan_command cli"}.items()}
 FLOW = [room if wing in ("ground", "top") else f"{wing}.{room}" for wing, rooms in WINGS.items() for room in rooms]
 # What `--help` and a reader of the battery wait for; and all that reads a run, which needs no model.
-TORCHLESS = {"files", "scale.folders", "scale.workers", "console", "options", "methods_command", "circuits_command", "plan_command", "cli", "battery.pairs", "battery.layouts", "battery.formats", "battery.knowing", "battery.facts", "model.names", "model.catalog", "methods.detections", "methods.multiverse", "study.runs", "paper.pages", "views.explorer",
+TORCHLESS = {"files", "scale.folders", "scale.workers", "console", "options", "methods_command", "circuits_command", "plan_command", "cli", "battery.pairs", "battery.layouts", "battery.formats", "battery.knowing", "battery.facts", "model.names", "methods.detections", "methods.multiverse", "study.runs", "paper.pages", "views.explorer",
              *(name for name in FLOW if name.partition(".")[0] in ("results", "replication", "figures"))}
 # The one exception to the flow: `Sweep.plot` draws when it is called, as pandas does.
 UPWARD = {("patch.sweep", "figures.sweeps")}

@@ -19,13 +19,19 @@ from .hooked import HEAD_SITES, NEURONS, PATTERN_SITES, SITES, Model
 from .names import ModelError
 
 # %% auto #0
-__all__ = ['Seen', 'NEXT', 'NOT_THERE', 'check_kind', 'explained_kind', 'some_ids', 'bare_logits', 'gap_of', 'is_masked',
-           'validate']
+__all__ = ['MASKS', 'DIFFUSION', 'Seen', 'NEXT', 'NOT_THERE', 'check_kind', 'explained_kind', 'some_ids', 'bare_logits', 'gap_of',
+           'is_masked', 'validate']
 
 # %% ../../nbs/library/model/07_checks.ipynb #c4ec0006
+MASKS = ("llada", "dream", "diffu", "mdlm", "bd3lm", "sedd")  # in the names of masked-diffusion models
+DIFFUSION = ("A masked-diffusion language model sees in both directions, and its answer stands at a mask, where it depends on which masks are filled first. "
+             "What is measured here is the next token of a causal run: such models are refused.")
+
+
 def check_kind(hf_model: Any, name: str) -> None:
     "That a Hugging Face model is a causal language model with a head. Raises `ModelError`."
     kind, config = type(hf_model).__name__, hf_model.config
+    if any(mask in f"{kind} {getattr(config, 'model_type', '')}".lower() for mask in MASKS): raise ModelError(f"{name!r} ({kind}): {DIFFUSION}")
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name!r} ({kind}) is an encoder-decoder. Patching by position needs a decoder alone: a causal language model.")
     if hf_model.get_output_embeddings() is None:

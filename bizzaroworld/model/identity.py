@@ -45,7 +45,7 @@ def sha256_tensors(hf_model) -> str:
         try: digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         except (RuntimeError, TypeError, NotImplementedError) as error:
             raise ModelError(f"{name} is a {type(tensor).__name__}, whose bytes cannot be read, so nothing that is measured could be told from another "
-                             "model's. Quantized in memory? Load the checkpoint by its name, or dequantize it.") from error
+                             "model's. Quantized or offloaded in memory? Load the checkpoint by its name, or dequantize it.") from error
     return digest.hexdigest()
 
 # %% ../../nbs/library/model/04_identity.ipynb #b75a5c43

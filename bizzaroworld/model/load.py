@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import sys
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,14 +23,15 @@ from transformers.utils import logging as hf_logging
 from .adapters import has_adapter, merged
 from .bridge import attach_bridge, bridge_in_memory, bridge_of, detach_bridge, remember
 from .gguf import GgufFile, gguf_config, gguf_model, gguf_tokenizer, read_gguf
-from .checks import bare_logits, check_kind, explained_kind, gap_of, validate
+from .checks import DIFFUSION, MASKS, bare_logits, check_kind, explained_kind, validate
+from .devices import Place, main_device, moved, place_of, spread
 from .hooked import Model, Shape, free_bytes, hook_points
 from .identity import sha256_file, sha256_files, sha256_tensors, weight_files, weights_sha256
 from .names import PACKAGED, ModelError, called, embedded_models, locate
 from .readout import readout_of
 
 # %% auto #0
-__all__ = ['PICKLE', 'UNSURE', 'load_tokenizer', 'weight_bytes', 'checked', 'load_model', 'is_embedded', 'untrained']
+__all__ = ['PICKLE', 'load_tokenizer', 'weight_bytes', 'checked', 'load_model', 'is_embedded', 'untrained']
 
 # %% ../../nbs/library/model/08_load.ipynb #6e6b8522
 def _explain(name: str, error: BaseException) -> ModelError:
@@ -50,6 +51,9 @@ def _explain(name: str, error: BaseException) -> ModelError:
     elif met(errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ConnectionError):
         text = ("is not on this machine, and the Hub could not be reached (or HF_HUB_OFFLINE is set). "
                 f"Use a model by name ({', '.join([*embedded_models(), *PACKAGED])}), a local folder, or a machine with network.")
+    elif "trust_remote_code" in str(error):
+        text = ("brings its own code, which is not run unasked. Read that code; then load it in Python with load_model(..., trust_remote_code=True), and give "
+                "run_study the loaded model." + f" ({DIFFUSION})" * any(kind in name.lower() for kind in MASKS))
     elif "model.safetensors" in str(error): text = f"has no weights in safetensors; pickles are read only by load_model(..., allow_pickle=True): {error}"
     else: text = f"could not be loaded: {error}"
     return ModelError(_without_token(f"Model {name!r} {text}"))
@@ -131,26 +135,6 @@ def _check_quantized(name: str, config, device) -> None:
         if package in how and find_spec(package) is None:
             raise ModelError(f"Model {name!r} is {how}. Run: pip install {package}; or load its unquantized weights.")
 
-# %% ../../nbs/library/model/08_load.ipynb #7230fe60
-UNSURE = ("mps",)
-
-
-def _moved(hf_model, device: torch.device):
-    "A model on its device. Raises `ModelError` if the device is one that errs, and does."
-    if device.type not in UNSURE: return hf_model if _is_placed(hf_model) else hf_model.to(device)
-    expected = bare_logits(hf_model)
-    gap, allowed = gap_of(bare_logits(hf_model.to(device)).cpu(), expected), 1e-3 if expected.dtype == torch.float32 else 3e-2
-    if not gap <= allowed:
-        raise ModelError(f"On {device} the logits of {type(hf_model).__name__} differ from the CPU's by {gap:.1e} of their size (allowed "
-                         f"{allowed:.0e}): this torch computes wrongly there. Use device='cpu'.")
-    warnings.warn(f"{device} agrees with the CPU on one prompt ({gap:.0e}), which is all that was checked.", stacklevel=2)
-    return hf_model
-
-
-def _is_placed(hf_model) -> bool:
-    "Whether a model was put where it has to be while it was loaded, and may not be moved."
-    return bool(getattr(hf_model, "is_loaded_in_8bit", False) or getattr(hf_model, "is_loaded_in_4bit", False))
-
 # %% ../../nbs/library/model/08_load.ipynb #5e1f0e02
 def _check_no_pickle(name: str, where: str) -> None:
     "That a folder has its weights not in pickles only. Raises `ModelError`. (Of a Hub id transformers is asked for safetensors alone.)"
@@ -171,19 +155,20 @@ def _check_files(folder: Path) -> None:
             raise ModelError(f"{file} is damaged or incomplete ({file.stat().st_size:,} bytes; {error}). Download or write it again.") from error
 
 
-def _from_pretrained(name: str, where: str, tokenizer, device, dtype, revision, trust_remote_code, allow_pickle) -> tuple:
+def _from_pretrained(name: str, where: str, tokenizer, place: Place, dtype, revision, trust_remote_code, allow_pickle) -> tuple:
     "Weights, tokenizer, SHA-256 and note of a folder or Hub id."
     options = dict(revision=revision, trust_remote_code=trust_remote_code)
+    held = spread(place)
     if not allow_pickle: _check_no_pickle(name, where)
     adapted = has_adapter(where, revision)
     config = None if adapted else AutoConfig.from_pretrained(where, **options)
     if config is not None:
         dtype = dtype or getattr(config.get_text_config(), "dtype", None) or torch.float32
-        _check_quantized(name, config, device)
-        _check_memory(name, config, dtype, device)
+        _check_quantized(name, config, main_device(place))
+        if not held: _check_memory(name, config, dtype, place)
     _check_files(Path(where))
     hf_model = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=dtype or torch.float32, attn_implementation="eager",
-                                                    use_safetensors=None if allow_pickle else True, **options)
+                                                    use_safetensors=None if allow_pickle else True, **options, **held)
     if tokenizer is None:
         try: tokenizer = AutoTokenizer.from_pretrained(where, **options)
         except (OSError, ValueError):
@@ -191,15 +176,16 @@ def _from_pretrained(name: str, where: str, tokenizer, device, dtype, revision, 
             tokenizer = AutoTokenizer.from_pretrained(hf_model.config.name_or_path)  # an adapter may come without one: the base's
     if adapted: sha, note = sha256_tensors(merged(hf_model)), "adapter merged"
     else: sha, note = weights_sha256(hf_model, where, revision), _quantized(config)
-    return _moved(hf_model, device), tokenizer, sha, note
+    return moved(hf_model, place, held.get("offload_folder")), tokenizer, sha, note
 
 
-def _from_gguf(name: str, file: GgufFile, tokenizer, device, dtype) -> tuple:
+def _from_gguf(name: str, file: GgufFile, tokenizer, place: Place, dtype) -> tuple:
     "Weights, tokenizer, SHA-256 and note of a GGUF file."
     config, dtype = gguf_config(file), dtype or torch.float32
-    _check_memory(name, config, dtype, device)
+    if spread(place): raise ModelError(f"{name!r} is a GGUF file, which is read whole: give one device. (A folder with safetensors can be spread.)")
+    _check_memory(name, config, dtype, place)
     tokenizer = tokenizer or gguf_tokenizer(file)
-    return _moved(gguf_model(file, config, dtype), device), tokenizer, sha256_file(file.path), file.note(dtype)
+    return moved(gguf_model(file, config, dtype), place), tokenizer, sha256_file(file.path), file.note(dtype)
 
 # %% ../../nbs/library/model/08_load.ipynb #41de2e89
 def _as_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
@@ -209,16 +195,6 @@ def _as_dtype(dtype: torch.dtype | str) -> torch.dtype | None:
     if dtype not in known: raise ModelError(f"Unknown dtype {dtype!r}: use one of {', '.join([*known, 'auto'])}.")
     return known[dtype]
 
-
-def _as_device(device: torch.device | str | None) -> torch.device:
-    "The device asked for, else CUDA's where there is one, else the CPU."
-    if device is None: return torch.accelerator.current_accelerator() if torch.cuda.is_available() else torch.device("cpu")
-    try: asked = torch.device(device)
-    except RuntimeError as error: raise ModelError(f"Unknown device {device!r}: use cpu, or e.g. cuda:0.") from error
-    there = {"cpu", "meta"} | ({torch.accelerator.current_accelerator().type} if torch.accelerator.is_available() else set())
-    if asked.type not in there:
-        raise ModelError(f"There is no {asked.type} device here (or this torch, {torch.__version__}, was built without it). Use device='cpu'.")
-    return asked
 
 # %% ../../nbs/library/model/08_load.ipynb #7c1de001
 def _copied(tokenizer):
@@ -252,15 +228,15 @@ def checked(hf_model, tokenizer, name: str, sha: str = "", note: str = "", revis
         return validate(loaded, bare)
 
 # %% ../../nbs/library/model/08_load.ipynb #48149f19
-def _fetched(name: str, tokenizer, device, dtype, revision, trust_remote_code, allow_pickle) -> tuple:
+def _fetched(name: str, tokenizer, place: Place, dtype, revision, trust_remote_code, allow_pickle) -> tuple:
     "A model by its name: Hugging Face model, tokenizer, SHA-256 of its weights, and what became of them on the way."
     with _explained(name), _quiet_unless_terminal():
         file = _gguf_at(where := locate(name, revision))
-        if file: return _from_gguf(name, file, tokenizer, device, dtype)
-        return _from_pretrained(name, where, tokenizer, device, dtype, revision, trust_remote_code, allow_pickle)
+        if file: return _from_gguf(name, file, tokenizer, place, dtype)
+        return _from_pretrained(name, where, tokenizer, place, dtype, revision, trust_remote_code, allow_pickle)
 
 
-def load_model(model: str | Path | torch.nn.Module | Model, *, tokenizer=None, device: torch.device | str | None = None,
+def load_model(model: str | Path | torch.nn.Module | Model, *, tokenizer=None, device: torch.device | str | Mapping[str, Any] | None = None,
                dtype: torch.dtype | str = torch.float32, revision: str | None = None,
                trust_remote_code: bool = False, allow_pickle: bool = False) -> Model:
     """Load a causal language model with hooks at every site, and check it.
@@ -268,14 +244,14 @@ def load_model(model: str | Path | torch.nn.Module | Model, *, tokenizer=None, d
     `model` is a model by name (`bizzaro-nano`, `gemma-3-270m`), a local folder, a GGUF file (`model.gguf`, or on the Hub
     `org/repo:model.gguf`), a Hub id (`google/gemma-2b`), or a Hugging Face model or a
     TransformerBridge in memory, which is used as it is (its device and dtype too) and gets its hooks in place (`close()` takes
-    them out again; so does the garbage collector). An adapter in a folder is merged. `dtype`: `auto` for that of the checkpoint. `trust_remote_code`, `allow_pickle`: run code that comes with a checkpoint, and read weights that can hold code (.bin); both only if asked for. `device` is CUDA's where there is one, else the CPU, unless another is asked for.
+    them out again; so does the garbage collector). An adapter in a folder is merged. `dtype`: `auto` for that of the checkpoint. `trust_remote_code`, `allow_pickle`: run code that comes with a checkpoint, and read weights that can hold code (.bin); both only if asked for. `device` is CUDA's where there is one, else the CPU, unless another is asked for; `auto`, or a map of modules to devices and `disk`, spreads the model (see `devices`).
 
     Raises `ModelError` for an unknown name, a pickle that was not asked for, a missing license, token or network, a damaged file, too little memory, an
     architecture without hooks, or a model whose logits change when hooks are attached."""
     if isinstance(model, Model): return model
     if isinstance(model, (str, Path)):
         (name,) = called([str(model)])
-        hf_model, tokenizer, sha, note = _fetched(str(model), tokenizer, _as_device(device), _as_dtype(dtype), revision, trust_remote_code, allow_pickle)
+        hf_model, tokenizer, sha, note = _fetched(str(model), tokenizer, place_of(device), _as_dtype(dtype), revision, trust_remote_code, allow_pickle)
     else:
         hf_model, tokenizer = bridge_in_memory(model, tokenizer)
         name, sha, note = type(hf_model).__name__, sha256_tensors(hf_model), _quantized(hf_model.config)

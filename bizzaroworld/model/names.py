@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 import re
 import warnings
@@ -21,7 +23,7 @@ from ..files import data_path, replacing
 
 # %% auto #0
 __all__ = ['PACKAGED', 'ModelError', 'embedded_models', 'Packaged', 'parts_of', 'packaged_lines', 'cache_folder', 'assemble',
-           'locate', 'called']
+           'locate', 'called', 'embedded']
 
 # %% ../../nbs/library/model/01_names.ipynb #080e615b
 class ModelError(ValueError):
@@ -154,3 +156,21 @@ def called(names: Sequence[str]) -> list[str]:
     found = [short(name) for name in names]
     return [s if found.count(s) == 1 else f"{s} ({found[:i].count(s) + 1})" for i, s in enumerate(found)]
 
+
+# %% ../../nbs/library/model/01_names.ipynb #93e99a20
+def _parameters(weights: Path) -> int:
+    "How many numbers a safetensors file holds: its header lists the shapes."
+    with weights.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+
+def embedded() -> list[tuple]:
+    """The embedded models: name, parameters, layers, heads, key-value heads, width, megabytes on disk."""
+    rows = []
+    for folder in embedded_models().values():
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        files = sorted(folder.glob("*.safetensors"))
+        rows.append((folder.name, f"{sum(map(_parameters, files)) / 1e6:.1f}M", config["num_hidden_layers"],
+                     config["num_attention_heads"], config["num_key_value_heads"], config["hidden_size"],
+                     f"{sum(f.stat().st_size for f in folder.iterdir()) / 1e6:.1f}"))
+    return rows

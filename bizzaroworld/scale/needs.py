@@ -27,7 +27,7 @@ from ..battery.tokens import TokenPair
 from ..files import data_path
 from ..model.hooked import NEURONS, SITES, ModelBatches, ModelFacts, Shape, free_bytes
 from ..model.load import load_tokenizer
-from ..model.names import ModelError
+from ..model.names import ModelError, called
 from ..patch.forecast import Forecast
 from .configs import Known
 
@@ -63,7 +63,7 @@ def empty_model(known: Known) -> torch.nn.Module:
     try:
         with torch.device("meta"): return AutoModelForCausalLM.from_config(known.config)
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise ModelError(f"Model {known.name!r} cannot be built from its configuration ({type(known.config).__name__}): {error}") from error
+        raise ModelError(f"Model {called([known.name])[0]!r} cannot be built from its configuration ({type(known.config).__name__}): {error}") from error
 
 
 def count(model: torch.nn.Module) -> Counts:
@@ -254,9 +254,9 @@ def _disk(path: Path) -> int: return _nearest(path).stat().st_dev
 def _gib(n: float) -> str: return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
 
 
-def fits(needs: Needs, folder: Path, device: str | torch.device = "cpu", cache: Path | None = None) -> list[str]:
-    "Why a study cannot be done here: a sentence for each reason, with what to do; none if it can. `cache`: where weights are downloaded to."
-    reasons, name = [], needs.known.name
+def fits(needs: Needs, folder: Path, device: str | torch.device | None = "cpu", cache: Path | None = None) -> list[str]:
+    "Why a study cannot be done here: a sentence for each reason, with what to do; none if it can. `device`: `None` for a model that is spread over what there is. `cache`: where weights are downloaded to."
+    reasons, (name,) = [], called([needs.known.name])
     places = [("its run folder", folder, needs.folder, "--out on another disk")]
     if needs.known.missing: places.append(("its weights", Path(cache or HF_HUB_CACHE), needs.known.missing, "HF_HOME on another disk"))
     one = len({_disk(path) for _, path, *_ in places}) == 1
@@ -265,9 +265,9 @@ def fits(needs: Needs, folder: Path, device: str | torch.device = "cpu", cache: 
         if need > free and not (one and i):
             reasons.append(f"{' and '.join(p[0] for p in places) if one else what}: {_gib(need)} on disk are needed and {_gib(free)} are free. Make room, or use {other}.")
         if i == 0 and needs.files > files: reasons.append(f"its run folder needs {needs.files:,} files and {files:,} are free. Make room, or use {other}.")
-    if needs.least_memory > (free := free_bytes(torch.device(device))):
+    if device is not None and needs.least_memory > (free := free_bytes(torch.device(device))):
         less = "" if "float32" not in needs.precision else "dtype bfloat16, "
         twin = ", or fewer controls (the untrained one is a second model)" if needs.copies > 1 else ""
         reasons.append(f"{name} needs {_gib(needs.least_memory)} of memory in {needs.precision}, at the least, and {_gib(free)} are free on {device}. "
-                       f"Use {less}a smaller model or another device{twin}.")
+                       f"Use {less}a smaller model, another device, or device auto, which spreads the model over what there is{twin}.")
     return reasons

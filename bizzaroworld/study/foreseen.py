@@ -16,8 +16,8 @@ from ..battery.formats import load_battery, load_spares
 from ..battery.pairs import PromptPair
 from ..battery.tokens import TokenPair
 from ..model.hooked import free_bytes
-from ..model.load import _as_device
-from ..model.names import ModelError, locate
+from ..model.devices import main_device
+from ..model.names import ModelError, called, locate
 from ..patch.forecast import Forecast, forecast
 from ..patch.interventions import grid
 from ..patch.telling import in_words
@@ -78,7 +78,7 @@ def foresee(model: str | Known, battery: str | Path | Sequence[PromptPair] | Non
     whether to measure this one's. `quick`: no tokenizer is read. Raises `ModelError` for a model of which nothing is known, and `ValueError`
     for what `sweep` refuses, such as a prompt that is longer than the model's positions."""
     known = model if isinstance(model, Known) else look_up(str(model), revision)
-    counts, where = count(empty := empty_model(known)), torch.device("meta") if device == "meta" else _as_device(device)
+    counts, where = count(empty := empty_model(known)), torch.device("meta") if device == "meta" else main_device(device)
     drawn = sketch(known, empty, where, precision)
     names = tuple(controls) if controls is not None else CONTROLS if counts.parameters < TWIN else CONTROLS[:2]
     copies = workers * (1 + ("untrained" in names))
@@ -86,7 +86,7 @@ def foresee(model: str | Known, battery: str | Path | Sequence[PromptPair] | Non
     pairs = sorted(pairs, key=lambda pair: len(pair.clean_prompt))
     taken = pairs if len(pairs) <= some else [pairs[i * len(pairs) // some] for i in range(some)]
     token_pairs, tokens = planned_pairs(known, taken, spares, quick)
-    if not token_pairs: raise ModelError(f"None of {len(taken)} pairs can be used with the tokenizer of {known.name!r}: see `bizzaroworld audit`.")
+    if not token_pairs: raise ModelError(f"None of {len(taken)} pairs can be used with the tokenizer of {called([known.name])[0]!r}: see `bizzaroworld audit`.")
     budget = memory or _budget(where, copies * bytes_in(counts, precision))
     parts = sweeps_of(drawn, token_pairs, direction, names, max_rows=max_rows, memory=budget)
     work, k = sum(parts.values(), NOTHING), len(pairs) / len(taken)
@@ -104,7 +104,7 @@ def plan_lines(needs: Needs, device: str = "cpu") -> list[str]:
     stored = f" ({known.stored})" if known.stored else ""
     missing = f", of which {_gib(known.missing)} are to be downloaded" if known.missing else ""
     memory = ", ".join(f"{_gib(bytes_in(needs.counts, p))} in {p}" for p in PRECISIONS if p != "float16")
-    out = [f"{known.name}: known from {known.source}; no weights were read",
+    out = [f"{called([known.name])[0]}: known from {known.source}; no weights were read",
            f"Parameters   {needs.counts.parameters:,} ({shape.n_layers} layers, {shape.n_heads} heads ({shape.n_kv_heads} key-value), width {shape.d_model}, "
            f"vocabulary {shape.d_vocab:,})",
            f"On disk      {_gib(known.disk)}{stored}{missing}; the run folder about {_gib(needs.folder)} in {needs.files:,} files",
@@ -150,11 +150,11 @@ def _surely_fits(model: str, folder: Path) -> bool:
 
 def check_room(model: str, folder: Path, battery: str | Path | None = None, **options) -> None:
     "That a study fits the disk and the memory of this machine; options as of `foresee`. Raises `NoRoomError`."
-    device = _as_device(options.get("device"))
+    device, spread = main_device(options.get("device")), options.get("device") == "auto"
     if battery is None and device.type == "cpu" and _surely_fits(model, folder): return
     try: needs = foresee(model, battery, rates=False, quick=True, some=8, **options)
     except (ModelError, ValueError): return  # told where it is met
     there = [p.stat().st_size for p in folder.rglob("*") if p.is_file()] if folder.is_dir() else []
     needs = replace(needs, files=max(0, needs.files - len(there)), present=sum(there))
-    if reasons := fits(needs, folder, device):
+    if reasons := fits(needs, folder, None if spread else device):
         raise NoRoomError("This study does not fit: " + "\n".join(reasons) + "\nTo begin all the same: --anyway (anyway=True). What it would need: bizzaroworld plan.")

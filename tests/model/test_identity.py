@@ -9,7 +9,7 @@ import torch
 from tiny import BUILDERS, random_pair, tiny_hf
 from transformers import AutoTokenizer
 
-from bizzaroworld.model import adapters, load
+from bizzaroworld.model import adapters, devices
 from bizzaroworld.model.identity import sha256_files, sha256_tensors, weight_files
 from bizzaroworld.model.load import load_model
 from bizzaroworld.model.names import ModelError, embedded_models
@@ -121,18 +121,18 @@ def test_the_device_is_never_mps_unless_asked_for(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *a, **k: torch.device("mps"))
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert load._as_device(None) == torch.device("cpu") and load._as_device("mps") == torch.device("mps")
+    assert devices.as_device(None) == torch.device("cpu") and devices.as_device("mps") == torch.device("mps")
 
 
 def test_a_device_that_is_not_trusted_is_held_against_the_cpu(monkeypatch):
-    monkeypatch.setattr(load, "UNSURE", ("cpu",))
-    with pytest.warns(UserWarning, match="agrees with the CPU on one prompt"): load._moved(tiny_hf("gemma"), torch.device("cpu"))
+    monkeypatch.setattr(devices, "UNSURE", ("cpu",))
+    with pytest.warns(UserWarning, match="agrees with the CPU on one prompt"): devices.moved(tiny_hf("gemma"), torch.device("cpu"))
     hf = tiny_hf("gemma")
     def wrong(device):
         with torch.no_grad(): hf.get_output_embeddings().weight.mul_(1.01)
         return hf
     hf.to = wrong
-    with pytest.raises(ModelError, match="differ from the CPU's.*device='cpu'"): load._moved(hf, torch.device("cpu"))
+    with pytest.raises(ModelError, match="differ from the CPU's.*device='cpu'"): devices.moved(hf, torch.device("cpu"))
 
 
 def test_quantized_checkpoints_are_refused_by_name(tmp_path):
