@@ -68,11 +68,11 @@ $(VENV)/.installed-gemma: settings.ini setup.py constraints.txt | $(BIN)/python
 	@touch $(VENV)/.installed $@
 
 $(VENV)/.installed-dev: settings.ini setup.py constraints.txt | $(BIN)/python
-	$(INSTALL) -e '.[dev,gemma,peft]'
+	$(INSTALL) -e '.[dev,gemma,peft,slurm]'
 	@touch $(VENV)/.installed $@
 
 $(VENV)/.installed-browser: settings.ini setup.py constraints.txt | $(BIN)/python
-	$(INSTALL) -e '.[dev,gemma,peft,browser]'
+	$(INSTALL) -e '.[dev,gemma,peft,slurm,browser]'
 	@touch $(VENV)/.installed $(VENV)/.installed-dev $@
 
 # nnsight has an environment of its own. Where it cannot be installed, the benchmark says so and goes on without it.

@@ -46,7 +46,7 @@ setup(
     ],
     python_requires=f">={cfg['min_python']}",
     install_requires=lines("requirements"),
-    extras_require={extra: lines(f"{extra}_requirements") for extra in ("gguf", "peft", "gemma", "ray", "dev", "browser")},
+    extras_require={extra: lines(f"{extra}_requirements") for extra in ("gguf", "peft", "gemma", "ray", "slurm", "dev", "browser")},
     entry_points={"console_scripts": lines("console_scripts")},
     packages=[*find_namespace_packages(include=["bizzaroworld*"]), "bizzaroworld.data", "bizzaroworld.data.paper"],
     package_dir={"bizzaroworld.data": "data", "bizzaroworld.data.paper": "nbs"},

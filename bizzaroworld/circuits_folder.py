@@ -30,7 +30,8 @@ from .results.estimates import estimate_means
 from .scale.folders import LEFT_OUT, held, is_done, note_left_out
 from .scale.processes import source_of
 from .scale.ray import crew_of
-from .scale.units import Advance, Alone, Crew, Recipe, Say, sweep_missing
+from .scale.units import Advance, Alone, Crew, Recipe, Say, Share, end_of_share, sweep_missing
+from .scale.workers import asked
 from .study.runs import claim
 
 # %% auto #0
@@ -74,11 +75,20 @@ class Opened:
     say: Say | None
     failed: dict[str, dict[str, str]] = field(default_factory=dict)
 
-    def swept(self, part: str, recipe: Recipe, at_once: int = 1, alone: bool = False) -> pd.DataFrame:
-        "The table of a part for all pairs that could be swept; those are that are missing. `alone`: in this process, whoever the crew is."
+    def sweep(self, part: str, recipe: Recipe, at_once: int = 1, alone: bool = False) -> None:
+        "Sweep what is missing of a part. `alone`: in this process, whoever the crew is."
         told, crew = self.advance and partial(noted, self.advance, "" if part == "pairs" else part.rpartition("/")[2]), Alone(self.model) if alone else self.crew
         with named(): self.failed[part] = sweep_missing(self.pairs, self.folder, recipe, crew, part=part, at_once=at_once, by_length=False, grows=True, advance=told, say=self.say)
+
+    def table(self, part: str) -> pd.DataFrame:
+        "The table of a part, of all pairs that could be swept. Raises `ShareDone` where this process sweeps only a share of them."
+        end_of_share(self.crew)
         return collect(self.folder, self.triage, [tp.id for tp in self.pairs], part)
+
+    def swept(self, part: str, recipe: Recipe, at_once: int = 1, alone: bool = False) -> pd.DataFrame:
+        "Both."
+        self.sweep(part, recipe, at_once, alone)
+        return self.table(part)
 
     def has(self, part: str) -> bool:
         "Whether a part was swept for all pairs, those aside that could not be; then what follows from it is kept up."
@@ -118,13 +128,14 @@ def opened(command: str, model: str | Model, settings: dict, check: Callable[[Mo
     if not there: raise CircuitsError(f"{model.name}: of {len(result.table)} pairs none is {DEGREES[known]} on both prompts. Ask for all of them (--known all), or give another battery.")
     with named(): check(model, there[:n])
     folder = Path(out) if out is not None else Path("circuits") / Path(model.name).name.replace(":", "-") / command
-    with held(folder), crew_of(workers, source, model, say) as crew:
+    with held(folder, asked(workers).share), crew_of(workers, source, model, say) as crew:
         claim(folder, info)
         result.save(folder)
         write_json(folder / "pairs.json", {"model": model.name, "sentence": chosen_words(result, len(there), min(n, len(there)), known), "pairs": [tp.id for tp in there[:n]]})
         run = Opened(folder, model, result, there[:n], there, direction, crew, progress, say)
         try: yield run
-        finally: note_left_out(folder, run.failed)
+        finally:
+            if not isinstance(crew, Share): note_left_out(folder, run.failed)
 
 # %% ../nbs/library/07_circuits_folder.ipynb #67f69af5
 def chosen_words(result: Triage, known: int, n: int, degree: str) -> str:

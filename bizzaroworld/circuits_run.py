@@ -126,13 +126,13 @@ def run_attribution(model: str | Model, *, methods: Sequence[str] = ("atp", "atp
         chosen.extend(nodes_of(model, None if sites is None else [s for s in sites if sites != SITES or s in model.all_sites]))
     with opened("attribute", model, {"sites": None if sites is None else list(sites), "metric": metric}, check, **asked) as run:
         how, exact = {"direction": run.direction, "metric": metric, "sites": chosen}, exact or run.has("exact")
-        parts = {m: run.swept(f"estimates/{m}", partial(sweep_estimates, method=m, **how), 8) for m in methods}
-        if exact: parts["exact"] = run.swept("exact", partial(sweep_nodes, max_rows=max_rows, **how))
+        for m in methods: run.sweep(f"estimates/{m}", partial(sweep_estimates, method=m, **how), 8)
+        if exact: run.sweep("exact", partial(sweep_nodes, max_rows=max_rows, **how))
+        parts = {part.rpartition("/")[2]: run.table(part) for part in [*(f"estimates/{m}" for m in methods), *["exact"] * exact]}
         table = parts[methods[0]][["category", "place", *NODE]]
         for method, part in parts.items(): table = table.merge(part[["pair_id", "intervention", "effect"]].rename(columns={"effect": method}), on=["pair_id", "intervention"], validate="1:1")
-        write_table(run.folder / "attribution.parquet", table)
-        write_table(run.folder / "attribution.csv", by_place(table, list(parts)))
-        run.write(audited(table, methods, top) if exact else dict.fromkeys(("audit.csv", "missed.csv")))
+        known = audited(table, methods, top) if exact else dict.fromkeys(("audit.csv", "missed.csv"))
+        run.write({"attribution.parquet": table, "attribution.csv": by_place(table, list(parts)), **known})
     return run.folder
 
 

@@ -18,10 +18,10 @@ from .console import count_words, print_frame, print_table, progress, reported, 
 from .methods_command import methods
 from .options import (Anyway, BatteryFile, Bos, Chat, Debug, Device, Direction, Dtype, ModelName, MultiToken, Revision,
                                   RunName, RunNames, TableFile, Workers)
-from .plan_command import plan
+from .plan_command import battery, plan, slurm
 
 # %% auto #0
-__all__ = ['app', 'study', 'triage', 'audit', 'battery', 'models', 'claims', 'compare', 'report', 'view', 'main']
+__all__ = ['app', 'study', 'triage', 'audit', 'models', 'claims', 'compare', 'report', 'view', 'main']
 
 # %% ../nbs/library/10_cli.ipynb #2748e5cd
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown",
@@ -149,40 +149,9 @@ def audit(names: Annotated[list[str], typer.Argument(metavar="NAME...", help=(
                 print_frame(dropped, ["pair_id", "reason", "replaced_by"])
         if out: save(report.table, out)
 
-# %% ../nbs/library/10_cli.ipynb #06e21f20
-@app.command()
-def battery(out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", dir_okay=False, help="The battery file to write (JSON).")],
-            model: ModelName = "bizzaro-nano", source: Annotated[Path | None, typer.Option("--from", metavar="FILE", exists=True, dir_okay=False, help=(
-                "Pairs whose questions are paired anew. Default: the facts that come along."))] = None,
-            degree: Annotated[Literal["preferred", "first_of_kind", "first_of_all"], typer.Option(metavar="NAME", help=(
-                "How well both answers must be known."))] = "preferred",
-            swing: Annotated[float, typer.Option(metavar="LOGITS", help="The least TotalSwing of a pair.")] = 2.0,
-            most: Annotated[int, typer.Option(metavar="N", min=1, help="Most pairs of one relation.")] = 20,
-            seed: Annotated[int, typer.Option(metavar="N", help="Decides every choice that is made by lot.")] = 0, device: Device = None, dtype: Dtype = "float32", revision: Revision = None, debug: Debug = False) -> None:
-    """Build a battery of facts that the model knows: every question asked once, those it answers paired, no fact twice.
-
-    Pairs are chosen on the unpatched runs only, balanced over relations and answers. Stopped and started again, it goes on.
-
-    Examples:
-
-        bizzaroworld battery --model google/gemma-2b --out gemma-2b.json
-        bizzaroworld battery --model google/gemma-2b --from mine.csv --degree first_of_all --out known.json
-    """
-    with reported(debug):
-        from bizzaroworld.battery.builder import build_battery, questions_from, questions_of
-        from bizzaroworld.battery.facts import load_facts
-        from bizzaroworld.battery.formats import load_battery
-        from bizzaroworld.model.load import load_model
-        questions = questions_from(load_battery(source)) if source else questions_of(load_facts())
-        loaded, notes = load_model(model, device=device, dtype=dtype, revision=revision), out.with_name(f".{out.name}.notes")
-        with progress("battery") as go: built = build_battery(loaded, questions, degree=degree, min_swing=swing, most=most, seed=seed, notes=notes, progress=go)
-        built.save(out)
-        notes.unlink(missing_ok=True)
-        print_frame(built.summary(), ["degree", "pairs"])
-        typer.echo(f"{count_words(len(built.pairs), 'pair')} of {count_words(built.table.relation.nunique(), 'relation')}. Wrote {out}")
-
 # %% ../nbs/library/10_cli.ipynb #6b1d0b02
-for command in (plan, methods, paths, attribute, circuit): app.command()(command)
+for command in (plan, battery, methods, paths, attribute, circuit): app.command()(command)
+app.command(context_settings={"allow_interspersed_args": False})(slurm)
 
 # %% ../nbs/library/10_cli.ipynb #d8bdcfc4
 @app.command()
@@ -197,9 +166,8 @@ def models(debug: Debug = False) -> None:
         bizzaroworld study --model bizzaro-nano-local
     """
     with reported(debug):
-        from bizzaroworld.model.catalog import embedded
+        from bizzaroworld.model.names import embedded, packaged_lines
         print_table(["name", "parameters", "layers", "heads", "kv heads", "width", "MB"], embedded())
-        from bizzaroworld.model.names import packaged_lines
         typer.echo("\n".join(["", *packaged_lines()]))
         typer.echo("\nAny other causal language model is named by its folder (./my-model), a GGUF file (./model.gguf, or on the Hub\n"
                    "org/repo:model.gguf), or its name on the Hugging Face Hub (google/gemma-2b). Gated models need their license\n"

@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .scale.workers import ShareDone
+
 # %% auto #0
 __all__ = ['exit_code', 'Ended', 'reported', 'Telling', 'progress', 'count_words', 'print_table', 'print_frame', 'save']
 
@@ -52,6 +54,7 @@ def reported(debug: bool) -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, _end) if threading.current_thread() is threading.main_thread() else None
     try:
         yield
+    except ShareDone as done: typer.echo(str(done))
     except (typer.Exit, typer.Abort, BrokenPipeError): raise  # whoever reads what is printed may stop, as `head` does
     except KeyboardInterrupt as stop:
         typer.echo("Stopped. What is finished is kept: the same command goes on from there.", err=True)

@@ -9,6 +9,7 @@ import csv
 import json
 import os
 import re
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
@@ -27,7 +28,7 @@ __all__ = ['replacing', 'write_text', 'write_json', 'write_table', 'read_table',
 def replacing(path: Path) -> Iterator[Path]:
     "A temporary path beside `path`; it takes its place if the block ends well, and is removed if not."
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{secrets.randbelow(10 ** 6):06}.tmp")  # processes of two machines may have one number
     temporary.unlink(missing_ok=True)  # a link of that name would be written through
     try:
         yield temporary

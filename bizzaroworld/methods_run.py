@@ -15,7 +15,7 @@ from .figures.methods_figures import methods_plates
 from .figures.run_figures import write_plates
 from .files import write_json, write_table
 from .methods.detections import combinations, component_name, component_table, control_counts, detection_table, support_matrix, warnings_of
-from .methods.grid import GridError, Settings, run_grid
+from .methods.grid import GridError, Settings, claim_grid, run_grid
 from .methods.multiverse import NothingToCompare, agreement, multiverse, peak_ratios, position_ratios, third, variance_explained
 from .model.hooked import Model
 from .model.load import load_model
@@ -24,6 +24,7 @@ from .scale.folders import LEFT_OUT, held
 from .scale.processes import source_of
 from .scale.ray import crew_of
 from .scale.units import Advance, Say
+from .scale.workers import asked
 from .tasks.ability import ability, only_right
 from .tasks.recipes import Task
 from .tasks.registry import make_task
@@ -112,9 +113,10 @@ def run_methods(model: str | Model, task: str = "ioi", *, out: str | Path | None
     made, chosen = _made(model, task, n, seed, corruption, known)
     folder = Path(out) if out is not None else Path("methods") / Path(called([model.name])[0]).name.replace(":", "-") / task
     able = ability(model, made)
-    write_json(folder / "ability.json", able.row() | {"sentence": able.sentence + chosen, "question": made.question, "replaced": made.corruption, "model": model.name})
-    if not able.can_do: return folder
-    with held(folder), crew_of(workers, source, model, say) as crew:
+    with held(folder, asked(workers).share), crew_of(workers, source, model, say) as crew:
+        if able.can_do or (folder / "grid.json").exists(): claim_grid(folder, model, made, settings)
+        write_json(folder / "ability.json", able.row() | {"sentence": able.sentence + chosen, "question": made.question, "replaced": made.corruption, "model": model.name})
+        if not able.can_do: return folder
         table = run_grid(model, made, folder, settings, max_rows=max_rows, crew=crew, workers=crew.n, progress=progress, say=say)
         for name, found in grid_tables(table).items(): write_table(folder / f"{name}.csv", found)
         write_plates(methods_plates(table, model.name), folder / "figures")

@@ -34,7 +34,7 @@ from .patch.telling import announced
 from .scale.folders import LEFT_OUT, held, is_done, note_left_out, pair_file
 from .scale.processes import source_of
 from .scale.ray import crew_of
-from .scale.units import Advance, Crew, Say, read_pairs, sweep_missing
+from .scale.units import Advance, Crew, Say, Share, end_of_share, read_pairs, sweep_missing
 from .scale.workers import asked
 from .study.controls import CONTROLLED, CONTROLS, Control, controls_of, default_controls
 from .study.experiments import EXPERIMENTS, sweep_experiments
@@ -88,7 +88,7 @@ def sweep_study(crew: Crew, result: Triage, controls: Sequence[Control], folder:
     "Sweep what is missing of experiments and controls; return which pairs could not be, in each part. Writes `effects.parquet` and `controls.parquet`."
     pairs, tables = result.golden("C"), []
     failed = {"pairs": sweep_missing(pairs, folder, partial(sweep_experiments, direction=direction, max_rows=max_rows), crew, advance=progress, say=say)}
-    write_table(folder / "effects.parquet", collect(folder, result))
+    if not isinstance(crew, Share): write_table(folder / "effects.parquet", collect(folder, result))
     for control in controls:
         part, told = f"controls/{control.name}", progress and partial(noted, progress, f"control: {control.name}")
         try: failed[part] = sweep_missing(control.token_pairs, folder, control.recipe, crew, part=part, advance=told, say=say)
@@ -96,9 +96,11 @@ def sweep_study(crew: Crew, result: Triage, controls: Sequence[Control], folder:
             failed[part] = {tp.id: f"{type(error).__name__}: {error}"[:500] for tp in control.token_pairs}
             if say: say(f"The control {control.name} is left out: {error}")
             continue
+        if isinstance(crew, Share): continue
         found = collect(folder, result, [tp.id for tp in control.token_pairs], part)
         found = found[found.experiment.isin(CONTROLLED[control.name])]  # earlier versions swept more
         tables.append(found.drop(columns=["intervention", "recovery"]).assign(control=control.name))
+    end_of_share(crew)
     if tables: write_table(folder / "controls.parquet", pd.concat(tables, ignore_index=True))
     return failed
 
@@ -131,9 +133,9 @@ def run_study(model: str | Model, *, battery: str | Path | None = None, out: str
     `model`: a name for `load_model`, or a loaded model. `battery`: a file of pairs (else the shipped 60, with the
     shipped spares for those that the tokenizer drops). `chat`: each prompt begins the answer of an instruction-tuned model.
     `bos`, `multi_token`: as in `align`. `out`: the folder (else `runs/NAME`). `controls`: names of controls (else `default_controls`; none: `()`). `workers`: so many processes, each with the
-    model, or a Ray cluster, as in `asked` (else this process alone). `anyway`: begin even what does not seem to fit. `progress` is called with (pairs done, pairs, a note), `say` with a line about what is to come or went wrong.
+    model, a Ray cluster, or a share, as in `asked` (else this process alone). `anyway`: begin even what does not seem to fit. `progress` is called with (pairs done, pairs, a note), `say` with a line about what is to come or went wrong.
 
-    Raises `NoRoomError` for what does not fit disk or memory, `ModelError`, `BatteryError`, `CrewError`, `BusyError`, `ValueError` for an unknown control, or `RunError` if the folder holds another run
+    Raises `NoRoomError` for what does not fit disk or memory, `ModelError`, `BatteryError`, `CrewError`, `BusyError`, `ShareDone` when a share is, `ValueError` for an unknown control, or `RunError` if the folder holds another run
     or no pair is left."""
     source = source_of(model, workers, device, dtype, revision)
     if source and not anyway:
@@ -145,12 +147,12 @@ def run_study(model: str | Model, *, battery: str | Path | None = None, out: str
     aligned = ({} if bos is None else {"bos": bos}) | ({"multi_token": True} if multi_token else {})
     info = run_info(model, pairs, spares, direction, chat, **aligned)
     if chat: pairs, spares = in_chat(model, pairs), in_chat(model, spares)
-    with held(folder), crew_of(workers, source, model, say) as crew:
+    with held(folder, asked(workers).share), crew_of(workers, source, model, say) as crew:
         claim(folder, info)
         result = triage(model, pairs, spares, **aligned)
         result.save(folder)
         possible = _controls(model, result.golden("C"), default_controls(model) if controls is None else controls, folder, direction, max_rows)
-        if say: _announce(model, study_forecast(model, result, possible, folder, direction, max_rows), result, crew.n, say)
+        if say and not isinstance(crew, Share): _announce(model, study_forecast(model, result, possible, folder, direction, max_rows), result, crew.n, say)
         note_left_out(folder, sweep_study(crew, result, possible, folder, direction, max_rows, progress, say))
         run, n = open_run(folder), len(result.table)
         if progress: progress(n, n, "summary")

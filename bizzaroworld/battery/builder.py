@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -29,7 +30,7 @@ from ..files import write_json, write_text
 
 # %% auto #0
 __all__ = ['Question', 'questions_of', 'questions_from', 'Asked', 'tokenized', 'read_answers', 'ask', 'first_of_kind',
-           'best_templates', 'candidates', 'choose', 'Built', 'build_battery', 'halves']
+           'best_templates', 'candidates', 'choose', 'known_pairs', 'ask_relations', 'Built', 'build_battery', 'halves']
 
 # %% ../../nbs/library/battery/09_builder.ipynb #8385d914
 @dataclass(frozen=True)
@@ -117,10 +118,8 @@ def first_of_kind(asked: Sequence[Asked], logits: Float[np.ndarray, "question an
     return logits[own] > np.where(own, -np.inf, logits).max(1)
 
 # %% ../../nbs/library/battery/09_builder.ipynb #0051783e
-def best_templates(model: Any, asked: Sequence[Asked], keep: int, sample: int, rng: Random) -> list[str]:
-    "The `keep` templates of one relation in which a `sample` of its facts is answered best, best first."
-    facts = sorted({a.question.fact for a in asked}, key=sorted)
-    drawn = set(rng.sample(facts, min(sample, len(facts))))
+def best_templates(model: Any, asked: Sequence[Asked], keep: int, drawn: set[frozenset[str]]) -> list[str]:
+    "The `keep` templates of one relation in which these facts are answered best, best first."
     few = [a for a in asked if a.question.fact in drawn]
     answers = sorted({a.target for a in asked})
     logits, first = ask(model, few, answers)
@@ -177,21 +176,38 @@ def _aligned(tokenizer: Any, pair: PromptPair) -> bool:
     except AlignmentError: return False
 
 # %% ../../nbs/library/battery/09_builder.ipynb #0c5a6276
-def _relation_pairs(model: Any, asked: list[Asked], options: dict, used: set) -> list[tuple[PromptPair, dict]]:
-    "The chosen pairs of one relation, each with its `total_swing` and `degree`."
-    rng = Random(f"battery {options['seed']} {asked[0].question.relation}")
-    wordings = best_templates(model, asked, options["templates"], options["sample"], rng)
-    facts = sorted({a.question.fact for a in asked}, key=sorted)
-    kept = set(rng.sample(facts, min(options["facts"], len(facts))))
-    asked = [a for a in asked if _wording(a.question) in wordings and a.question.fact in kept]
-    answers = sorted({a.target for a in asked})
-    if len(answers) < 2: return []
-    found = candidates(asked, *ask(model, asked, answers), answers, options["min_swing"])
+def _drawn(asked: Sequence[Asked], options: dict) -> tuple[set, set, Random]:
+    "By lot, of one relation: the facts that try its templates, those that are asked, and what the later lots go on with."
+    rng, facts = Random(f"battery {options['seed']} {asked[0].question.relation}"), sorted({a.question.fact for a in asked}, key=sorted)
+    some, kept = (set(rng.sample(facts, min(options[n], len(facts)))) for n in ("sample", "facts"))
+    return some, kept, rng
+
+
+def known_pairs(model: Any, asked: Sequence[Asked], options: dict) -> pd.DataFrame:
+    "The `candidates` of one relation in the templates that fit the model best; `clean, corrupt` count all that is asked of it."
+    some, kept, _ = _drawn(asked, options)
+    wordings = best_templates(model, asked, options["templates"], some)
+    index = np.array([i for i, a in enumerate(asked) if _wording(a.question) in wordings and a.question.fact in kept], int)
+    few = [asked[i] for i in index]
+    answers = sorted({a.target for a in few})
+    if len(answers) < 2: return pd.DataFrame({name: [] for name in ("clean", "corrupt", "total_swing", "degree")})
+    found = candidates(few, *ask(model, few, answers), answers, options["min_swing"])
     found = found[found.degree >= list(DEGREES).index(options["degree"])].reset_index(drop=True)
+    return found.assign(clean=index[found.clean], corrupt=index[found.corrupt])
+
+
+def ask_relations(model: Any, asked: dict[str, list[Asked]], options: dict) -> Callable[[Sequence[str]], pd.DataFrame]:
+    "A recipe of `scale.units`; its units are names of relations."
+    return lambda names: pd.concat([known_pairs(model, asked[name], options) for name in names])
+
+
+def _chosen(tokenizer: Any, asked: list[Asked], found: pd.DataFrame, options: dict, used: set) -> list[tuple[PromptPair, dict]]:
+    "The chosen pairs of one relation, each with its `total_swing` and `degree`."
+    rng = _drawn(asked, options)[-1]
     rows = found.iloc[choose(found, asked, options["most"], used, rng)]
     made = [(_pair(asked[r.clean].question, asked[r.corrupt].question, rng), {"total_swing": float(r.total_swing), "degree": list(DEGREES)[r.degree]})
             for r in rows.itertuples()]
-    return [(pair, known) for pair, known in made if _aligned(get_tokenizer(model), pair)]
+    return [(pair, known) for pair, known in made if _aligned(tokenizer, pair)]
 
 # %% ../../nbs/library/battery/09_builder.ipynb #d956d812
 def _finished(notes: Path | None, identity: str) -> dict[str, dict]:
@@ -225,14 +241,27 @@ class Built:
         write_json(Path(path), [asdict(p) for p in self.pairs])
 
 
-def _relations(model: Any, asked: dict[str, list[Asked]], options: dict, identity: str, notes: Path | None, progress) -> list[tuple[PromptPair, dict]]:
+def _found(model: Any, asked: dict[str, list[Asked]], options: dict, crew: Any) -> Iterator[tuple[str, pd.DataFrame]]:
+    "The candidates of these relations, by whoever asks, in any order."
+    if crew is None:
+        yield from ((name, known_pairs(model, mine, options)) for name, mine in asked.items())
+        return
+    for outcome in crew.run(partial(ask_relations, asked=asked, options=options), [[name] for name in asked]):
+        if outcome.error: raise outcome.error
+        yield outcome.pairs[0], outcome.rows
+
+
+def _relations(model: Any, asked: dict[str, list[Asked]], options: dict, identity: str, notes: Path | None, crew: Any, progress) -> list[tuple[PromptPair, dict]]:
     "The pairs of all relations in turn; what is finished is noted."
-    done, used, made = _finished(notes, identity), set(), []
+    done, used, made, early = _finished(notes, identity), set(), [], {}
+    coming = _found(model, {name: mine for name, mine in asked.items() if name not in done}, options, crew)
     for i, (relation, mine) in enumerate(asked.items()):
         if progress: progress(i, len(asked), relation)
         before = set(used)
         if relation in done: found = [(PromptPair(**pair), known) for pair, known in done[relation]["pairs"]]
-        else: found = _relation_pairs(model, mine, options, used)
+        else:
+            while relation not in early: early.update([next(coming)])
+            found = _chosen(get_tokenizer(model), mine, early.pop(relation), options, used)
         used |= {frozenset(fact) for fact in done.get(relation, {}).get("used", [])}
         made += found
         done[relation] = {"relation": relation, "pairs": [(asdict(pair), known) for pair, known in found], "used": sorted(map(sorted, used - before))}
@@ -243,12 +272,12 @@ def _relations(model: Any, asked: dict[str, list[Asked]], options: dict, identit
 # %% ../../nbs/library/battery/09_builder.ipynb #f03f540c
 def build_battery(model: Any, questions: Iterable[Question], *, degree: str = "preferred", min_swing: float = VERDICT_SWING, most: int = 20,
                   facts: int = 60, templates: int = 3, sample: int = 4, seed: int = 0, notes: Path | None = None,
-                  progress: Callable[[int, int, str], None] | None = None) -> Built:
+                  crew: Any = None, progress: Callable[[int, int, str], None] | None = None) -> Built:
     """Pairs of questions that a model answers, no fact twice, seeded.
 
     `degree`: the least of `knowing.DEGREES` that a pair must have, with `min_swing` logits of TotalSwing. `most`: pairs of one relation.
     `facts`: facts of one relation that are asked, in the `templates` that fit the model best on a `sample` of facts. `notes`: a
-    file for what is finished, so that a second start goes on. `progress` is called with (relations done, relations, a note).
+    file for what is finished, so that a second start goes on. `crew`: who asks (a crew of `scale.units`; else this process). `progress` is called with (relations done, relations, a note).
 
     Raises `ValueError` for an unknown degree, and where the tokenizer can take no question."""
     if degree not in DEGREES: raise ValueError(f"Unknown degree {degree!r}: use {', '.join(DEGREES)}.")
@@ -256,7 +285,7 @@ def build_battery(model: Any, questions: Iterable[Question], *, degree: str = "p
     questions, asked = list(questions), defaultdict(list)
     for a in tokenized(get_tokenizer(model), questions): asked[a.question.relation].append(a)
     if not asked: raise ValueError("No question can be asked: no answer is one token after its prompt. Give other questions.")
-    made = _relations(model, asked, options, _identity(model, questions, options), notes, progress)
+    made = _relations(model, asked, options, _identity(model, questions, options), notes, crew, progress)
     table = pd.DataFrame([{"pair_id": p.id, "relation": p.relation, "category": p.category, **known} for p, known in made],
                          columns=["pair_id", "relation", "category", "total_swing", "degree"])
     return Built(tuple(p for p, _ in made), table)

@@ -27,7 +27,7 @@ from ..patch.noise import Noise
 from ..patch.sweep import DIRECTIONS, Sweep, sweep
 from ..patch.telling import announced
 from ..scale.folders import is_done, note_left_out
-from ..scale.units import Advance, Alone, Crew, Recipe, Say, Sweeper, read_pairs, sweep_missing
+from ..scale.units import Advance, Alone, Crew, Recipe, Say, Share, Sweeper, end_of_share, read_pairs, sweep_missing
 from ..tasks.recipes import Task
 
 # %% auto #0
@@ -248,15 +248,15 @@ def run_grid(model: Model, task: Task, folder: str | Path, settings: Settings = 
     claim_grid(folder, model, task, settings)
     noise = Noise(task.noised, settings.scale, settings.draws, settings.seed)
     work = Work(model, task, settings, noise.measured(model, task.pairs) if "GN" in settings.corruptions else noise, unrelated(task.pairs, settings.seed), max_rows)
-    if say: _announce(work, folder, workers, say)
-    total, done, tables, failed = sum(len(work.pairs(part)) for part in work.parts), 0, [], {}
+    if say and not isinstance(crew, Share): _announce(work, folder, workers, say)
+    total, done, failed = sum(len(work.pairs(part)) for part in work.parts), 0, {}
     for part in work.parts:
         pairs, told = work.pairs(part), progress and (lambda n, _, __: progress(done + n, total, str(part)))
         if not pairs: continue
         failed[str(part)] = sweep_missing(pairs, folder, work.recipe(part), crew, part=work.place(part), at_once=settings.group, by_length=False, advance=told, say=say)
-        tables.append(read_pairs(folder, pairs, work.place(part)))
         done += len(pairs)
+    end_of_share(crew)
     note_left_out(folder, failed)
-    table = pd.concat(tables, ignore_index=True)
+    table = pd.concat([read_pairs(folder, work.pairs(part), work.place(part)) for part in work.parts if work.pairs(part)], ignore_index=True)
     write_table(folder / "grid.parquet", table)
     return table

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,8 @@ from filelock import FileLock, Timeout
 from ..files import read_table, write_table
 
 # %% auto #0
-__all__ = ['NUMBERS', 'LEFT_OUT', 'OURS', 'LEFT', 'pair_file', 'read_pair', 'is_done', 'not_finite', 'note_left_out', 'BusyError',
-           'held']
+__all__ = ['NUMBERS', 'LEFT_OUT', 'OURS', 'LEFT', 'ENTERING', 'pair_file', 'read_pair', 'is_done', 'not_finite', 'note_left_out',
+           'BusyError', 'held']
 
 # %% ../../nbs/library/scale/01_folders.ipynb #7a8dbeac
 _FILE = re.compile(r"(?!(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$))[a-z0-9_][a-z0-9 ,_.+=()-]{0,119}(?<![ .])")
@@ -78,18 +78,39 @@ LEFT = re.compile(r"\.(?!\.).*\.\d+\.tmp")  # what `files.replacing` calls a fil
 
 
 @contextmanager
-def held(folder: str | Path) -> Iterator[Path]:
+def _locked(path: Path, wait: float = 0) -> Iterator[None]:
+    "Hold a lock; wait so many seconds for it. Raises `BusyError`."
+    lock = FileLock(path, is_singleton=True)  # the same process may hold it twice
+    try: lock.acquire(timeout=wait)
+    except Timeout: raise BusyError(f"Another process is working on {path.parent}. Wait until it has ended, or choose another folder with --out.") from None
+    try: yield
+    finally: lock.release()
+
+
+@contextmanager
+def held(folder: str | Path, share: tuple[int, int] | None = None) -> Iterator[Path]:
     """Hold a folder for this process as long as the block runs; it is made where it is missing. In it goes what killed processes left half-written.
 
-    Raises `BusyError` if another process holds it."""
+    `share`: which of how many processes that work on it at once. Raises `BusyError` if another process holds it, or that share, or (without `share`) any."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", is_singleton=True)  # the same process may hold it twice
-    try: lock.acquire(timeout=0)
-    except Timeout: raise BusyError(f"Another process is working on {folder}. Wait until it has ended, or choose another folder with --out.") from None
-    try:
-        if any((folder / name).exists() for name in OURS):  # else nothing in it is ours to remove
-            for path in folder.rglob(".*.tmp"):
-                if LEFT.fullmatch(path.name): path.unlink(missing_ok=True)
+    with ExitStack() as stack:
+        with _locked(folder / ".lock", ENTERING if share else 0):
+            if share: stack.enter_context(_locked(folder / ".lock-{}-of-{}".format(*share)))  # then the folder's own is let go
+            else:
+                _clean(folder)
+                yield folder
+                return
         yield folder
-    finally: lock.release()
+
+
+ENTERING = 20  # seconds; shares hold a folder's own lock only while they come in
+
+
+def _clean(folder: Path) -> None:
+    "Remove what ended processes left. Raises `BusyError` if a share is at work."
+    for path in folder.glob(".lock-*"):
+        with _locked(path): path.unlink(missing_ok=True)  # none can come in meanwhile
+    if any((folder / name).exists() for name in OURS):  # else nothing in it is ours to remove
+        for path in folder.rglob(".*.tmp"):
+            if LEFT.fullmatch(path.name): path.unlink(missing_ok=True)

@@ -184,9 +184,10 @@ def source_of(model: Any, workers: int | str | None, device: str | None = None, 
     """How workers would come by the model of a command; `None` for one in memory. To be asked before anything is loaded.
 
     Raises `CrewError` for what `asked` does not understand, for a model in memory, and in a worker that reads a script which starts workers."""
-    n, ray, _ = asked(workers)
+    n, ray, *_ = asked(workers)
     named = isinstance(model, (str, Path))
     if n == 1 and not ray: return Source(str(model), device, dtype, revision) if named else None
     if getattr(current_process(), "_inheriting", False): raise CrewError(MAIN)
+    if device == "auto" or not isinstance(device, (str, type(None))): raise CrewError("A model that is spread over devices leaves none for another worker: leave --workers out, or give a device.")
     if not named: raise CrewError("Workers load the model themselves: give it by name (or folder), not a loaded one.")
     return Source(str(model), device, dtype, revision)

@@ -25,7 +25,7 @@ from .. import __version__
 from ..battery.tokens import TokenPair
 from ..model.hooked import Model
 from .processes import TRIES, Processes, Source, _portable
-from .units import Alone, Crew, Outcome, Recipe, Say
+from .units import Alone, Crew, Outcome, Recipe, Say, Share
 from .workers import CrewError, asked, cores
 
 # %% auto #0
@@ -219,10 +219,11 @@ class RayCrew(_RayStaff):
 
 # %% ../../nbs/library/scale/07_ray.ipynb #98a46713
 def crew_of(workers: int | str | None, source: Source | None, model: Model, say: Say | None = None) -> AbstractContextManager[Crew]:
-    """A crew, for a `with`: this process alone (nothing, or one), so many processes, or Ray (see `workers`). Its `n` says how many work.
+    """A crew, for a `with`: this process alone (nothing, or one), a share of the work, so many processes, or Ray (see `workers`). Its `n` says how many work.
 
     Raises `CrewError` for what cannot be understood, and for a model that was not loaded by name."""
-    n, ray, address = asked(workers)
+    n, ray, address, share = asked(workers)
+    if share: return nullcontext(Share(model, *share))
     if not ray and n == 1: return nullcontext(Alone(model))
     if source is None: raise CrewError("Workers load the model themselves: give it by name (or folder), not a loaded one.")
     source = replace(source, weights_sha256=model.weights_sha256)

@@ -19,10 +19,11 @@ from ..model.hooked import Model
 from ..patch.interventions import Intervention
 from ..patch.sweep import sweep
 from .folders import is_done, not_finite, pair_file, read_pair
+from .workers import ShareDone
 
 # %% auto #0
-__all__ = ['Sweeper', 'Recipe', 'Advance', 'Say', 'ENOUGH', 'Outcome', 'Crew', 'Alone', 'swept', 'units_of', 'UnitError',
-           'sweep_missing', 'read_pairs']
+__all__ = ['Sweeper', 'Recipe', 'Advance', 'Say', 'ENOUGH', 'Outcome', 'Crew', 'Alone', 'swept', 'units_of', 'Share',
+           'end_of_share', 'UnitError', 'sweep_missing', 'read_pairs']
 
 # %% ../../nbs/library/scale/02_units.ipynb #f77bfe91
 Sweeper = Callable[[Sequence[TokenPair]], pd.DataFrame]  # pairs -> rows with a column `pair_id`
@@ -71,6 +72,23 @@ def units_of(pairs: Sequence[TokenPair], at_once: int = 8, by_length: bool = Tru
     rest = iter(pairs)
     return list(iter(lambda: list(islice(rest, at_once)), []))
 
+# %% ../../nbs/library/scale/02_units.ipynb #fa84447d
+class Share(Alone):
+    "This process does every `of`-th unit, from number `which` on (1 is the first)."
+
+    def __init__(self, model: Model, which: int, of: int):
+        super().__init__(model)
+        self.which, self.of = which, of
+
+    def mine(self, units: Sequence[Sequence[TokenPair]]) -> list[TokenPair]:
+        "The pairs of this share."
+        return [tp for unit in units[self.which - 1::self.of] for tp in unit]
+
+
+def end_of_share(crew: Crew) -> None:
+    "To be called between what is swept and what follows from all of it. Raises `ShareDone` where this process does only a share."
+    if isinstance(crew, Share): raise ShareDone(f"Share {crew.which} of {crew.of} is done. When all are, the same command without --workers share puts them together.")
+
 # %% ../../nbs/library/scale/02_units.ipynb #827c14c3
 ENOUGH = 3  # failures without any success
 
@@ -94,7 +112,8 @@ def sweep_missing(pairs: Sequence[TokenPair], folder: Path, recipe: Recipe, crew
     """Sweep the units of which some pair has no file yet; return which pairs could not be swept, and why.
 
     `part`: where in the folder the files are. `at_once`, `by_length`: as for `units_of`. `grows`: pairs may be added later; units are made of those that have no file.
-    `advance` and `say` are told what happens. Raises the first error where nothing succeeds or more than half fails, `UnitError` where no number is finite."""
+    A `Share` of the units is swept by it alone; then call `end_of_share`. `advance` and `say` are told what happens. Raises the first error where nothing succeeds or more than half fails, `UnitError` where no number is finite."""
+    if isinstance(crew, Share): pairs, grows = crew.mine(units_of(pairs, at_once, by_length)), False
     missing = {tp.id for tp in pairs if not is_done(folder, tp.id, part)}
     units = units_of([tp for tp in pairs if tp.id in missing] if grows else pairs, at_once, by_length)
     units = [unit for unit in units if not missing.isdisjoint(tp.id for tp in unit)]

@@ -10,11 +10,15 @@ import re
 from typing import NamedTuple
 
 # %% auto #0
-__all__ = ['CrewError', 'cores', 'Asked', 'asked']
+__all__ = ['CrewError', 'ShareDone', 'cores', 'Asked', 'asked']
 
 # %% ../../nbs/library/scale/00_workers.ipynb #76317815
 class CrewError(ValueError):
     "Workers that cannot be had, or that end again and again."
+
+
+class ShareDone(Exception):
+    "A share of the work is done; what follows needs all of it."
 
 
 def cores() -> int:
@@ -23,10 +27,11 @@ def cores() -> int:
 
 
 class Asked(NamedTuple):
-    "Who is to work. `n`: how many, `None` if that follows from the cluster; `ray`: on a Ray cluster; `address`: of one that is there, `None` for one of our own."
+    "Who is to work. `n`: how many, `None` if that follows from the cluster; `ray`: on a Ray cluster; `address`: of one that is there, `None` for one of our own. `share`: which of how many."
     n: int | None = 1
     ray: bool = False
     address: str | None = None
+    share: tuple[int, int] | None = None
 
     @property
     def here(self) -> int:
@@ -34,7 +39,7 @@ class Asked(NamedTuple):
         return 1 if self.address else self.n or max(1, cores() // 2)
 
 # %% ../../nbs/library/scale/00_workers.ipynb #83799672
-_ADDRESS = re.compile(r"auto|(?:[\w.-]+|\[[0-9a-fA-F:.]+\]):([0-9]{1,5})")
+_ADDRESS, _SHARE = re.compile(r"auto|(?:[\w.-]+|\[[0-9a-fA-F:.]+\]):([0-9]{1,5})"), re.compile("([0-9]{1,6})/([0-9]{1,6})")
 
 
 def asked(workers: int | str | None) -> Asked:
@@ -48,4 +53,5 @@ def asked(workers: int | str | None) -> Asked:
         return Asked(int(number), kind == "ray")
     if text == "ray": return Asked(None, ray=True)
     if kind == "ray" and (found := _ADDRESS.fullmatch(where)) and 0 < int(found[1] or 1) < 65536: return Asked(None, True, where)
-    raise CrewError(f"Unknown workers {text[:60]!r}: use a number, ray, ray:N, ray:auto or ray:HOST:PORT.")
+    if kind == "share" and (found := _SHARE.fullmatch(where)) and 0 < int(found[1]) <= int(found[2]): return Asked(share=(int(found[1]), int(found[2])))
+    raise CrewError(f"Unknown workers {text[:60]!r}: use a number, ray, ray:N, ray:auto, ray:HOST:PORT or share:I/N.")

@@ -20,21 +20,22 @@ SOURCE = Source("some-model")
 
 @pytest.mark.parametrize("text, want", [
     (None, Asked(1)), (1, Asked(1)), ("1", Asked(1)), (4, Asked(4)), (" 4 ", Asked(4)), ("ray", Asked(None, True)), ("ray:4", Asked(4, True)), ("ray:1", Asked(1, True)),
-    ("ray:auto", Asked(None, True, "auto")), ("ray:head-0.cluster:6379", Asked(None, True, "head-0.cluster:6379")), ("ray:[::1]:6379", Asked(None, True, "[::1]:6379"))])
+    ("ray:auto", Asked(None, True, "auto")), ("ray:head-0.cluster:6379", Asked(None, True, "head-0.cluster:6379")), ("ray:[::1]:6379", Asked(None, True, "[::1]:6379")),
+    ("share:1/1", Asked(share=(1, 1))), ("share:3/16", Asked(share=(3, 16)))])
 def test_one_text_says_who_works(text, want): assert asked(text) == want
 
 
 @pytest.mark.parametrize("text, why", [("0", "^0 workers: ask for one or more"), (-2, "^-2 workers"), ("ray:0", "^0 workers"), *((text, "^Unknown workers .*use a number, ray, ray:N") for text in (
-    "", "two", "2.5", "Ray", "rays", "ray:", "ray:head", "ray:head:", "ray::6379", "ray:head:0", "ray:head:65536", "ray:head:6379:1", "ray:a b:6379", "auto", "head:6379", "٤", True))])
+    "", "two", "2.5", "Ray", "rays", "ray:", "ray:head", "ray:head:", "ray::6379", "ray:head:0", "ray:head:65536", "ray:head:6379:1", "ray:a b:6379", "auto", "head:6379", "٤", True, "share:", "share:0/4", "share:5/4", "share:1", "share:1/", "share:-1/4", "share:1/2/3", "1/2"))])
 def test_other_texts_are_refused_in_words(text, why):
     with pytest.raises(CrewError, match=why): asked(text)
 
 
-@given(st.text(max_size=30) | st.text(max_size=30).map("ray:".__add__))
+@given(st.text(max_size=30) | st.text(max_size=30).map("ray:".__add__) | st.text("0123456789/ ", max_size=9).map("share:".__add__))
 def test_no_text_does_anything_else(text):
     try: found = asked(text)
     except CrewError as error: assert len(str(error)) < 400
-    else: assert (found.ray and text.strip().startswith("ray")) or found == Asked(int(text))
+    else: assert (found.ray and text.strip().startswith("ray")) or (found.share and text.strip().startswith("share") and found.share[0] <= found.share[1]) or found == Asked(int(text))
 
 
 def test_how_many_hold_the_model_here():
