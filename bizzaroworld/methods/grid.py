@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
@@ -149,10 +151,19 @@ def places_in(model: Model, task: Task, part: Part, widths: Sequence[int | float
     return each_head(model, "all") if part.control else places_of(model, widths, () if few else task.places, few)
 
 
+_twins: WeakKeyDictionary[Any, Model] = WeakKeyDictionary()
+
+
+def _twin(model: Model) -> Model:
+    "The untrained twin of a model, made once for both directions."
+    if model.hf not in _twins: _twins[model.hf] = untrained(model)
+    return _twins[model.hf]
+
+
 def sweep_part(model: Model, task: Task, part: Part, *, metrics: Sequence[str], widths: Sequence[int | float] = WIDTHS,
                noise: Noise | None = None, donors: dict[str, TokenPair] | None = None, max_rows: int = 8192) -> Sweeper:
     "A recipe of `scale.units`: one part of a grid; see `run_grid`."
-    if part.control == "untrained": model = untrained(model)
+    if part.control == "untrained": model = _twin(model)
     places, worded = places_in(model, task, part, widths), wordings(task)
     def run(pairs):
         done = sweep(model, pairs, [p.intervention for p in places], part.direction, metrics=metrics, max_rows=max_rows, progress=False,

@@ -28,7 +28,8 @@ from .controls import CONTROLLED, CONTROLS, TWIN, shuffled_positions, unrelated_
 from .experiments import EXPERIMENTS, interventions_of
 
 # %% auto #0
-__all__ = ['NOTHING', 'SOME', 'SIZES', 'sweeps_of', 'foresee', 'plan_lines', 'box_table', 'NoRoomError', 'check_room']
+__all__ = ['NOTHING', 'SOME', 'SIZES', 'sweeps_of', 'copies_of', 'foresee', 'plan_lines', 'box_table', 'NoRoomError',
+           'check_room']
 
 # %% ../../nbs/library/study/04_foreseen.ipynb #74304de0
 NOTHING = Forecast(0, 0, 0, 0, 0, 0)
@@ -69,6 +70,12 @@ def _budget(device: torch.device, weights: int) -> int:
     return left if left > 2**26 else 2**32
 
 
+def copies_of(workers: int, twin: bool, device: torch.device) -> int:
+    "How many models one device holds at most: each worker's with its untrained twin; of several workers, that of the process which began them, too."
+    gpus = torch.accelerator.device_count() if device.type not in ("cpu", "meta") and device.index is None else 1
+    return -(-workers // max(1, gpus)) * (1 + twin) + (workers > 1)
+
+
 def foresee(model: str | Known, battery: str | Path | Sequence[PromptPair] | None = None, *, precision: str = "float32", device: str | None = None,
             revision: str | None = None, direction: str = "noising", controls: Sequence[str] | None = None, max_rows: int = 8192,
             memory: int | None = None, workers: int = 1, rates: Rates | bool = True, quick: bool = False, some: int = SOME) -> Needs:
@@ -81,7 +88,7 @@ def foresee(model: str | Known, battery: str | Path | Sequence[PromptPair] | Non
     counts, where = count(empty := empty_model(known)), torch.device("meta") if device == "meta" else main_device(device)
     drawn = sketch(known, empty, where, precision)
     names = tuple(controls) if controls is not None else CONTROLS if counts.parameters < TWIN else CONTROLS[:2]
-    copies = workers * (1 + ("untrained" in names))
+    copies = copies_of(workers, "untrained" in names, where)
     pairs, spares = _battery(battery)
     pairs = sorted(pairs, key=lambda pair: len(pair.clean_prompt))
     taken = pairs if len(pairs) <= some else [pairs[i * len(pairs) // some] for i in range(some)]
@@ -151,7 +158,7 @@ def _surely_fits(model: str, folder: Path) -> bool:
 def check_room(model: str, folder: Path, battery: str | Path | None = None, **options) -> None:
     "That a study fits the disk and the memory of this machine; options as of `foresee`. Raises `NoRoomError`."
     device, spread = main_device(options.get("device")), options.get("device") == "auto"
-    if battery is None and device.type == "cpu" and _surely_fits(model, folder): return
+    if battery is None and device.type == "cpu" and options.get("workers", 1) == 1 and _surely_fits(model, folder): return
     try: needs = foresee(model, battery, rates=False, quick=True, some=8, **options)
     except (ModelError, ValueError): return  # told where it is met
     there = [p.stat().st_size for p in folder.rglob("*") if p.is_file()] if folder.is_dir() else []

@@ -35,9 +35,8 @@ DIGITS = 3
 
 def rounded(values: Any) -> Any:
     "Numbers, or arrays of them, as (nested lists of) numbers with `DIGITS` decimals; `None` for what is not finite."
-    if np.ndim(values): return [rounded(x) for x in values]
-    x = float(values)
-    return round(x, DIGITS) + 0.0 if np.isfinite(x) else None  # no minus zero
+    numbers = np.round(np.asarray(values, dtype=float), DIGITS) + 0.0  # no minus zero
+    return np.where(np.isfinite(numbers), numbers.astype(object), None).tolist()
 
 # %% ../../nbs/library/views/01_explorer.ipynb #b22c810a
 READINGS = ("effect", "fraction")

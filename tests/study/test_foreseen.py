@@ -1,7 +1,9 @@
 """What is foreseen of a study is what it runs; one that does not fit is not begun."""
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 from tiny import BUILDERS, random_pair, tiny_hf
 from typer.testing import CliRunner
 
@@ -12,7 +14,7 @@ from bizzaroworld.patch import engine, sweep as sweep_room
 from bizzaroworld.scale.configs import Known
 from bizzaroworld.scale.needs import Rates, empty_model, sketch
 from bizzaroworld.study import foreseen as room
-from bizzaroworld.study.foreseen import NoRoomError, box_table, check_room, foresee, plan_lines, sweeps_of
+from bizzaroworld.study.foreseen import NoRoomError, box_table, check_room, copies_of, foresee, plan_lines, sweeps_of
 
 PAIRS = [replace(random_pair(i, 7 + i, (2 + i % 2, 4)), pair=replace(random_pair(i).pair, category=f"kind {i % 3}", clean_entity=f"b{i}", corrupt_entity=f"c{i}",
                                                                     clean_target=f" d{i}", corrupt_target=f" e{i}")) for i in range(6)]
@@ -141,3 +143,12 @@ def test_the_command():
     unknown = run("plan", "--model", "nobody/nothing")
     assert unknown.exit_code == 2 and "Hub could not be reached" in unknown.stderr
     assert isinstance(NoRoomError("x"), ValueError) and NoRoomError.__module__.startswith("bizzaroworld."), "exit code 2"
+
+
+def test_several_workers_are_counted_where_they_lie(monkeypatch):
+    cpu, gpus, one = torch.device("cpu"), torch.device("cuda"), torch.device("cuda:1")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    assert [copies_of(n, True, cpu) for n in (1, 2, 4)] == [2, 5, 9], "and the process that began them"
+    assert [copies_of(n, False, gpus) for n in (1, 4, 5)] == [1, 2, 3] and copies_of(4, False, one) == 5
+    with pytest.raises(NoRoomError, match="which spreads the model"): check_room("bizzaro-nano", Path("runs"), device="cpu", workers=10**5)
+    check_room("bizzaro-nano", Path("runs"), device="auto", workers=1)
