@@ -131,7 +131,7 @@ def opened(command: str, model: str | Model, settings: dict, check: Callable[[Mo
     with held(folder, asked(workers).share), crew_of(workers, source, model, say) as crew:
         claim(folder, info)
         result.save(folder)
-        write_json(folder / "pairs.json", {"model": model.name, "sentence": chosen_words(result, len(there), min(n, len(there)), known), "pairs": [tp.id for tp in there[:n]]})
+        if not (isinstance(crew, Share) and (folder / "pairs.json").exists()): write_json(folder / "pairs.json", {"model": model.name, "sentence": chosen_words(result, len(there), min(n, len(there)), known), "pairs": [tp.id for tp in there[:n]]})
         run = Opened(folder, model, result, there[:n], there, direction, crew, progress, say)
         try: yield run
         finally:

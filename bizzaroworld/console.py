@@ -51,7 +51,8 @@ def reported(debug: bool) -> Iterator[None]:
     What the console cannot print (a letter outside cp1252) is printed as a question mark; files have it."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="replace")
-    before = signal.signal(signal.SIGTERM, _end) if threading.current_thread() is threading.main_thread() else None
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # else somebody else has a use for it
+    before = signal.signal(signal.SIGTERM, _end) if ours else None
     try:
         yield
     except ShareDone as done: typer.echo(str(done))

@@ -20,20 +20,26 @@ from typing import Any
 import pandas as pd
 
 # %% auto #0
-__all__ = ['replacing', 'write_text', 'write_json', 'write_table', 'read_table', 'guarded', 'unguarded', 'data_path', 'plain',
-           'quoted']
+__all__ = ['replacing', 'write_text', 'write_json', 'write_first', 'write_table', 'read_table', 'guarded', 'unguarded',
+           'data_path', 'plain', 'quoted']
 
 # %% ../nbs/library/01_files.ipynb #1974622f
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    "A temporary path beside `path`; it takes its place if the block ends well, and is removed if not."
+def _beside(path: Path) -> Iterator[Path]:
+    "A temporary path beside `path`, for the block."
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{secrets.randbelow(10 ** 6):06}.tmp")  # processes of two machines may have one number
     temporary.unlink(missing_ok=True)  # a link of that name would be written through
-    try:
+    try: yield temporary
+    finally: temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    "A temporary path beside `path`; it takes its place if the block ends well, and is removed if not."
+    with _beside(path) as temporary:
         yield temporary
         os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -44,6 +50,18 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     "Write JSON that a person can read."
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_first(path: Path, value: Any) -> bool:
+    "Write JSON where nothing is; whether that was so. Of processes that try it at once one succeeds."
+    with _beside(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        try: os.link(temporary, path)
+        except FileExistsError: return False
+        except OSError:  # a file system without links
+            if path.exists(): return False
+            os.replace(temporary, path)
+    return True
 
 
 def _quoting(frame: pd.DataFrame) -> int:

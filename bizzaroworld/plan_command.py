@@ -71,7 +71,9 @@ def battery(out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", dir
         from bizzaroworld.model.load import load_model
         from bizzaroworld.scale.processes import source_of
         from bizzaroworld.scale.ray import crew_of
+        from bizzaroworld.scale.workers import CrewError, asked
         questions = questions_from(load_battery(questions_file)) if questions_file else questions_of(load_facts())
+        if asked(workers).share: raise CrewError("A battery is not made in shares: use --workers N, or ray.")
         source, notes = source_of(model, workers, device, dtype, revision), out.with_name(f".{out.name}.notes")
         loaded = load_model(model, device=device, dtype=dtype, revision=revision)
         with progress("battery") as go, crew_of(workers, source, loaded, go.say) as crew:
@@ -95,7 +97,7 @@ def slurm(command: Annotated[list[str], typer.Argument(metavar="COMMAND...", hel
     """Submit a command to Slurm: an array of jobs that share its work, and a job that puts it together.
 
     Each job writes into the same run folder, of which every machine has to see the same. A job whose time is over is queued again, up to three times, and goes on; what is missing in the end the last job
-    does. Options of `slurm` come before the command, the command's own after it.
+    does, and the circuits of single pairs (`circuit --each`). Options of `slurm` come before the command, the command's own after it.
 
     Examples:
 
@@ -103,14 +105,15 @@ def slurm(command: Annotated[list[str], typer.Argument(metavar="COMMAND...", hel
         bizzaroworld slurm --ray --jobs 4 --option qos=long methods --model google/gemma-2b --task ioi
     """
     with reported(debug):
-        from bizzaroworld.scale.slurm import Job, asked_of, checked, submit, told
+        from bizzaroworld.scale.slurm import Job, asked_of, checked, ended, submit, told
         words, job = checked(command), Job(gpus, cpus, memory, hours, partition, account, asked_of(option or ()))
     _parsed(words)
     with reported(debug):
-        for line in told(submit(words, jobs, job, ray=ray, at_once=at_once, logs=logs, cluster=cluster), logs): typer.echo(line)
+        submitted = submit(words, jobs, job, ray=ray, at_once=at_once, logs=logs, cluster=cluster)
+        for line in told(submitted, logs) if cluster == "slurm" else ended(submitted): typer.echo(line)
 
 
 def _parsed(words: list[str]) -> None:
     "Let a command's own parser look at its words: what is wrong is said now, not by every job."
     from bizzaroworld.cli import app
-    typer.main.get_command(app).commands[words[0]].make_context(f"bizzaroworld {words[0]}", words[1:])
+    typer.main.get_command(app).commands[words[0]].make_context(f"bizzaroworld {words[0]}", words[1:], help_option_names=["-h", "--help"])

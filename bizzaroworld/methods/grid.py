@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from ..battery.tokens import TokenPair
-from ..files import write_json, write_table
+from ..files import write_first, write_table
 from .multiverse import window_layers
 from ..model.hooked import Model
 from ..model.load import untrained
@@ -204,7 +204,7 @@ def claim_grid(folder: Path, model: Model, task: Task, settings: Settings) -> di
             "pairs": [tp.id for tp in task.pairs], "prompts": [tp.pair.clean_prompt for tp in task.pairs], "n_layers": model.n_layers, "n_heads": model.n_heads,
             "settings": json.loads(json.dumps(asdict(settings)))}
     path = folder / "grid.json"
-    if not path.exists(): return write_json(path, info) or info
+    if write_first(path, info): return info
     there = json.loads(path.read_text("utf-8"))
     for name, value in info.items():
         if there.get(name) != value: raise GridError(f"{folder} holds a grid with another {name}: choose another folder, or remove it.")

@@ -9,7 +9,8 @@ import shutil
 import tempfile
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,7 +20,7 @@ from .checks import bare_logits, gap_of
 from .names import ModelError
 
 # %% auto #0
-__all__ = ['UNSURE', 'Place', 'as_device', 'place_of', 'main_device', 'spread', 'moved']
+__all__ = ['UNSURE', 'Place', 'as_device', 'place_of', 'main_device', 'check_map', 'spread', 'moved']
 
 # %% ../../nbs/library/model/09_devices.ipynb #eb4fb6b4
 def as_device(device: torch.device | str | None) -> torch.device:
@@ -55,7 +56,11 @@ def place_of(device: torch.device | str | Mapping[str, Any] | None) -> Place:
     if device != "auto" and not isinstance(device, Mapping): return as_device(device)
     if find_spec("accelerate") is None: raise ModelError("accelerate spreads a model over devices, and is not installed: pip install accelerate.")
     if device == "auto": return "auto"
-    for at in set(device.values()) - {"disk"}: as_device(at if isinstance(at, (str, torch.device)) else f"{as_device(None).type}:{at}")
+    if not device or not all(isinstance(name, str) for name in device): raise ModelError("A map of devices says where modules lie, by their names: {'model.layers.0': 'cuda:0', 'model.layers.1': 'disk', ...}.")
+    for at in device.values():
+        if isinstance(at, bool) or not isinstance(at, (int, str, torch.device)): raise ModelError(f"Unknown device {at!r} in the map: use cpu, cuda:0, the number of a GPU, or disk.")
+        if isinstance(at, int) and not torch.accelerator.is_available(): raise ModelError(f"There is no accelerator here that could be number {at}: use cpu or disk.")
+        if at != "disk" and as_device(at if not isinstance(at, int) else f"{torch.accelerator.current_accelerator().type}:{at}").type == "meta": raise ModelError("Nothing can be run on meta: use cpu, a GPU, or disk.")
     return dict(device)
 
 
@@ -64,9 +69,31 @@ def main_device(device: torch.device | str | Mapping[str, Any] | None) -> torch.
     return as_device(None if device == "auto" or isinstance(device, Mapping) else device)
 
 
-def spread(place: Place) -> dict[str, Any]:
-    "What transformers is told of a spread model; nothing for one device. What has to be written for the disk goes into a scratch folder (TMPDIR)."
-    return {} if isinstance(place, torch.device) else {"device_map": place, "offload_folder": tempfile.mkdtemp(prefix="bizzaroworld-")}
+def check_map(place: Place, empty: torch.nn.Module) -> None:
+    "That a map names modules of a model (given without numbers), each once, and puts embedding and head on a device. Raises `ModelError`."
+    if not isinstance(place, dict): return
+    names = {name: part for name, part in (*empty.named_modules(), *empty.named_parameters())}
+    def holds(key, name): return key in ("", name) or name.startswith(f"{key}.")
+    if unknown := [key for key in place if key not in names]: raise ModelError(f"The map names {unknown[0]!r}, which is no part of {type(empty).__name__}. Its parts: {', '.join(n for n in names if n and n.count('.') < 2)[:300]}.")
+    if left := [name for name, _ in empty.named_parameters() if not any(holds(key, name) for key in place)]: raise ModelError(f"The map does not say where {left[0]!r} lies.")
+    for key in place:
+        if inside := [other for other in place if other != key and holds(key, other)]: raise ModelError(f"The map names {key!r} and {inside[0]!r}, which lies in it: name one of them.")
+    for part in (empty.get_output_embeddings(), empty.get_input_embeddings()):
+        name = next(name for name, other in names.items() if other is part)
+        if any(at == "disk" for key, at in place.items() if holds(key, name)): raise ModelError(f"{name!r} would lie on the disk. Embedding and head are used outside of the model's own runs: give them a device.")
+
+
+@contextmanager
+def spread(place: Place) -> Iterator[dict[str, Any]]:
+    "What transformers is told of a spread model, for a block that loads it; nothing for one device. What has to be written for the disk goes into a scratch folder (TMPDIR)."
+    if isinstance(place, torch.device):
+        yield {}
+        return
+    folder = tempfile.mkdtemp(prefix="bizzaroworld-")
+    try: yield {"device_map": place, "offload_folder": folder}
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 # %% ../../nbs/library/model/09_devices.ipynb #f9f458fb
 def moved(hf_model, place: Place, folder: str | None = None):

@@ -24,14 +24,14 @@ from .adapters import has_adapter, merged
 from .bridge import attach_bridge, bridge_in_memory, bridge_of, detach_bridge, remember
 from .gguf import GgufFile, gguf_config, gguf_model, gguf_tokenizer, read_gguf
 from .checks import DIFFUSION, MASKS, bare_logits, check_kind, explained_kind, validate
-from .devices import Place, main_device, moved, place_of, spread
+from .devices import Place, check_map, main_device, moved, place_of, spread
 from .hooked import Model, Shape, free_bytes, hook_points
 from .identity import sha256_file, sha256_files, sha256_tensors, weight_files, weights_sha256
 from .names import PACKAGED, ModelError, called, embedded_models, locate
 from .readout import readout_of
 
 # %% auto #0
-__all__ = ['PICKLE', 'load_tokenizer', 'weight_bytes', 'checked', 'load_model', 'is_embedded', 'untrained']
+__all__ = ['PICKLE', 'load_tokenizer', 'empty_of', 'weight_bytes', 'checked', 'load_model', 'is_embedded', 'untrained']
 
 # %% ../../nbs/library/model/08_load.ipynb #6e6b8522
 def _explain(name: str, error: BaseException) -> ModelError:
@@ -91,11 +91,14 @@ def load_tokenizer(name: str, revision: str | None = None):
         return AutoTokenizer.from_pretrained(where, revision=revision)
 
 # %% ../../nbs/library/model/08_load.ipynb #e4dfdacd
+def empty_of(config) -> torch.nn.Module:
+    "A model without numbers."
+    with torch.device("meta"): return AutoModelForCausalLM.from_config(config)
+
+
 def weight_bytes(config, dtype: torch.dtype) -> int:
     "Bytes that the weights of a configuration take in `dtype`."
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    return sum(p.numel() for p in empty_of(config).parameters()) * dtype.itemsize
 
 
 def _check_memory(name, config, dtype, device) -> None:
@@ -158,17 +161,20 @@ def _check_files(folder: Path) -> None:
 def _from_pretrained(name: str, where: str, tokenizer, place: Place, dtype, revision, trust_remote_code, allow_pickle) -> tuple:
     "Weights, tokenizer, SHA-256 and note of a folder or Hub id."
     options = dict(revision=revision, trust_remote_code=trust_remote_code)
-    held = spread(place)
     if not allow_pickle: _check_no_pickle(name, where)
     adapted = has_adapter(where, revision)
     config = None if adapted else AutoConfig.from_pretrained(where, **options)
     if config is not None:
         dtype = dtype or getattr(config.get_text_config(), "dtype", None) or torch.float32
         _check_quantized(name, config, main_device(place))
-        if not held: _check_memory(name, config, dtype, place)
+        if isinstance(place, torch.device): _check_memory(name, config, dtype, place)
+        elif not trust_remote_code: check_map(place, empty_of(config))
     _check_files(Path(where))
-    hf_model = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=dtype or torch.float32, attn_implementation="eager",
-                                                    use_safetensors=None if allow_pickle else True, **options, **held)
+    if adapted and not isinstance(place, torch.device): raise ModelError(f"{name!r} holds an adapter, which is merged into whole weights: give one device.")
+    with spread(place) as held:
+        hf_model = AutoModelForCausalLM.from_pretrained(where, config=config, dtype=dtype or torch.float32, attn_implementation="eager",
+                                                        use_safetensors=None if allow_pickle else True, **options, **held)
+        moved(hf_model, place, held.get("offload_folder"))
     if tokenizer is None:
         try: tokenizer = AutoTokenizer.from_pretrained(where, **options)
         except (OSError, ValueError):
@@ -176,13 +182,13 @@ def _from_pretrained(name: str, where: str, tokenizer, place: Place, dtype, revi
             tokenizer = AutoTokenizer.from_pretrained(hf_model.config.name_or_path)  # an adapter may come without one: the base's
     if adapted: sha, note = sha256_tensors(merged(hf_model)), "adapter merged"
     else: sha, note = weights_sha256(hf_model, where, revision), _quantized(config)
-    return moved(hf_model, place, held.get("offload_folder")), tokenizer, sha, note
+    return hf_model, tokenizer, sha, note
 
 
 def _from_gguf(name: str, file: GgufFile, tokenizer, place: Place, dtype) -> tuple:
     "Weights, tokenizer, SHA-256 and note of a GGUF file."
     config, dtype = gguf_config(file), dtype or torch.float32
-    if spread(place): raise ModelError(f"{name!r} is a GGUF file, which is read whole: give one device. (A folder with safetensors can be spread.)")
+    if not isinstance(place, torch.device): raise ModelError(f"{name!r} is a GGUF file, which is read whole: give one device. (A folder with safetensors can be spread.)")
     _check_memory(name, config, dtype, place)
     tokenizer = tokenizer or gguf_tokenizer(file)
     return moved(gguf_model(file, config, dtype), place), tokenizer, sha256_file(file.path), file.note(dtype)

@@ -5,6 +5,7 @@
 # %% ../../nbs/library/scale/08_slurm.ipynb #048db064
 from __future__ import annotations
 
+import re
 import socket
 import subprocess
 import sys
@@ -13,12 +14,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 from .workers import CrewError, cores
 
 # %% auto #0
-__all__ = ['SWEEPING', 'PATIENCE', 'checked', 'Command', 'OnRay', 'Job', 'submit', 'array_of', 'asked_of', 'told']
+__all__ = ['SWEEPING', 'PATIENCE', 'OURS', 'checked', 'Command', 'OnRay', 'Job', 'submit', 'array_of', 'asked_of', 'told',
+           'ended']
 
 # %% ../../nbs/library/scale/08_slurm.ipynb #23f5b81c
 SWEEPING = ("study", "methods", "paths", "attribute", "circuit")  # commands with units
@@ -109,30 +112,43 @@ class Job:
     def parameters(self) -> dict[str, Any]:
         "As submitit wants it."
         named = {f"slurm_{name}": value for name, value in (("partition", self.partition), ("account", self.account)) if value}
-        return {"gpus_per_node": self.gpus, "cpus_per_task": self.cpus, "mem_gb": self.memory, "timeout_min": max(1, round(60 * self.hours)), "stderr_to_stdout": True,
+        memory = {} if {"mem-per-cpu", "mem-per-gpu", "mem"} & set(self.options) else {"mem_gb": self.memory}
+        return {"gpus_per_node": self.gpus, "cpus_per_task": self.cpus, **memory, "timeout_min": max(1, round(60 * self.hours)), "stderr_to_stdout": True,
                 **named, **({"slurm_additional_parameters": self.options} if self.options else {})}
 
 # %% ../../nbs/library/scale/08_slurm.ipynb #716b872a
+def _submitted(executor: Any, words: list[str], jobs: int, local: bool) -> list[Any]:
+    "The shares, and the job after them; none of them if one is refused. Here they are waited for."
+    with executor.batch(): shares = [executor.submit(Command(words, f"share:{i}/{jobs}")) for i in range(1, jobs + 1)]
+    last = []
+    try:
+        if local: [share.wait() for share in shares]
+        executor.update_parameters(slurm_dependency=f"afterany:{array_of(shares)}")
+        last.append(executor.submit(Command(words)))
+        if local: last[0].wait()
+    except BaseException:
+        for job in (*shares, *last): job.cancel()
+        raise
+    return [*shares, *last]
+
+
 def submit(arguments: Sequence[str], jobs: int = 8, job: Job = Job(), *, ray: bool = False, at_once: int | None = None, logs: str | Path = "slurm", cluster: str = "slurm") -> list[Any]:
     """Submit a command as so many shares and a last job that waits for their end; or (`ray`) as one job on so many machines. Returns submitit's jobs.
 
     `at_once`: how many of the array run at a time (else all). `logs`: a folder for scripts and logs, which every machine has to see. `cluster`: `slurm`, or `local` for processes
-    of this machine; there the shares are waited for. Raises `CrewError` without submitit or Slurm, and where Slurm refuses."""
-    submitit, words = _submitit(), checked(arguments)
+    of this machine, all at a time, which are waited for. Raises `CrewError` without submitit or Slurm, and where Slurm refuses one of them: then none is left."""
+    submitit, words, local = _submitit(), checked(arguments), cluster == "local"
     if jobs < 1: raise CrewError(f"{jobs} jobs: ask for one or more.")
+    if absent := [name for name in ("srun", "sbatch") if not (local or which(name))]: raise CrewError(f"There is no Slurm here (no {absent[0]}): log in to the cluster, or try it on this machine with --cluster local.")
     try:
         executor = submitit.AutoExecutor(folder=Path(logs) / "%j", cluster=cluster)
-        executor.update_parameters(name=f"bizzaroworld-{words[0]}", slurm_array_parallelism=at_once or jobs, slurm_use_srun=ray, **job.parameters())
-        if ray:
-            executor.update_parameters(**{"nodes": 1, "tasks_per_node": jobs} if cluster == "local" else {"nodes": jobs, "tasks_per_node": 1})
-            return [executor.submit(OnRay(words))]
-        with executor.batch(): shares = [executor.submit(Command(words, f"share:{i}/{jobs}")) for i in range(1, jobs + 1)]
-        if cluster == "local": [share.wait() for share in shares]
-        executor.update_parameters(slurm_dependency=f"afterany:{array_of(shares)}")
-        return [*shares, executor.submit(Command(words))]
-    except RuntimeError as error:
-        if "srun" in str(error): raise CrewError("There is no Slurm here (no srun): log in to the cluster, or try it on this machine with --cluster local.") from None
-        raise CrewError(f"Slurm does not take the job: {error}") from error
+        executor.update_parameters(name=f"bizzaroworld-{words[0]}", slurm_array_parallelism=at_once or jobs, **job.parameters())
+        if not ray: return _submitted(executor, words, jobs, local)
+        executor.update_parameters(**{"nodes": 1, "tasks_per_node": jobs} if local else {"nodes": jobs, "tasks_per_node": 1})
+        one = executor.submit(OnRay(words))
+        if local: one.wait()
+        return [one]
+    except (RuntimeError, OSError) as error: raise CrewError(f"The job could not be submitted: {error}") from error
 
 
 def array_of(shares: Sequence[Any]) -> str:
@@ -140,10 +156,15 @@ def array_of(shares: Sequence[Any]) -> str:
     return shares[0].job_id.partition("_")[0]
 
 
+OURS = ("array", "dependency", "output", "error", "signal", "open-mode", "nodes", "ntasks-per-node")  # what decides which job is which, and what becomes of it
+
+
 def asked_of(options: Sequence[str]) -> dict[str, str]:
     "Options of sbatch from `NAME=VALUE`. Raises `CrewError`."
     for option in options:
-        if not all(part.strip() for part in option.partition("=")): raise CrewError(f"{option!r}: give an option of sbatch as NAME=VALUE, like qos=long.")
+        name, _, value = (part.strip() for part in option.partition("="))
+        if not (value and re.fullmatch("(--)?[a-z]+(-[a-z]+)*", name)): raise CrewError(f"{option!r}: give an option of sbatch as NAME=VALUE, like qos=long.")
+        if name.lstrip("-") in OURS: raise CrewError(f"{option!r}: {name.lstrip('-')} is decided here.")
     return {name.strip().lstrip("-"): value.strip() for name, _, value in (option.partition("=") for option in options)}
 
 
@@ -151,5 +172,14 @@ def told(jobs: Sequence[Any], logs: str | Path) -> list[str]:
     "What is said of jobs that were submitted."
     *shares, last = jobs
     array = array_of(shares) if shares else ""
-    first = f"{len(shares)} shares are job {array}; job {last.job_id} begins when they have ended, and puts them together." if shares else f"Job {last.job_id}: a Ray cluster that runs the command."
+    first = f"{len(shares)} share{'s are' if len(shares) > 1 else ' is'} job {array}; job {last.job_id} begins when they have ended, and puts them together." if shares else f"Job {last.job_id}: a Ray cluster that runs the command."
     return [first, f"Scripts and logs: {logs}. `scancel {' '.join(filter(None, (array, last.job_id)))}` stops it; the same command, as jobs or not, goes on from what is finished."]
+
+
+def ended(jobs: Sequence[Any]) -> list[str]:
+    "What is said of jobs of this machine, which have ended. Raises `CrewError` if the last failed."
+    failed = [job for job in jobs if job.exception() is not None]
+    def why(job): return next((line for line in reversed((job.stdout() or "").splitlines()) if "Error" in line), "it ended without a word")[:300]
+    lines = [f"Job {job.job_id} failed: {why(job)} Its log: {job.paths.stdout}" for job in failed]
+    if failed and failed[-1] is jobs[-1]: raise CrewError("\n".join(lines))
+    return [*lines, f"{len(jobs)} job{'s' * (len(jobs) > 1)} ended here.", *jobs[-1].stdout().splitlines()[1:]]

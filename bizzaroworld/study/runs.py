@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..battery.knowing import VERDICT_SWING, pairs_that
-from ..files import data_path, unguarded, write_json
+from ..files import data_path, unguarded, write_first
 from ..scale.folders import LEFT_OUT
 
 # %% auto #0
@@ -40,9 +40,9 @@ def claim(folder: Path, info: dict) -> None:
     path = folder / "run.json"
     check_links(folder)
     if not path.exists():
-        if folder.exists() and any(p for p in folder.iterdir() if not p.name.startswith(".")):
-            raise RunError(f"{folder} is not empty and holds no run. Choose another folder with --out.")
-        return write_json(path, info)
+        empty = not (folder.exists() and any(p for p in folder.iterdir() if not p.name.startswith(".")))
+        if not (empty or path.exists()): raise RunError(f"{folder} is not empty and holds no run. Choose another folder with --out.")
+        if empty and write_first(path, info): return  # else another process was before us
     there = read_info(folder)
     for key in IDENTITY:
         if _told_by(there.get(key)) != _told_by(info[key]):

@@ -12,7 +12,7 @@ from bizzaroworld.battery.tokens import align
 from bizzaroworld.circuits.attribution import attribution
 from bizzaroworld.cli import app
 from bizzaroworld.model import devices
-from bizzaroworld.model.devices import main_device, place_of
+from bizzaroworld.model.devices import main_device
 from bizzaroworld.model.load import load_model
 from bizzaroworld.model.names import ModelError
 from bizzaroworld.patch.interventions import grid
@@ -80,10 +80,23 @@ def test_auto_takes_what_there_is(whole, pairs, scratch):
     assert main_device("auto") == torch.device("cpu")
 
 
-def test_what_cannot_be_spread_is_told(monkeypatch, scratch):
-    with pytest.raises(ModelError, match="lm_head.*give it a device"): load_model("bizzaro-nano", device=layers(lambda i: "cpu") | {"model.embed_tokens": "disk", "lm_head": "disk"})
-    with pytest.raises(ModelError, match="no cuda device here"): load_model("bizzaro-nano", device=layers(lambda i: "cuda:1"))
-    with pytest.raises(ModelError, match="Unknown device 'dsk'"): place_of({"model": "dsk"})
+@pytest.mark.parametrize("map, why", [
+    (layers(lambda i: "cpu") | {"lm_head": "disk"}, "'lm_head' would lie on the disk"), (layers(lambda i: "cpu") | {"model.embed_tokens": "disk"}, "'model.embed_tokens' would lie on the disk"),
+    ({"": "disk"}, "would lie on the disk"), (layers(lambda i: "cuda:1"), "no cuda device here"), (layers(lambda i: 0), "no accelerator here that could be number 0"), ({"model": "dsk"}, "Unknown device 'dsk'"),
+    ({}, "by their names"), ({1: "cpu"}, "by their names"), ({"model": ["cpu"]}, "Unknown device"), ({"": "meta"}, "Nothing can be run on meta"), ({"": None}, "Unknown device None"),
+    ({"": "cpu", "nonsense": "disk"}, "'nonsense', which is no part"), ({"": "cpu", "model": "disk"}, "'model', which lies in it"),
+    (TOP | {"model.layers": "cpu", "model.layers.0.self_attn": "disk"}, "which lies in it")], ids=str)
+def test_maps_that_cannot_be_are_told_and_leave_nothing(scratch, map, why):
+    with pytest.raises(ModelError, match=why): load_model("bizzaro-nano", device=map)
+    assert not list(scratch.glob("bizzaroworld-*"))
+
+
+def test_a_map_that_misses_a_part_is_told_and_leaves_nothing(scratch):
+    with pytest.raises(ModelError, match="layers.7"): load_model("bizzaro-nano", device={k: v for k, v in layers(lambda i: "cpu").items() if k != "model.layers.7"})
+    assert not list(scratch.glob("bizzaroworld-*"))
+
+
+def test_what_else_cannot_be_spread(monkeypatch, scratch):
     with pytest.raises(CrewError, match="leaves none for another worker"): source_of("bizzaro-nano", 2, "auto")
     monkeypatch.setattr(devices, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match="pip install accelerate"): load_model("bizzaro-nano", device="auto")

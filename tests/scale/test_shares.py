@@ -166,7 +166,11 @@ def test_only_commands_with_units_are_shared_and_what_is_wrong_is_said_before_an
     with pytest.raises(CrewError, match="one of study, methods"): checked([])
     with pytest.raises(CrewError, match="Leave --workers out"): checked(["study", "--workers=2"])
     assert asked_of(["qos=long", "--gres = gpu:a100:1"]) == {"qos": "long", "gres": "gpu:a100:1"}
-    with pytest.raises(CrewError, match="NAME=VALUE"): asked_of(["qos"])
+    for wrong in ("qos", "qos=", "=long", "two words=x", "Q=1"):
+        with pytest.raises(CrewError, match="NAME=VALUE"): asked_of([wrong])
+    for ours in ("array=0-9", "--dependency=x", "signal=USR1"):
+        with pytest.raises(CrewError, match="is decided here"): asked_of([ours])
+    assert "mem_gb" not in Job(options={"mem-per-cpu": "3G"}).parameters() and Job().parameters()["mem_gb"] == 32
     for words, why in ((["study", "--modle", "x"], "No such option"), (["study", "--battery", "absent.json"], "does not exist"), (["triage"], "one of study")):
         result = CliRunner().invoke(app, ["slurm", "--cluster", "local", *words])
         assert result.exit_code == 2 and why in result.output
@@ -191,10 +195,20 @@ def test_slurm_gets_an_array_and_a_job_after_it(tmp_path, monkeypatch):
     assert "3 shares are job 100; job 101 begins when they have ended" in result.output and "scancel 100 101" in result.output
     array, last = scripts()
     for line in ("--array=0-2%2", "--gpus-per-node=2", "--time=90", "--partition=gpu", "--account=me", "--qos=long", "--mem=32GB", "--job-name=bizzaroworld-study"): assert line in array
+    assert all("srun" in script and "--signal=USR2@90" in script for script in (array, last)), "without a step nobody is told that the time is over"
     assert "--array" not in last and "--dependency=afterany:100" in last and "--dependency" not in array
     sent = [Command(*args) for args in jobs_in(tmp_path / "logs")]
     asked = ["study", "--model", "bizzaro-nano", "--out", str(tmp_path / "run")]
     assert sorted(sent, key=lambda c: c.share) == [Command(asked), *(Command(asked, f"share:{i}/3") for i in (1, 2, 3))]
+
+
+def test_where_the_last_job_is_refused_the_shares_are_taken_back(tmp_path, monkeypatch):
+    fake_slurm(tmp_path, monkeypatch)
+    (tmp_path / "sbatch").write_text((tmp_path / "sbatch").read_text().replace("n=$(", '[ -e "$0".d/0 ] && echo "too many jobs" >&2 && exit 1\nn=$('))
+    (tmp_path / "scancel").write_text('#!/bin/sh\necho "$@" >> "$0".log\n')
+    (tmp_path / "scancel").chmod(0o755)
+    with pytest.raises(CrewError, match="could not be submitted"): submit(["study"], 2, logs=tmp_path / "logs")
+    assert (tmp_path / "scancel.log").read_text().split() == ["100_0", "100_1"]
 
 
 def jobs_in(logs):
@@ -228,9 +242,7 @@ def test_a_job_fails_with_its_command_and_is_queued_again_as_it_was(tmp_path, fe
 def test_a_study_as_jobs_of_this_machine_is_the_study(few, tmp_path):
     asked = ["study", "--battery", str(few), "--no-report", "--anyway", "--out"]
     done = CliRunner().invoke(app, ["slurm", "--cluster", "local", "-j", "2", "--gpus", "0", "--logs", str(tmp_path / "logs"), *asked, str(tmp_path / "shared")])
-    assert done.exit_code == 0 and "2 shares are job" in done.output, done.output
-    until = time.monotonic() + 300
-    while not (tmp_path / "shared" / "figures").exists() and time.monotonic() < until: time.sleep(0.5)
+    assert done.exit_code == 0 and "3 jobs ended here" in done.output and "summary.json" in done.output and "scancel" not in done.output, done.output
     logs = "".join(path.read_text() for path in (tmp_path / "logs").rglob("*.out"))
     assert "Share 1 of 2 is done" in logs and "Share 2 of 2 is done" in logs
     assert CliRunner().invoke(app, [*asked, str(tmp_path / "whole")]).exit_code == 0
@@ -238,8 +250,51 @@ def test_a_study_as_jobs_of_this_machine_is_the_study(few, tmp_path):
 
 
 @pytest.mark.slow
+def test_jobs_that_fail_here_fail_the_command(few, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "something.txt").touch()
+    done = CliRunner().invoke(app, ["slurm", "--cluster", "local", "-j", "1", "--gpus", "0", "--logs", str(tmp_path / "logs"), "study", "--battery", str(few), "--out", str(tmp_path / "other")])
+    assert done.exit_code == 2 and "is not empty and holds no run" in done.output and done.output.count("Its log:") == 2, done.output
+
+
+CLAIM = """
+import sys, time
+from pathlib import Path
+from bizzaroworld.study import runs
+first = runs.write_first
+def slowly(path, info):
+    time.sleep(1)
+    return first(path, info)
+runs.write_first = slowly
+try: runs.claim(Path(sys.argv[1]), {"model": {}, "battery_sha256": sys.argv[2], "options": {}})
+except runs.RunError as error: sys.exit("refused: " + str(error))
+"""
+
+
+def test_two_that_claim_a_folder_at_once_are_one_run(tmp_path):
+    """Both find it empty; the slower one looks again."""
+    def both(*names):
+        folder = tmp_path / "-".join(names)
+        folder.mkdir()
+        started = [subprocess.Popen([sys.executable, "-c", CLAIM, str(folder), name], stderr=subprocess.PIPE, text=True) for name in names]
+        ends = [(process.communicate()[1], process.returncode) for process in started]
+        return sorted(code for _, code in ends), "".join(said for said, _ in ends), json.loads((folder / "run.json").read_text())
+    codes, said, there = both("one", "one")
+    assert codes == [0, 0] and there["battery_sha256"] == "one"
+    codes, said, there = both("one", "two")
+    assert codes == [0, 1] and "holds another run" in said and there["battery_sha256"] in ("one", "two")
+
+
+def test_a_battery_is_not_made_in_shares(tmp_path):
+    done = CliRunner().invoke(app, ["battery", "--workers", "share:1/2", "--out", str(tmp_path / "b.json")])
+    assert done.exit_code == 2 and "not made in shares" in done.output and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_a_battery_is_the_same_whoever_asks(model, tmp_path):
-    questions = [q for q in questions_of(load_facts()) if q.relation in sorted({q.relation for q in questions_of(load_facts())})[:6]]
+    every = questions_of(load_facts())
+    some = sorted({q.relation for q in every})[:6]
+    questions = [q for q in every if q.relation in some]
     alone = build_battery(model, questions, facts=20)
     with Processes(Source("bizzaro-nano"), 2) as two: together = build_battery(model, questions, facts=20, crew=two)
     with_one = build_battery(model, questions, facts=20, crew=Alone(model))
