@@ -179,7 +179,9 @@ def told(jobs: Sequence[Any], logs: str | Path) -> list[str]:
 def ended(jobs: Sequence[Any]) -> list[str]:
     "What is said of jobs of this machine, which have ended. Raises `CrewError` if the last failed."
     failed = [job for job in jobs if job.exception() is not None]
-    def why(job): return next((line for line in reversed((job.stdout() or "").splitlines()) if "Error" in line), "it ended without a word")[:300]
+    def why(job):
+        said = [line for line in (job.stdout() or "").splitlines() if "Error" in line]
+        return next((line for line in said if line.startswith("Error")), said[-1] if said else "it ended without a word.")[:300]
     lines = [f"Job {job.job_id} failed: {why(job)} Its log: {job.paths.stdout}" for job in failed]
     if failed and failed[-1] is jobs[-1]: raise CrewError("\n".join(lines))
     return [*lines, f"{len(jobs)} job{'s' * (len(jobs) > 1)} ended here.", *jobs[-1].stdout().splitlines()[1:]]

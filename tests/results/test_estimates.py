@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from bizzaroworld.results import estimates as room
 from bizzaroworld.results.estimates import Estimate, estimate, estimate_means, estimate_share, mean, number
 
 RNG = np.random.default_rng(7)
@@ -91,3 +92,15 @@ def test_text_and_json():
 def test_mean_is_over_pairs():
     data = RNG.normal(size=(3, 5, 2))
     np.testing.assert_allclose(mean(data), data.mean(1))
+
+
+def test_means_of_many_pairs_have_the_interval_of_scipy():
+    rng = np.random.default_rng(3)
+    n = room.MANY + 7
+    data = np.column_stack([rng.normal(0.3, 1, n), rng.exponential(2, n) ** 3, rng.integers(0, 2, n), np.full(n, 0.1)])
+    found, one = estimate_means(data), estimate(data[:, 1])
+    for cell in range(3):
+        known = stats.bootstrap((data[:, cell],), np.mean, n_resamples=room.RESAMPLES, batch=room.BATCH, rng=np.random.default_rng(room.SEED)).confidence_interval
+        np.testing.assert_allclose([found["low"][cell], found["high"][cell]], known, rtol=1e-10)
+    assert (one.low, one.high) == (found["low"][1], found["high"][1]) and found["low"][0] < 0.3 < found["high"][0]
+    np.testing.assert_allclose([found["low"][3], found["high"][3]], 0.1, rtol=1e-12)
