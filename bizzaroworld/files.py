@@ -63,7 +63,7 @@ def write_first(path: Path, value: Any) -> bool:
             os.replace(temporary, path)
     return True
 
-
+# %% ../nbs/library/01_files.ipynb #72a19b3e
 def _quoting(frame: pd.DataFrame) -> int:
     "How the texts of a CSV are quoted: all of them where one has a carriage return, which would end a row; else where they have to be."
     texts = frame.select_dtypes(exclude=["number", "bool"])

@@ -84,7 +84,7 @@ def battery(out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", dir
         typer.echo(f"{count_words(len(built.pairs), 'pair')} of {count_words(built.table.relation.nunique(), 'relation')}. Wrote {out}")
 
 # %% ../nbs/library/10_plan_command.ipynb #cb78e336
-def slurm(command: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="study, methods, paths, attribute or circuit, with its options.")],
+def slurm(context: typer.Context, command: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="study, methods, paths, attribute or circuit, with its options.")],
           jobs: Annotated[int, typer.Option("--jobs", "-j", metavar="N", min=1, help="How many shares; with --ray, how many machines.")] = 8,
           gpus: Annotated[int, typer.Option(metavar="N", min=0, help="Of each job.")] = 1, cpus: Annotated[int, typer.Option(metavar="N", min=1, help="Of each job.")] = 4,
           memory: Annotated[float, typer.Option(metavar="GB", min=1, help="Of each job.")] = 32, hours: Annotated[float, typer.Option(metavar="H", min=0.02, help="The time limit of each job.")] = 4,
@@ -107,13 +107,12 @@ def slurm(command: Annotated[list[str], typer.Argument(metavar="COMMAND...", hel
     with reported(debug):
         from bizzaroworld.scale.slurm import Job, asked_of, checked, ended, submit, told
         words, job = checked(command), Job(gpus, cpus, memory, hours, partition, account, asked_of(option or ()))
-    _parsed(words)
+    _parsed(context, words)
     with reported(debug):
         submitted = submit(words, jobs, job, ray=ray, at_once=at_once, logs=logs, cluster=cluster)
         for line in told(submitted, logs) if cluster == "slurm" else ended(submitted): typer.echo(line)
 
 
-def _parsed(words: list[str]) -> None:
+def _parsed(context: typer.Context, words: list[str]) -> None:
     "Let a command's own parser look at its words: what is wrong is said now, not by every job."
-    from bizzaroworld.cli import app
-    typer.main.get_command(app).commands[words[0]].make_context(f"bizzaroworld {words[0]}", words[1:], help_option_names=["-h", "--help"])
+    context.parent.command.commands[words[0]].make_context(f"bizzaroworld {words[0]}", words[1:], help_option_names=["-h", "--help"])

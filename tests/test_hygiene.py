@@ -199,7 +199,7 @@ def declared() -> set[str]:
     """The packages that settings.ini requires at run time, or an extra does."""
     ini = ConfigParser(delimiters=["="], interpolation=None)
     ini.read(REPO / "settings.ini")
-    lines = [line for key in ("requirements", "gguf_requirements", "peft_requirements", "ray_requirements") for line in ini["DEFAULT"][key].split()]
+    lines = [line for key in ("requirements", "gguf_requirements", "peft_requirements", "ray_requirements", "slurm_requirements") for line in ini["DEFAULT"][key].split()]
     return {canonical(re.split(r"[<>=]", line)[0]) for line in lines}
 
 

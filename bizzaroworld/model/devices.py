@@ -56,7 +56,7 @@ def place_of(device: torch.device | str | Mapping[str, Any] | None) -> Place:
     if device != "auto" and not isinstance(device, Mapping): return as_device(device)
     if find_spec("accelerate") is None: raise ModelError("accelerate spreads a model over devices, and is not installed: pip install accelerate.")
     if device == "auto": return "auto"
-    if not device or not all(isinstance(name, str) for name in device): raise ModelError("A map of devices says where modules lie, by their names: {'model.layers.0': 'cuda:0', 'model.layers.1': 'disk', ...}.")
+    if not device or not all(isinstance(name, str) for name in device): raise ModelError("A map of devices says where modules lie, by their names: model.layers.0 to cuda:0, model.layers.1 to disk and so on.")
     for at in device.values():
         if isinstance(at, bool) or not isinstance(at, (int, str, torch.device)): raise ModelError(f"Unknown device {at!r} in the map: use cpu, cuda:0, the number of a GPU, or disk.")
         if isinstance(at, int) and not torch.accelerator.is_available(): raise ModelError(f"There is no accelerator here that could be number {at}: use cpu or disk.")

@@ -64,7 +64,7 @@ def _without_token(text: str) -> str:
     from huggingface_hub import get_token
     return text.replace(get_token() or "\0", "(token)")
 
-
+# %% ../../nbs/library/model/08_load.ipynb #85d645f2
 PICKLE = ("Model {name!r} has its weights in a pickle ({file}), which can run any code when it is read. Use a checkpoint in safetensors, or, if you trust "
           "who made it, load_model(..., allow_pickle=True), and give run_study the loaded model.")
 

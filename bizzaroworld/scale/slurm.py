@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -20,8 +21,8 @@ from typing import Any
 from .workers import CrewError, cores
 
 # %% auto #0
-__all__ = ['SWEEPING', 'PATIENCE', 'OURS', 'checked', 'Command', 'OnRay', 'Job', 'submit', 'array_of', 'asked_of', 'told',
-           'ended']
+__all__ = ['SWEEPING', 'ENTRY', 'PATIENCE', 'OURS', 'checked', 'Command', 'OnRay', 'Job', 'submit', 'array_of', 'asked_of',
+           'told', 'log_of', 'ended']
 
 # %% ../../nbs/library/scale/08_slurm.ipynb #23f5b81c
 SWEEPING = ("study", "methods", "paths", "attribute", "circuit")  # commands with units
@@ -41,6 +42,14 @@ def checked(arguments: Sequence[str]) -> list[str]:
     return list(arguments)
 
 # %% ../../nbs/library/scale/08_slurm.ipynb #cd68d44b
+ENTRY = "from bizzaroworld.cli import main; main()"
+
+
+def _undisturbed() -> None:
+    "A process that goes on when Slurm announces an end (SIGTERM): the job above it decides."
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 @dataclass
 class Command:
     "A command line of this package; `share`: what a job of an array adds to it."
@@ -49,10 +58,11 @@ class Command:
 
     def __call__(self) -> None:
         "Run it. Raises `RuntimeError` if it fails."
-        from bizzaroworld.cli import app
         words = [*self.arguments, *(["--workers", self.share] if self.share else [])]
         print("bizzaroworld", *words, flush=True)
-        code = app(words, prog_name="bizzaroworld", standalone_mode=False)
+        running = subprocess.Popen([sys.executable, "-c", ENTRY, *words], preexec_fn=_undisturbed)
+        try: code = running.wait()
+        finally: running.kill()  # if this process is to end; what is finished is kept
         if code: raise RuntimeError(f"bizzaroworld {words[0]} ended with code {code}: see this job's log")
 
     def checkpoint(self) -> Any:
@@ -131,7 +141,7 @@ def _submitted(executor: Any, words: list[str], jobs: int, local: bool) -> list[
         raise
     return [*shares, *last]
 
-
+# %% ../../nbs/library/scale/08_slurm.ipynb #5643f8cb
 def submit(arguments: Sequence[str], jobs: int = 8, job: Job = Job(), *, ray: bool = False, at_once: int | None = None, logs: str | Path = "slurm", cluster: str = "slurm") -> list[Any]:
     """Submit a command as so many shares and a last job that waits for their end; or (`ray`) as one job on so many machines. Returns submitit's jobs.
 
@@ -150,7 +160,7 @@ def submit(arguments: Sequence[str], jobs: int = 8, job: Job = Job(), *, ray: bo
         return [one]
     except (RuntimeError, OSError) as error: raise CrewError(f"The job could not be submitted: {error}") from error
 
-
+# %% ../../nbs/library/scale/08_slurm.ipynb #650855af
 def array_of(shares: Sequence[Any]) -> str:
     "The number of an array, from its jobs."
     return shares[0].job_id.partition("_")[0]
@@ -176,12 +186,17 @@ def told(jobs: Sequence[Any], logs: str | Path) -> list[str]:
     return [first, f"Scripts and logs: {logs}. `scancel {' '.join(filter(None, (array, last.job_id)))}` stops it; the same command, as jobs or not, goes on from what is finished."]
 
 
+def log_of(job: Any) -> list[str]:
+    "What a job's command said."
+    return [line for line in (job.stdout() or "").splitlines() if not line.startswith(("submitit ", "bizzaroworld "))]
+
+
 def ended(jobs: Sequence[Any]) -> list[str]:
     "What is said of jobs of this machine, which have ended. Raises `CrewError` if the last failed."
     failed = [job for job in jobs if job.exception() is not None]
     def why(job):
-        said = [line for line in (job.stdout() or "").splitlines() if "Error" in line]
+        said = [line for line in log_of(job) if "Error" in line]
         return next((line for line in said if line.startswith("Error")), said[-1] if said else "it ended without a word.")[:300]
     lines = [f"Job {job.job_id} failed: {why(job)} Its log: {job.paths.stdout}" for job in failed]
     if failed and failed[-1] is jobs[-1]: raise CrewError("\n".join(lines))
-    return [*lines, f"{len(jobs)} job{'s' * (len(jobs) > 1)} ended here.", *jobs[-1].stdout().splitlines()[1:]]
+    return [*lines, f"{len(jobs)} job{'s' * (len(jobs) > 1)} ended here.", *log_of(jobs[-1])]

@@ -106,7 +106,7 @@ def _keep(folder: Path, part: str, outcome: Outcome) -> dict[str, str]:
         else: write_table(pair_file(folder, tp.id, part), rows)
     return failed
 
-
+# %% ../../nbs/library/scale/02_units.ipynb #4a83dacb
 def sweep_missing(pairs: Sequence[TokenPair], folder: Path, recipe: Recipe, crew: Crew, *, part: str = "pairs", at_once: int = 8,
                   by_length: bool = True, grows: bool = False, advance: Advance | None = None, say: Say | None = None) -> dict[str, str]:
     """Sweep the units of which some pair has no file yet; return which pairs could not be swept, and why.

@@ -25,7 +25,7 @@ from bizzaroworld.model.load import load_model
 from bizzaroworld.pipeline import run_study
 from bizzaroworld.scale.folders import BusyError, held, pair_file
 from bizzaroworld.scale.processes import Processes, Source
-from bizzaroworld.scale.slurm import Command, Job, asked_of, checked, submit
+from bizzaroworld.scale.slurm import Command, Job, _undisturbed, asked_of, checked, submit
 from bizzaroworld.scale.units import Alone, Share, end_of_share, sweep_missing, units_of
 from bizzaroworld.scale.workers import CrewError, ShareDone
 
@@ -236,6 +236,13 @@ def test_a_job_fails_with_its_command_and_is_queued_again_as_it_was(tmp_path, fe
     command = Command(["study", "--battery", str(few), "--model", str(tmp_path / "absent")], "share:1/2")
     with pytest.raises(RuntimeError, match="study ended with code 2"): command()
     assert command.checkpoint().function == command
+
+
+def test_a_command_of_a_job_goes_on_when_an_end_is_announced():
+    code = "import os, signal\nfrom bizzaroworld.console import reported\nwith reported(False): os.kill(os.getpid(), signal.SIGTERM)\nprint('on')"
+    ended = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=how) for how in (_undisturbed, None)]
+    assert ended[0].stdout == "on\n" and ended[0].returncode == 0
+    assert ended[1].stdout == "" and ended[1].returncode not in (0, -15)
 
 
 @pytest.mark.slow
