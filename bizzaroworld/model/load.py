@@ -184,7 +184,7 @@ def _from_pretrained(name: str, where: str, tokenizer, place: Place, dtype, revi
     else: sha, note = weights_sha256(hf_model, where, revision), _quantized(config)
     return hf_model, tokenizer, sha, note
 
-
+# %% ../../nbs/library/model/08_load.ipynb #16fa7a61
 def _from_gguf(name: str, file: GgufFile, tokenizer, place: Place, dtype) -> tuple:
     "Weights, tokenizer, SHA-256 and note of a GGUF file."
     config, dtype = gguf_config(file), dtype or torch.float32

@@ -5,6 +5,7 @@
 # %% ../../nbs/library/scale/08_slurm.ipynb #048db064
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -60,7 +61,8 @@ class Command:
         "Run it. Raises `RuntimeError` if it fails."
         words = [*self.arguments, *(["--workers", self.share] if self.share else [])]
         print("bizzaroworld", *words, flush=True)
-        running = subprocess.Popen([sys.executable, "-c", ENTRY, *words], preexec_fn=_undisturbed)
+        plain = {name: value for name, value in os.environ.items() if "FORCE" not in name} | {"TERM": "dumb"}  # a log is no terminal
+        running = subprocess.Popen([sys.executable, "-c", ENTRY, *words], preexec_fn=_undisturbed, env=plain)
         try: code = running.wait()
         finally: running.kill()  # if this process is to end; what is finished is kept
         if code: raise RuntimeError(f"bizzaroworld {words[0]} ended with code {code}: see this job's log")
