@@ -153,7 +153,7 @@ def test_tables_and_figures_of_a_small_grid(model, tmp_path):
 def test_what_a_model_cannot_do_is_said_and_nothing_else(tmp_path):
     done = CliRunner().invoke(app, ["methods", "--task", "greater_than", "--pairs", "20", "--out", str(tmp_path)])
     assert done.exit_code == 0 and "cannot do greater_than" in done.output and len(done.output.splitlines()) == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["ability.json"]
+    assert [p.name for p in tmp_path.iterdir() if not p.name.startswith(".")] == ["ability.json"]
 
 
 @pytest.mark.parametrize("options, told", [
