@@ -9,6 +9,7 @@ import statistics
 import tempfile
 import time
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ def measure(name: str, n: int, rounds: int) -> dict:
     """All rounds: one worker, then two."""
     model = load_model(name, device="cpu")
     pairs = triage(model, load_battery()).golden("C")[:n]
-    recipe, found, first = partial(sweep_experiments, direction="noising"), {w: [] for w in WORKERS}, None
+    recipe, found, first = partial(sweep_experiments, direction="noising", max_rows=8192), {w: [] for w in WORKERS}, None
     for _ in range(rounds):
         for w in WORKERS:
             torch.set_num_threads(w)  # they share these
@@ -65,6 +66,7 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=3, help="how often each is timed")
     parser.add_argument("--out", type=Path, default=OUT / "workers-cpu.json", help="where the record goes")
     args = parser.parse_args()
-    record = {"command": "python benchmarks/workers.py", "hardware": hardware() | {"threads": "one for each worker"}, **measure(args.model, args.pairs, args.rounds)}
+    record = {"command": "python benchmarks/workers.py", "hardware": hardware() | {"threads": "one for each worker"},
+              "versions": {p: version(p) for p in ("torch", "transformers", "transformer-lens")}, **measure(args.model, args.pairs, args.rounds)}
     write_json(args.out, record)
     print(record["times_faster"], "simulated", record["simulated"])
