@@ -45,7 +45,7 @@ bench: $(VENV)/.installed-dev $(NNSIGHT)/.installed  ## the sweep against Transf
 	$(BIN)/python benchmarks/where_time_goes.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/plan.py
-	$(BIN)/python benchmarks/workers.py
+	$(BIN)/python benchmarks/two_workers.py
 	$(BIN)/python benchmarks/circuits.py
 	$(BIN)/python benchmarks/gpu.py
 

@@ -66,7 +66,7 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=3, help="how often each is timed")
     parser.add_argument("--out", type=Path, default=OUT / "workers-cpu.json", help="where the record goes")
     args = parser.parse_args()
-    record = {"command": "python benchmarks/workers.py", "hardware": hardware() | {"threads": "one for each worker"},
+    record = {"command": "python benchmarks/two_workers.py", "hardware": hardware() | {"threads": "one for each worker"},
               "versions": {p: version(p) for p in ("torch", "transformers", "transformer-lens")}, **measure(args.model, args.pairs, args.rounds)}
     write_json(args.out, record)
     print(record["times_faster"], "simulated", record["simulated"])
