@@ -117,14 +117,20 @@ def test_a_run_that_is_given_up_does_not_disturb_the_next(pairs, two, tmp_path):
     assert len(found) == len(pairs) and all(o.error is None and o.rows.patched[0] == len(o.pairs[0].clean_ids) for o in found)
 
 
+def ended(crew):
+    """What was said of workers that ended; that none is ready yet may be said too, on a busy machine."""
+    return [line for line in crew.said if line.startswith("A worker ended: ")]
+
+
 def test_an_actor_that_dies_is_replaced_and_its_unit_done(pairs, two, tmp_path):
     """Killed once over one unit: done by another. Killed over it again and again: reported, and the rest is there."""
     marks = tmp_path / "marks"
     marks.mkdir()
     two.said.clear()
     assert sweep_missing(pairs, tmp_path / "a", partial(killing, bad=[pairs[2].id], folder=str(marks), times=1), two, at_once=2) == {}
-    assert len(read_pairs(tmp_path / "a", pairs)) == len(pairs) and len(two.said) == 1 and len(list(marks.iterdir())) == 1
-    assert two.said[0].startswith("A worker ended: ") and "Another takes its place" in two.said[0] and len(two.said[0]) < 300
+    assert len(read_pairs(tmp_path / "a", pairs)) == len(pairs) and len(list(marks.iterdir())) == 1
+    (said,) = ended(two)
+    assert "Another takes its place" in said and len(said) < 300
     failed = sweep_missing(pairs[:3], tmp_path / "b", partial(killing, bad=[pairs[2].id], folder=str(marks), times=99), two, at_once=1)
     assert list(failed) == [pairs[2].id] and "3 workers ended over it" in failed[pairs[2].id] and len(read_pairs(tmp_path / "b", pairs)) == 2
 
@@ -139,7 +145,7 @@ def test_an_actor_killed_from_outside_is_replaced(pairs, two, tmp_path):
             killed = sorted(int(p.name[3:]) for p in tmp_path.glob("at-*"))[0]
             os.kill(killed, signal.SIGKILL)
     assert sorted(o.pairs[0].id for o in found) == sorted(tp.id for tp in pairs) and all(o.error is None for o in found)
-    assert len(two.said) == 1 and gone([killed])
+    assert len(ended(two)) == 1 and gone([killed])
 
 
 def test_what_cannot_be_loaded_is_raised_as_it_is(pairs, two, tmp_path):
