@@ -9,7 +9,7 @@ import os
 import pickle
 import signal
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import current_process, get_context
 from multiprocessing.connection import Connection, wait
@@ -188,6 +188,6 @@ def source_of(model: Any, workers: int | str | None, device: str | None = None, 
     named = isinstance(model, (str, Path))
     if n == 1 and not ray: return Source(str(model), device, dtype, revision) if named else None
     if getattr(current_process(), "_inheriting", False): raise CrewError(MAIN)
-    if device == "auto" or not isinstance(device, (str, type(None))): raise CrewError("A model that is spread over devices leaves none for another worker: leave --workers out, or give a device.")
+    if device == "auto" or isinstance(device, Mapping): raise CrewError("A model that is spread over devices leaves none for another worker: leave --workers out, or give a device.")
     if not named: raise CrewError("Workers load the model themselves: give it by name (or folder), not a loaded one.")
     return Source(str(model), device, dtype, revision)

@@ -47,8 +47,8 @@ ENTRY = "from bizzaroworld.cli import main; main()"
 
 
 def _undisturbed() -> None:
-    "A process that goes on when Slurm announces an end (SIGTERM): the job above it decides."
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    "A process that goes on when Slurm announces an end, which all processes of a step are told: the job above it decides."
+    for told in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2): signal.signal(told, signal.SIG_IGN)
 
 
 @dataclass
