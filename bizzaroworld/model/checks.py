@@ -232,6 +232,6 @@ def validate(model: Model, bare: Float[Tensor, "1 d_vocab"]) -> Model:
     model = model.without(gone)
     limits = [f"no {s}: {gone[s]}" for s in SITES if s in gone]
     limits += [f"{name} holds only up to {gap:.0e}: the sublayers are rescaled on their way into the residual stream"
-               for name, gap in _sums({key: seen[key] for key in model.points}, model.n_layers).items() if gap > tolerance]
+               for name, gap in _sums({key: act for key, act in seen.items() if key in model.points}, model.n_layers).items() if gap > tolerance]
     joined = all(torch.equal(seen["resid_post", l], seen["resid_pre", l + 1]) for l in range(model.n_layers - 1))
     return replace(model, limits=tuple(limits), no_neurons=gone.get("neurons", ""), one_stream=joined)

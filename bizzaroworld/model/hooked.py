@@ -21,8 +21,8 @@ from .bridge import alone, detach_bridge, forget_lengths, forward, growing, hook
 from .readout import Readout
 
 # %% auto #0
-__all__ = ['SITES', 'NEURONS', 'HEAD_SITES', 'PATTERN_SITES', 'by_head', 'Shape', 'ModelFacts', 'ModelTrials', 'ModelReads',
-           'ModelBatches', 'ModelContexts', 'Model', 'free_bytes', 'hook_points']
+__all__ = ['SITES', 'NEURONS', 'READ_ONLY', 'HEAD_SITES', 'PATTERN_SITES', 'by_head', 'Shape', 'ModelFacts', 'ModelTrials',
+           'ModelReads', 'ModelBatches', 'ModelContexts', 'Model', 'free_bytes', 'hook_points']
 
 # %% ../../nbs/library/model/03_hooked.ipynb #9e33cfdb
 SITES = {
@@ -32,6 +32,7 @@ SITES = {
     "pattern": "attn.hook_pattern", "scores": "attn.hook_attn_scores",
 }
 NEURONS = {"neurons": "mlp.out.hook_in"}  # row pos neuron
+READ_ONLY = {"pre": "mlp.hook_pre"}  # row pos neuron
 HEAD_SITES = ("z", "q", "k", "v", "pattern", "scores")
 PATTERN_SITES = ("pattern", "scores")  # row head pos key, where the other per-head sites are row pos head d_head
 
@@ -262,6 +263,6 @@ def free_bytes(device: torch.device) -> int:
 # %% ../../nbs/library/model/03_hooked.ipynb #43b22e77
 def hook_points(bridge, n_layers: int) -> dict[tuple[str, int], Any]:
     "The hook point of every site and layer that the architecture has."
-    names = {(s, l): f"blocks.{l}.{hook}" for s, hook in (SITES | NEURONS).items() for l in range(n_layers)}
+    names = {(s, l): f"blocks.{l}.{hook}" for s, hook in (SITES | NEURONS | READ_ONLY).items() for l in range(n_layers)}
     hooks = bridge.hook_dict
     return {key: hooks[name] for key, name in names.items() if name in hooks}
