@@ -23,7 +23,7 @@ WINGS = {wing: rooms.split() for wing, rooms in {
     "methods": "detections multiverse grid attention cross_model masks",
     "circuits": "gradients attribution atp_star search_baselines paths interactions knockout edge_sets faithfulness search",
     "study": "runs experiments controls foreseen",
-    "planted": "weights families variants truth scoreboard",
+    "planted": "weights families variants truth scoreboard lookups",
     "results": "estimates effects layers heads correlations summary quantities compare",
     "replication": "published numbers claims verdicts",
     "figures": "style captions layers pairs comparisons sweeps run_figures comparison_figures methods_figures circuits_figures",
