@@ -7,13 +7,13 @@ from .circuits.edge_sets import edge_sets as edge_sets
 from .circuits.interactions import interactions as interactions, shapley as shapley
 from .circuits.knockout import knockout as knockout
 from .circuits.paths import edges as edges, path_effects as path_effects
-from .circuits_run import run_attribution as run_attribution, run_circuit as run_circuit, run_paths as run_paths
+from .commands.circuits_run import run_attribution as run_attribution, run_circuit as run_circuit, run_paths as run_paths
+from .commands.methods_run import run_methods as run_methods
 from .methods.attention import attention_to as attention_to
 from .methods.cross_model import cross_patch as cross_patch
 from .methods.detections import detection_table as detection_table, detections as detections, warnings_of as warnings_of
 from .methods.masks import Desideratum as Desideratum, train_mask as train_mask
 from .methods.multiverse import multiverse as multiverse, variance_explained as variance_explained
-from .methods_run import run_methods as run_methods
 from .model.load import load_model as load_model
 from .paper.report import report as report
 from .patch.forecast import forecast as forecast

@@ -5,43 +5,44 @@
 # %% ../../nbs/library/planted/04_families.ipynb #b8d97117
 from __future__ import annotations
 
-import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
+from collections.abc import Collection
 
-from .weights import CONSTANT, D_HEAD, D_MLP, D_MODEL, Plan, build, part
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from .weights import CONSTANT, D_HEAD, Plan, build
 
 # %% auto #0
-__all__ = ['WINDOW', 'FAMILIES', 'build_as']
+__all__ = ['WINDOW', 'FAMILIES', 'as_family', 'build_as']
 
 # %% ../../nbs/library/planted/04_families.ipynb #94950674
 WINDOW = 4  # tokens that a layer without a mover sees, the present one included
 
 
-def _config(plan: Plan, kind: type):
-    "A Gemma's configuration: layers with movers see everything. Attention has biases, which is where its constant comes from."
-    movers = {m.layer for m in plan.movers}
-    types = ["full_attention" if layer in movers else "sliding_attention" for layer in range(plan.n_layers)]
+def _config(source: LlamaConfig, wide: Collection[int], kind: type):
+    "A Gemma's configuration of a planted Llama's: `wide` layers see everything. Attention has biases, which is where its constant comes from."
+    types = ["full_attention" if layer in wide else "sliding_attention" for layer in range(source.num_hidden_layers)]
     rope = {"rope_type": "default", "rope_theta": 1e6}
     rope = {"sliding_attention": rope, "full_attention": rope} if kind is Gemma3TextConfig else rope
     cap = {"final_logit_softcapping": 200.0} if kind is Gemma2Config else {}
-    return kind(vocab_size=26, hidden_size=D_MODEL, intermediate_size=D_MLP, num_hidden_layers=plan.n_layers, num_attention_heads=plan.n_heads,
-                num_key_value_heads=plan.n_kv_heads, head_dim=D_HEAD, query_pre_attn_scalar=D_HEAD, sliding_window=WINDOW, layer_types=types,
-                max_position_embeddings=64, rope_parameters=rope, attention_bias=True, tie_word_embeddings=False, bos_token_id=0, eos_token_id=None,
-                pad_token_id=None, **cap)
+    same = {name: getattr(source, name) for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                                                     "num_key_value_heads", "head_dim", "max_position_embeddings", "bos_token_id")}
+    return kind(**same, query_pre_attn_scalar=source.head_dim, sliding_window=WINDOW, layer_types=types, rope_parameters=rope, attention_bias=True,
+                tie_word_embeddings=False, eos_token_id=None, pad_token_id=None, **cap)
 
 # %% ../../nbs/library/planted/04_families.ipynb #3d828729
 def _after(norm) -> None:
     "A norm behind a sublayer: divide by the constant, and take it out."
-    norm.weight.fill_(CONSTANT / D_MODEL ** 0.5 - 1)
-    norm.weight[part("constant")] = -1
+    norm.weight.fill_(CONSTANT / norm.weight.numel() ** 0.5 - 1)
+    norm.weight[0] = -1
 
 
 def _constant_in(layer) -> None:
     "Let attention and MLP of a layer write the constant, by a bias and by the last neuron."
-    mlp, at = layer.mlp, part("constant").start
-    layer.self_attn.o_proj.bias[at] = CONSTANT
+    mlp = layer.mlp
+    layer.self_attn.o_proj.bias[0] = CONSTANT
     for w in (mlp.gate_proj.weight[-1], mlp.up_proj.weight[-1], mlp.down_proj.weight[:, -1]): w.zero_()
-    mlp.gate_proj.weight[-1, at], mlp.up_proj.weight[-1, at], mlp.down_proj.weight[at, -1] = 20, 1 / 20, CONSTANT
+    mlp.gate_proj.weight[-1, 0], mlp.up_proj.weight[-1, 0], mlp.down_proj.weight[0, -1] = 20, 1 / 20, CONSTANT
 
 
 def _normed_heads(attn) -> None:
@@ -53,9 +54,9 @@ def _normed_heads(attn) -> None:
 
 # %% ../../nbs/library/planted/04_families.ipynb #d6da6e8a
 @torch.no_grad()
-def _as_gemma(plan: Plan, seed: int, kind: type[PreTrainedModel], config: type) -> PreTrainedModel:
-    "A plan as a Gemma, from its weights as a Llama."
-    source, config = build(plan, seed), _config(plan, config)
+def _as_gemma(source: LlamaForCausalLM, wide: Collection[int], kind: type[PreTrainedModel], config: type) -> PreTrainedModel:
+    "A planted Llama as a Gemma."
+    config = _config(source.config, wide, config)
     config._attn_implementation = "eager"
     with torch.random.fork_rng(devices=[]): model = kind(config).eval()
     for name, p in model.named_parameters():
@@ -68,16 +69,21 @@ def _as_gemma(plan: Plan, seed: int, kind: type[PreTrainedModel], config: type) 
         _constant_in(new)
         if hasattr(new.self_attn, "q_norm"): _normed_heads(new.self_attn)
     model.model.norm.weight.copy_(source.model.norm.weight - 1)
-    model.get_input_embeddings().weight.copy_(source.get_input_embeddings().weight / D_MODEL ** 0.5)
+    model.get_input_embeddings().weight.copy_(source.get_input_embeddings().weight / config.hidden_size ** 0.5)
     model.get_output_embeddings().weight.copy_(source.get_output_embeddings().weight)
     return model
 
 # %% ../../nbs/library/planted/04_families.ipynb #d6093522
-FAMILIES = {"llama": build, "gemma2": lambda plan, seed=0: _as_gemma(plan, seed, Gemma2ForCausalLM, Gemma2Config),
-            "gemma3": lambda plan, seed=0: _as_gemma(plan, seed, Gemma3ForCausalLM, Gemma3TextConfig)}
+FAMILIES = {"llama": lambda source, wide: source, "gemma2": lambda source, wide: _as_gemma(source, wide, Gemma2ForCausalLM, Gemma2Config),
+            "gemma3": lambda source, wide: _as_gemma(source, wide, Gemma3ForCausalLM, Gemma3TextConfig)}
+
+
+def as_family(family: str, source: LlamaForCausalLM, wide: Collection[int]) -> PreTrainedModel:
+    "A planted Llama in the shape of one of `FAMILIES`, whose layers in `wide` see everything. Raises `ValueError` for another one."
+    if family not in FAMILIES: raise ValueError(f"Unknown family {family!r}: use one of {', '.join(FAMILIES)}.")
+    return FAMILIES[family](source, wide)
 
 
 def build_as(family: str, plan: Plan, seed: int = 0) -> PreTrainedModel:
     "The model of a plan in the shape of one of `FAMILIES`, in float32 with eager attention. Raises `ValueError` for another one."
-    if family not in FAMILIES: raise ValueError(f"Unknown family {family!r}: use one of {', '.join(FAMILIES)}.")
-    return FAMILIES[family](plan, seed)
+    return as_family(family, build(plan, seed), {m.layer for m in plan.movers})

@@ -19,7 +19,7 @@ from ..battery.pairs import PromptPair
 # %% auto #0
 __all__ = ['FIRST', 'LAST', 'CITIES', 'OTHERS', 'KINDS', 'WORDS', 'PLAIN', 'BETWEEN', 'PARTS', 'D_MODEL', 'D_HEAD', 'D_MLP',
            'CONSTANT', 'SHARP', 'LOGIT', 'KIND_AT', 'SINK_AT', 'MATCH_AT', 'SHAPES', 'tokenizer', 'battery', 'part',
-           'Lookup', 'Mover', 'Plan', 'build', 'save']
+           'Lookup', 'Mover', 'Plan', 'noise_layer', 'set_norm', 'build', 'save']
 
 # %% ../../nbs/library/planted/00_weights.ipynb #42ccbc82
 FIRST = ("Ada", "Alan", "Emmy", "Kurt", "Grace", "Paul")
@@ -30,9 +30,9 @@ KINDS = {"start": ("<bos>",), "other": OTHERS, "first": FIRST, "last": LAST, "ci
 WORDS = tuple(word for words in KINDS.values() for word in words)
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    "One token for each of `WORDS`, `<bos>` in front."
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate((*WORDS, "<unk>"))}, unk_token="<unk>"))
+def tokenizer(known: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
+    "One token for each word that is known, the first of which, `<bos>`, stands in front."
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate((*known, "<unk>"))}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<bos>", unk_token="<unk>", add_bos_token=True, name_or_path="planted")
@@ -176,18 +176,20 @@ def _config(plan: Plan) -> LlamaConfig:
                        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=False, bos_token_id=0, eos_token_id=None)
 
 
-def _noise_layer(layer, g: torch.Generator) -> None:
-    "Random weights that read the whole stream and write into `noise`; norms that undo the constant."
+def noise_layer(layer, g: torch.Generator, inside: slice) -> None:
+    "Random weights that read the whole stream and write `inside` a part of it; norms that undo the constant."
     for p in layer.parameters(): p.copy_(torch.randn(p.shape, generator=g))
-    attn, mlp, inside = layer.self_attn, layer.mlp, part("noise")
+    attn, mlp = layer.self_attn, layer.mlp
     for w, scale in ((attn.v_proj.weight, 0.3), (attn.o_proj.weight, 0.1), (mlp.down_proj.weight, 0.05)): w.mul_(scale)
     for w in (attn.o_proj.weight, mlp.down_proj.weight): w[:inside.start].zero_(), w[inside.stop:].zero_()
     for w in (attn.q_proj.weight, attn.k_proj.weight, attn.v_proj.weight, mlp.gate_proj.weight, mlp.up_proj.weight): w[:, inside].mul_(0.1)
+    for norm in (layer.input_layernorm, layer.post_attention_layernorm): set_norm(norm)
 
 
-def _set_norm(norm) -> None:
-    norm.weight.fill_(CONSTANT / D_MODEL ** 0.5)
-    norm.weight[part("constant")] = D_MODEL ** -0.5
+def set_norm(norm) -> None:
+    "The norm leaves everything as it is, and makes 1 of the constant, which is the first number of the stream."
+    norm.weight.fill_(CONSTANT / norm.weight.numel() ** 0.5)
+    norm.weight[0] = norm.weight.numel() ** -0.5
 
 # %% ../../nbs/library/planted/00_weights.ipynb #5e48fba1
 @torch.no_grad()
@@ -198,19 +200,18 @@ def build(plan: Plan, seed: int = 0) -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]): model = LlamaForCausalLM(config).eval()
     g = torch.Generator().manual_seed(seed)
     for layer in model.model.layers:
-        _noise_layer(layer, g)
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm): _set_norm(norm)
+        noise_layer(layer, g, part("noise"))
     for it in plan.lookups: _set_lookup(model.model.layers[it.layer].mlp, it, plan.neurons(it).start)
     for it in plan.movers: _set_mover(model.model.layers[it.layer].self_attn, it, plan.group(it.head))
-    _set_norm(model.model.norm)
+    set_norm(model.model.norm)
     model.get_input_embeddings().weight.copy_(_embedding())
     head = model.get_output_embeddings().weight.zero_()
     for i, city in enumerate(CITIES): head[WORDS.index(city), part("answer").start + i] = LOGIT
     return model
 
 # %% ../../nbs/library/planted/00_weights.ipynb #3c4287c4
-def save(model: LlamaForCausalLM, folder: Path) -> None:
+def save(model: LlamaForCausalLM, folder: Path, known: Sequence[str] = WORDS) -> None:
     "Write a model (safetensors) and its tokenizer to a folder."
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    tokenizer(known).save_pretrained(folder)

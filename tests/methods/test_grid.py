@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from bizzaroworld.cli import app
 from bizzaroworld.methods.grid import (
     GridError, Part, Settings, Work, parts_of, places_of, run_grid, sweep_part, unrelated, widths_of, windows, wordings)
-from bizzaroworld.methods_run import grid_tables, methods_lines, run_methods
+from bizzaroworld.commands.methods_run import grid_tables, methods_lines, run_methods
 from bizzaroworld.model.load import load_model
 from bizzaroworld.patch.interventions import grid
 from bizzaroworld.patch import telling
@@ -202,7 +202,7 @@ def test_long_subjects_give_the_ratio_of_last_to_middle_token(model, tmp_path):
 
 def test_known_pairs_are_ranked_first(model, monkeypatch):
     """A pool is as large as the task allows; of it only pairs that are right stay, in their order."""
-    from bizzaroworld.methods_run import _made
+    from bizzaroworld.commands.methods_run import _made
     from bizzaroworld.tasks import ability as room
     real = room._runs
     monkeypatch.setattr(room, "_runs", lambda *asked: real(*asked).assign(first=lambda t: t.index % 3 == 1))  # the embedded model knows them all

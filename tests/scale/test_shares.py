@@ -17,10 +17,10 @@ from bizzaroworld.battery.builder import build_battery, questions_of
 from bizzaroworld.battery.facts import load_facts
 from bizzaroworld.battery.formats import load_battery
 from bizzaroworld.battery.tokens import align
-from bizzaroworld.circuits_run import run_attribution, run_circuit, run_paths
+from bizzaroworld.commands.circuits_run import run_attribution, run_circuit, run_paths
 from bizzaroworld.cli import app
 from bizzaroworld.methods.grid import Settings
-from bizzaroworld.methods_run import run_methods
+from bizzaroworld.commands.methods_run import run_methods
 from bizzaroworld.model.load import load_model
 from bizzaroworld.pipeline import run_study
 from bizzaroworld.scale.folders import BusyError, held, pair_file

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 from typer.testing import CliRunner
 
-from bizzaroworld import circuits_folder, circuits_run
+from bizzaroworld.commands import circuits_folder, circuits_run
 from bizzaroworld.circuits import paths as paths_room
 from bizzaroworld.battery.formats import load_battery, load_spares
 from bizzaroworld.battery.triage import triage
@@ -16,8 +16,8 @@ from bizzaroworld.circuits.attribution import attribution
 from bizzaroworld.circuits.faithfulness import NodeCircuits, areas, curve, nodes_at
 from bizzaroworld.circuits.paths import path_effects
 from bizzaroworld.circuits.search import prune
-from bizzaroworld.circuits_folder import CircuitsError, over_pairs
-from bizzaroworld.circuits_run import attribution_lines, circuit_lines, paths_lines, place_of, run_attribution, run_circuit, run_paths
+from bizzaroworld.commands.circuits_folder import CircuitsError, over_pairs
+from bizzaroworld.commands.circuits_run import attribution_lines, circuit_lines, paths_lines, place_of, run_attribution, run_circuit, run_paths
 from bizzaroworld.cli import app
 from bizzaroworld.model.load import load_model
 from bizzaroworld.patch.interventions import Edit
