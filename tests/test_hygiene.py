@@ -28,6 +28,7 @@ WINGS = {wing: rooms.split() for wing, rooms in {
     "replication": "published numbers claims verdicts",
     "figures": "style captions layers pairs comparisons sweeps run_figures comparison_figures methods_figures circuits_figures",
     "views": "lens_and_attention explorer explorer_state circuitsvis widgets",
+    "lookup": "people",
     "paper": "chapters pages report",
     "zoo": "corpus training nano micro changed",
     "top": "pipeline console options methods_run methods_command circuits_folder circuits_run circuits_command plan_command cli"}.items()}
