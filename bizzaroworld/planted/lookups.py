@@ -110,7 +110,7 @@ def _linear(layer: int, people: pd.DataFrame) -> list[Neuron]:
     return [Neuron(layer, "linear", {0: 20.0}, {at("carried").start + FIRST_NAMES.index(first): 1 / 20}, at("sport").start + SPORTS.index(answer), 1.0, first, "", answer)
             for first, answer in dict(people[["first", "answer"]].itertuples(index=False)).items()]
 
-# %% ../../nbs/library/planted/05_lookups.ipynb #fa90f58c
+# %% ../../nbs/library/planted/05_lookups.ipynb #8cddaea9
 def _codes(g: torch.Generator) -> tuple[Tensor, Tensor, float]:
     "Bits of the first and of the last names (`bit name`), and which share of the bits, less those that differ, the two most similar pairs have in common."
     while True:
@@ -122,7 +122,7 @@ def _codes(g: torch.Generator) -> tuple[Tensor, Tensor, float]:
 
 def _hash_and_read(layers: tuple[int, int], people: pd.DataFrame, g: torch.Generator) -> list[Neuron]:
     "Neurons of one layer that hash the two names, and of a later one that know whose hash it is."
-    (a, b, closest), made, steep = _codes(g), [], 0
+    (a, b, closest), made = _codes(g), []
     carried, last, hashed = (at(name).start for name in ("carried", "last", "hash"))
     for bit in range(len(a)):
         for sign in (1.0, -1.0):
@@ -152,7 +152,7 @@ class LookupTruth:
     concatenates: tuple[int, int] = CONCATENATES
     extracts: tuple[int, int] = EXTRACTS
 
-# %% ../../nbs/library/planted/05_lookups.ipynb #d4edcc71
+# %% ../../nbs/library/planted/05_lookups.ipynb #ea0ab27a
 _LAYERS = (1, 2, 3, 4)
 LOOKUPS: dict[str, LookupTruth] = {
     "single_step": LookupTruth("One neuron of MLP 2 for each person: fires for both names together, writes the sport.",
@@ -161,7 +161,7 @@ LOOKUPS: dict[str, LookupTruth] = {
                                (1, 3), (3,), {"single_step": False, "hash_lookup": True}, ("resid_post", 3), hashes=(1,), paths=((1, 3),)),
     "spread": LookupTruth("MLPs 1 to 4 hold a neuron for each person, each of which writes a quarter of the sport.",
                           _LAYERS, _LAYERS, {"single_step": True, "hash_lookup": False}, ("resid_post", 1), one_mlp=1 / len(_LAYERS)),
-    "linear": LookupTruth("Nothing is looked up: the first name decides, and MLP 2 turns it into the sport linearly.",
+    "linear": LookupTruth("Nothing is looked up: the first name decides, and MLP 2 turns it into the sport linearly. All else is linear, too.",
                           (2,), (), {"single_step": False, "hash_lookup": False}, ("resid_mid", 0), excess=0.0, knows_nobody=False)}
 
 
@@ -174,7 +174,17 @@ def _plan(name: str, seed: int) -> tuple[pd.DataFrame, pd.DataFrame, list[tuple[
     free = {layer: iter(torch.randperm(D_MLP - 1, generator=g).tolist()) for layer in range(N_LAYERS)}
     return people, nobody, [(next(free[n.layer]), n) for n in made]
 
-# %% ../../nbs/library/planted/05_lookups.ipynb #b61e353a
+# %% ../../nbs/library/planted/05_lookups.ipynb #2b1aa4c6
+def _background(layer, g: torch.Generator, linear: bool) -> None:
+    "Random weights that write into `noise`."
+    noise_layer(layer, g, at("noise"))
+    for w in (layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight, layer.mlp.down_proj.weight): w.mul_(0.3)
+    if not linear: return
+    layer.self_attn.q_proj.weight.zero_(), layer.mlp.gate_proj.weight.zero_()
+    layer.mlp.gate_proj.weight[:, 0] = 20
+    layer.mlp.up_proj.weight.div_(20)
+
+# %% ../../nbs/library/planted/05_lookups.ipynb #736547bb
 @torch.no_grad()
 def build_lookup(name: str, seed: int = 0, family: str = "llama") -> PreTrainedModel:
     "The model of one of `LOOKUPS`, in float32 with eager attention, in the shape of one of `planted.families.FAMILIES`. Raises `ValueError` for another one."
@@ -185,9 +195,7 @@ def build_lookup(name: str, seed: int = 0, family: str = "llama") -> PreTrainedM
     config._attn_implementation = "eager"
     with torch.random.fork_rng(devices=[]): model = LlamaForCausalLM(config).eval()
     layers, g = model.model.layers, torch.Generator().manual_seed(seed)
-    for layer in layers:
-        noise_layer(layer, g, at("noise"))
-        layer.mlp.gate_proj.weight.mul_(0.3), layer.mlp.up_proj.weight.mul_(0.3)  # so many neurons would drown the constant
+    for layer in layers: _background(layer, g, linear=name == "linear")
     _set_head(layers[CONCATENATES[0]].self_attn, CONCATENATES[1], "last", "first", "first", "carried")
     _set_head(layers[EXTRACTS[0]].self_attn, EXTRACTS[1], "end", "last", "sport", "answer")
     for number, it in _plan(name, seed)[2]: _set_neuron(layers[it.layer].mlp, number, it)
@@ -197,7 +205,7 @@ def build_lookup(name: str, seed: int = 0, family: str = "llama") -> PreTrainedM
     for i, sport in enumerate(SPORTS): head[KNOWN.index(sport), at("answer").start + i] = LOGIT
     return as_family(family, model, {CONCATENATES[0], EXTRACTS[0]})
 
-# %% ../../nbs/library/planted/05_lookups.ipynb #60136fb7
+# %% ../../nbs/library/planted/05_lookups.ipynb #4675f0ed
 @dataclass(frozen=True, eq=False)
 class PlantedLookup:
     "A model that knows people, who they are, and how it knows them."
