@@ -85,12 +85,12 @@ HYPOTHESES: dict[str, tuple[Prediction, ...]] = {
     "single_step": (
         Prediction("The MLPs of the lookup do not need to read each other.", without_any_path, ("paths",), low=0.5),
         Prediction("Their neurons answer to the pair of names, not to either.", excess, ("excess",), low=0.5),
-        Prediction("One MLP brings a probe at least as far as its share of an even lookup.", first_step, ("probes", "lookup"), low=0.1),
+        Prediction("After the first MLP of the lookup a probe has come a quarter of the way, or more.", first_step, ("probes", "lookup"), low=0.25),
         Prediction("A neuron that helps with one fact of a person helps with others.", same_person, ("facts",), low=0.0)),
     "hash_lookup": (
         Prediction("Without what the MLPs of the lookup tell each other, the answer is lost.", without_any_path, ("paths",), high=0.5),
         Prediction("Their neurons answer to the pair of names, not to either.", excess, ("excess",), low=0.5),
-        Prediction("The first MLP of the lookup brings a probe nothing.", first_step, ("probes", "lookup"), high=0.1)),
+        Prediction("After the first MLP of the lookup a probe has come less than a quarter of the way.", first_step, ("probes", "lookup"), high=0.25)),
     "additive": (
         Prediction("Nothing is there for the pair of names only.", excess, ("excess",), high=0.25),
         Prediction("One half of the name is enough.", best_half, ("halves",), low=0.5))}
