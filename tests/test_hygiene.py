@@ -28,7 +28,7 @@ WINGS = {wing: rooms.split() for wing, rooms in {
     "replication": "published numbers claims verdicts",
     "figures": "style captions layers pairs comparisons sweeps run_figures comparison_figures methods_figures circuits_figures",
     "views": "lens_and_attention explorer explorer_state circuitsvis widgets",
-    "lookup": "nonlinear",
+    "lookup": "asking stages probes nonlinear memorisation lookup_figures",
     "paper": "chapters pages report",
     "zoo": "corpus training nano micro changed",
     "hall": "pipeline console options",
