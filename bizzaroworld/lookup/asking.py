@@ -179,12 +179,13 @@ def read(model: Model, asked: Asked, places: Iterable[tuple[str, int]], position
 # %% ../../nbs/library/lookup/02_asking.ipynb #612f25cb
 @torch.no_grad()
 def answers(model: Model, asked: Asked, states: Float[Tensor, "person d_model"], clean: Float[Tensor, "person d_model"] | None = None, whole: bool = True) -> pd.DataFrame:
-    """A row for each person: `said` (the largest of the choices), `right`, `ld` in logits, and (`whole`) `loss` in nats; with `clean`, the final states of the unchanged runs, also `kl` in nats."""
+    """A row for each person: `said` (the largest of the choices), `right`, `ld` and `lead` in logits, and (`whole`) `loss` in nats; with `clean`, the final states of the unchanged runs, also `kl` in nats."""
     ids, right = torch.tensor([asked.choice_ids] * len(asked), device=model.device), asked.right
     logits = model.readout(states, ids).cpu()
     own = logits.gather(1, right[:, None])[:, 0]
     rest = (logits.sum(1) - own) / max(1, logits.shape[1] - 1)
-    out = pd.DataFrame({"said": [asked.choices[i] for i in logits.argmax(1)], "right": (logits.argmax(1) == right).numpy(), "ld": (own - rest).double().numpy()})
+    out = pd.DataFrame({"said": [asked.choices[i] for i in logits.argmax(1)], "right": (logits.argmax(1) == right).numpy(), "ld": (own - rest).double().numpy(),
+                        "lead": (logits.amax(1) - logits.topk(min(2, logits.shape[1]), 1).values[:, -1]).double().numpy()})
     if not whole: return out
     two = torch.stack([ids.cpu()[torch.arange(len(asked)), right], ids[:, 0].cpu()], 1)[:, :, None].to(model.device)
     metrics = ("logprob",) if clean is None else ("logprob", "kl")

@@ -5,16 +5,21 @@
 # %% ../../nbs/library/lookup/10_lookup_figures.ipynb #b1418d40
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..figures.style import CONTROLS, RUN_LOOKS, SMALL, legend, levels, line, panels, styled
+from ..figures.run_figures import Plate
+from ..figures.style import CONTROLS, RUN_LOOKS, SITE_COLORS, SMALL, layer_axis, legend, levels, line, name_points, panels, styled
 
 # %% auto #0
-__all__ = ['TOY_SCALES', 'BY_HAND', 'SHOWN', 'draw_toys']
+__all__ = ['TOY_SCALES', 'BY_HAND', 'SHOWN', 'NAMED', 'SIDES', 'READ', 'SITES_SHOWN', 'LOOKUP_CONVENTIONS', 'draw_toys',
+           'draw_curves', 'draw_components', 'draw_probes', 'draw_stages', 'draw_paths', 'draw_parallelograms',
+           'draw_lengths', 'draw_neurons', 'lookup_plates']
 
 # %% ../../nbs/library/lookup/10_lookup_figures.ipynb #aac2fafc
 TOY_SCALES = {"accuracy": "Labels right", "excess_share": "Excess share", "net_share": "Net share", "parallelogram": "Parallelogram ratio", "and_ness": "AND-ness",
@@ -57,3 +62,207 @@ def draw_toys(curves: pd.DataFrame, variant: str = "one layer", layer: int = 0, 
     figure.supxlabel("Neurons", fontsize=13)
     legend(figure, axes[0], 4)
     return figure
+
+# %% ../../nbs/library/lookup/10_lookup_figures.ipynb #f7894d3f
+NAMED = {"attention at the name": "Attention at the name", "MLPs at the name": "MLPs at the name", "attention at the final token": "Attention at the final token", "MLPs at the final token": "MLPs at the final token"}
+SIDES = {("from", "mean"): ("all from here on: mean", RUN_LOOKS[0]), ("before", "mean"): ("all before: mean", RUN_LOOKS[1]), ("from", "resample"): ("all from here on: somebody else", RUN_LOOKS[2]), ("before", "resample"): ("all before: somebody else", RUN_LOOKS[3])}
+
+
+def _as_curve(rows: pd.DataFrame, of: str) -> pd.DataFrame:
+    "The columns that `style.line` wants, of a number with its interval."
+    return rows.rename(columns={of: "mean", f"{of}_low": "low", f"{of}_high": "high"})[["layer", "mean", "low", "high"]].sort_values("layer")
+
+
+@styled
+def draw_curves(table: pd.DataFrame, value: str = "kept") -> Figure:
+    "What `stages.curves` found, a panel for each piece: the logit difference that is `kept`, or the share that is `right`."
+    figure, axes = panels(len(NAMED), 7.2, columns=2)
+    for ax, (piece, title) in zip(axes, NAMED.items()):
+        levels(ax, 0, 1)
+        for (side, way), (label, look) in SIDES.items():
+            rows = table[(table.piece == piece) & (table.side == side) & (table.way == way)]
+            if len(rows): line(ax, _as_curve(rows, value), label, {**look, "ms": 4})
+        ax.set_title(title, fontsize=SMALL)
+        layer_axis(ax, int(table.layer.max()) + 1, "")
+    figure.supxlabel("Layer", fontsize=13)
+    figure.supylabel({"kept": "Logit difference kept (share)", "right": "Right answers (share)"}[value], fontsize=13)
+    legend(figure, axes[0], 2)
+    return figure
+
+# %% ../../nbs/library/lookup/10_lookup_figures.ipynb #53bd04e9
+@styled
+def draw_components(table: pd.DataFrame, way: str = "resample", name: int = 4) -> Figure:
+    "What `stages.components` found: sublayers over layers, and heads at the final token, the `name` largest named."
+    figure, (left, right) = panels(2, 3.9, sharey=True)
+    rows = table[table.way == way]
+    for site, position, label, look in (("attn_out", "last", "attention at the name", RUN_LOOKS[0]), ("mlp_out", "last", "MLP at the name", RUN_LOOKS[1]),
+                                        ("attn_out", "final", "attention at the final token", RUN_LOOKS[2]), ("mlp_out", "final", "MLP at the final token", RUN_LOOKS[3])):
+        line(left, rows[(rows.site == site) & (rows.position == position)].sort_values("layer"), label, {**look, "ms": 4})
+    heads = rows[rows.site == "z"].reset_index(drop=True)
+    right.errorbar(heads.layer, heads["mean"], [heads["mean"] - heads.low, heads.high - heads["mean"]], fmt="o", ms=4, lw=1, color=SITE_COLORS["z"])
+    for ax in (left, right):
+        levels(ax, 0)
+        layer_axis(ax, int(table.layer.max()) + 1)
+    right.set_title("Heads at the final token", fontsize=SMALL)
+    left.set_title("Sublayers", fontsize=SMALL)
+    left.set_ylabel("Effect (logits)")
+    legend(figure, left, 2)
+    name_points(right, heads.layer.tolist(), heads["mean"].tolist(), {i: heads.component[i] for i in heads["mean"].abs().nlargest(name).index})
+    return figure
+
+# %% ../../nbs/library/lookup/10_lookup_figures.ipynb #dd406e2c
+READ = {"probe": ("probe", RUN_LOOKS[0]), "head": ("the head's directions", RUN_LOOKS[1]), "agreement": ("both say the same", RUN_LOOKS[4]),
+        "untrained": ("probe, untrained twin", {k: v for k, v in CONTROLS["untrained"].items() if k != "label"} | {"ms": 6}), "random labels": ("probe, random labels", RUN_LOOKS[3])}
+
+
+@styled
+def draw_probes(table: pd.DataFrame, chance: float) -> Figure:
+    "What `probes.probes` found, over layers; a dotted line at `chance`."
+    figure, (ax,) = panels(1, 4.2)
+    for what, (label, look) in READ.items():
+        rows = table[table.what == what]
+        if len(rows): line(ax, rows.sort_values("layer"), label, {"ms": 5, **look})
+    ax.axhline(chance, color="0.6", lw=1, ls=":", zorder=0)
+    ax.set_ylim(0, 1.02)
+    ax.set_ylabel("Share of people held out")
+    layer_axis(ax, int(table.layer.max()) + 1, "Stream before layer (last: after all)")
+    legend(figure, ax, 3)
+    return figure
+
+# %% ../../nbs/library/lookup/10_lookup_figures.ipynb #38df45c9
+@styled
+def draw_stages(table: pd.DataFrame, chance: float) -> Figure:
+    "What `stages.stages` found: the share of right answers with each thing replaced, by its mean and by somebody else's value."
+    table = table.fillna({"stage": "", "way": ""})
+    rows = list(table[table.way.isin(["", "mean"])].itertuples())
+    figure, (ax,) = panels(1, 0.9 + 0.42 * len(rows))
+    def told(row): return "nothing" if row.replaced == "nothing" else f"{row.stage}: {row.replaced}" if row.stage != "everything" else "all that is outside"
+    for way, shift, look in (("mean", -0.12, RUN_LOOKS[0]), ("resample", 0.12, RUN_LOOKS[1])):
+        for k, row in enumerate(rows):
+            same = table[(table.replaced == row.replaced) & (table.stage == row.stage) & table.way.isin(["", way])].iloc[0]
+            ax.errorbar(same.right, k + shift, xerr=[[same.right - same.right_low], [same.right_high - same.right]], ls="none", lw=1.5, ms=7, color=look["color"], marker=look["marker"],
+                        label=("its mean" if way == "mean" else "somebody else's value") if k == 0 else "_")
+    ax.axvline(chance, color="0.6", lw=1, ls=":", zorder=0)
+    ax.set_yticks(range(len(rows)), [told(row) for row in rows])
+    ax.invert_yaxis()
+    ax.set_xlim(0, 1.02)
+    ax.set_xlabel("Right answers (share)")
+    ax.set_ylabel("Replaced")
+    legend(figure, ax, 2)
+    return figure
+
+# %% ../../nbs/library/lookup/10_lookup_figures.ipynb #43e23386
+@styled
+def draw_paths(paths: pd.DataFrame, excess: pd.DataFrame) -> Figure:
+    "What `inside.mlp_paths` and `crossed.excess_of` found: what is kept without each path, and the net share of the excess in each layer."
+    figure, (left, right) = panels(2, 1.2 + 0.36 * max(6, len(paths)), sharey=False)
+    levels(right, 0, 1)
+    for k, row in enumerate(paths.itertuples()):
+        left.errorbar(row.kept, k, xerr=[[row.kept - row.kept_low], [row.kept_high - row.kept]], fmt="o", color=RUN_LOOKS[0]["color"], lw=1.5)
+    left.axvline(0, color="0.6", lw=1), left.axvline(1, color="0.6", lw=1)
+    left.set_yticks(range(len(paths)), [p.replace(" > ", " to ") for p in paths.path])
+    left.invert_yaxis()
+    left.set_xlabel("Logit difference kept (share)")
+    left.set_title("Without the path", fontsize=SMALL)
+    for acts, shift, label, look in (("post", -0.1, "passed on", RUN_LOOKS[0]), ("pre", 0.1, "before the nonlinearity", RUN_LOOKS[1])):
+        rows = excess[excess.acts == acts].reset_index(drop=True)
+        right.errorbar(rows.index + shift, rows.net, [rows.net - rows.net_low, rows.net_high - rows.net], ls="none", lw=1.5, color=look["color"], marker=look["marker"], label=label)
+        right.set_xticks(rows.index, [f"L{l}" if str(l).isdigit() else str(l) for l in rows.layer])
+    right.set_title("For the pair of names only", fontsize=SMALL)
+    right.set_ylabel("Net share of the excess")
+    legend(figure, right, 2)
+    return figure
+
+# %% ../../nbs/library/lookup/10_lookup_figures.ipynb #9c5c9c8f
+SITES_SHOWN = {"mlp_out": "What the MLP writes", "resid_post": "The stream after the layer"}
+
+
+@styled
+def draw_parallelograms(table: pd.DataFrame) -> Figure:
+    "What `crossed.parallelograms` found, for the model and for the same model with shuffled MLPs: 0 if names are sums of their halves, 1 if they have nothing in common."
+    figure, axes = panels(2, 3.8)
+    looks = {"itself": ("the model", RUN_LOOKS[0]), "shuffled": ("its MLPs shuffled", {"color": CONTROLS["shuffled"]["color"], "ls": ":", "marker": "^"})}
+    for ax, (site, title) in zip(axes, SITES_SHOWN.items()):
+        levels(ax, 0, 1)
+        for model, (label, look) in looks.items():
+            rows = table[(table.site == site) & (table.model == model)].rename(columns={"ratio": "mean"}).sort_values("layer").reset_index(drop=True)
+            if len(rows): line(ax, rows, label, {**look, "ms": 5})
+        ax.set_title(title, fontsize=SMALL)
+        layer_axis(ax, int(table.layer.max()) + 1)
+    axes[0].set_ylabel("Parallelogram ratio")
+    legend(figure, axes[0], 2)
+    return figure
+
+
+@styled
+def draw_lengths(table: pd.DataFrame) -> Figure:
+    "What `crossed.lengths` found: each group's mean length over that of the known, with the known at 1."
+    figure, axes = panels(2, 3.8)
+    for ax, (site, title) in zip(axes, SITES_SHOWN.items()):
+        rows = table[table.site == site]
+        known = rows[rows.group == "known"].set_index("layer")["mean"]
+        levels(ax, 1)
+        for look, (group, mine) in zip(RUN_LOOKS, rows.groupby("group", sort=False)):
+            scaled = mine.assign(**{name: mine[name].to_numpy() / known.loc[mine.layer].to_numpy() for name in ("mean", "low", "high")}).sort_values("layer").reset_index(drop=True)
+            line(ax, scaled, f"{group} (n = {int(mine.n.iloc[0])})", {**look, "ms": 5})
+        ax.set_title(title, fontsize=SMALL)
+        layer_axis(ax, int(table.layer.max()) + 1)
+    axes[0].set_ylabel("Length over that of the known")
+    legend(figure, axes[0], 3)
+    return figure
+
+# %% ../../nbs/library/lookup/10_lookup_figures.ipynb #04724d92
+@styled
+def draw_neurons(table: pd.DataFrame, name: int = 5) -> Figure:
+    "What `inside.neurons` found: the estimated and the exact effect of replacing a neuron by its mean; the `name` largest named."
+    figure, (ax,) = panels(1, 4.4)
+    for chosen, label, look in (("largest", "largest by the estimate", RUN_LOOKS[0]), ("random", "drawn at random", RUN_LOOKS[1])):
+        rows = table[table.chosen == chosen]
+        ax.errorbar(rows.estimate, rows["mean"], [rows["mean"] - rows.low, rows.high - rows["mean"]], ls="none", lw=1, ms=5, color=look["color"], marker=look["marker"], mfc=look.get("mfc", look["color"]), label=label)
+    levels(ax, 0)
+    ax.axvline(0, color="0.6", lw=1, zorder=0)
+    ax.set_xlabel("Estimate (logits)"), ax.set_ylabel("Exact (logits)")
+    legend(figure, ax, 2)
+    order = table["mean"].abs().nlargest(name).index
+    name_points(ax, table.estimate.tolist(), table["mean"].tolist(), {table.index.get_loc(i): f"L{table.layer[i]}N{table.neuron[i]}" for i in order})
+    return figure
+
+# %% ../../nbs/library/lookup/10_lookup_figures.ipynb #b286db8b
+LOOKUP_CONVENTIONS = "Bands and whiskers are 95% intervals over people (over ten splits for probes). Kept: the logit difference between the right answer and the mean of the others, as a share of the unchanged model's; 1: nothing is lost, 0: all of it."
+
+
+def _captions(n: Mapping[str, int], chance: float) -> dict[str, tuple[str, str]]:
+    "Caption and text in its place of each figure."
+    at_chance = f"The dotted line is chance, {chance:.2f}."
+    return {
+        "curves": (f"What is left when a kind of sublayer is replaced in all layers from one on, or in all before it, by its mean over people or by the value of somebody with another answer (n = {n['curves']} people, the half that was searched).",
+                   "Four panels over layers: share of the logit difference kept when attention or MLPs at the name or at the final token are replaced."),
+        "components": (f"Each component replaced alone by the value of somebody with another answer: change of the logit difference between the two answers, negative where it helped (n = {n['components']}).",
+                       "Left: effects of sublayers at the name and the final token over layers. Right: effects of single heads at the final token, the largest named."),
+        "stages": (f"Right answers of people who were not searched (n = {n['stages']}) when all but the parts that were found is replaced, and when a part itself is. {at_chance}",
+                   "Points with intervals: share of right answers for each thing replaced, by its mean and by somebody else's value."),
+        "probes": (f"Where the answer can be read in the stream at the last token of the name (n = {n['probes']} people, a fifth held out by last name), and what the extraction head's own directions say. {at_chance}",
+                   "Curves over layers: accuracy of probes, of the head's directions, of controls, and agreement of probe and head."),
+        "paths": (f"Left: what is kept without a path between two MLPs of the lookup (n = {n['paths']}). Right: of what neurons add toward the answer, the net share that is there for the pair of names only (n = {n['excess']}); 0: halves account for all of it, 1: for none.",
+                  "Left: points with intervals for each path that is taken away. Right: points for each layer, before and after the nonlinearity."),
+        "parallelograms": (f"The length of (AB + CD - AD - CB)/2 over that of (AB + CD - EF - GH)/2 at the name (n = {n['parallelograms']} quadruples); 0: names are sums of their halves, 1: the halves say nothing.",
+                           "Two panels over layers: the ratio for what MLPs write and for the stream, in the model and with its MLPs shuffled."),
+        "lengths": ("Mean length of vectors at the name, over that of people who are known: people who are not known, and names put together of halves of the known; 1: as long as those of the known.",
+                    "Two panels over layers: relative lengths for what MLPs write and for the stream, by group."),
+        "neurons": (f"Neurons at the name replaced by their mean over people, one at a time: about (attribution) and exactly (n = {n['neurons']}); effects on the logit difference, negative where the neuron helped.",
+                    "Scatter of estimated against exact effects of single neurons, the largest named.")}
+
+
+def lookup_plates(folder: str | Path, model: str) -> list[Plate]:
+    "The figures of a run folder of the lookup that its tables are there for, each with caption and the text in its place; `model` is what it is called."
+    folder = Path(folder)
+    able = json.loads((folder / "ability.json").read_text("utf-8"))
+    def read(name): return pd.read_csv(folder / f"{name}.csv")
+    makers = {"curves": lambda: draw_curves(read("curves")), "components": lambda: draw_components(read("components")), "stages": lambda: draw_stages(read("stages"), able["chance"]),
+              "probes": lambda: draw_probes(read("probes"), able["chance"]), "paths": lambda: draw_paths(read("paths"), read("excess")),
+              "parallelograms": lambda: draw_parallelograms(read("parallelograms")), "lengths": lambda: draw_lengths(read("lengths")), "neurons": lambda: draw_neurons(read("neurons"))}
+    there = [name for name in makers if (folder / f"{name}.csv").exists()]
+    n = {name: int(read(name).n.max()) for name in {*there, "excess"} if (folder / f"{name}.csv").exists()}
+    texts = _captions({**dict.fromkeys((*makers, "excess"), 0), **n}, able["chance"])
+    shared = f"Model: {model}; prompt: {able['prompt']!r}. {LOOKUP_CONVENTIONS}"
+    return [Plate(name, makers[name](), *texts[name], shared) for name in there]
