@@ -28,7 +28,7 @@ WINGS = {wing: rooms.split() for wing, rooms in {
     "replication": "published numbers claims verdicts",
     "figures": "style captions layers pairs comparisons sweeps run_figures comparison_figures methods_figures circuits_figures",
     "views": "lens_and_attention explorer explorer_state circuitsvis widgets",
-    "lookup": "people asking stages probes inside nonlinear crossed",
+    "lookup": "people asking stages probes inside nonlinear crossed memorisation lookup_figures",
     "paper": "chapters pages report",
     "zoo": "corpus training nano micro changed",
     "hall": "pipeline console options",
