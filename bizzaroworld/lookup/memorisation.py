@@ -120,9 +120,8 @@ def hash_toy(facts: int, n: int = 32, seed: int = 0) -> Toy:
     "A layer with a neuron for every pair, then one of random activations of each pair, from which the labels are read by least squares."
     generator, (pairs, labels) = torch.Generator().manual_seed(seed), draw_facts(facts, n, seed=seed)
     every = and_toy(n * n, n)
-    places, size = every.pairs @ torch.tensor([n, 1]), max(n * n, 2 * facts)
-    w_in = every.layers[0][0][:, places.argsort()]  # neurons in the order of the pairs
-    width, eye = 2 * facts, torch.eye(size)
+    width, size = 2 * facts, max(n * n, 2 * facts)
+    w_in, eye = every.layers[0][0], torch.eye(size)
     lookup = (torch.cat([w_in, torch.zeros(size - 2 * n, n * n)]), -torch.ones(1, n * n), eye[:n * n])
     drawn = torch.cat([torch.randn(n * n, width, generator=generator), torch.zeros(size - n * n, width)])
     toy = Toy(pairs, labels, eye[:n], eye[n:2 * n], (lookup, (drawn, torch.zeros(1, width), eye[:width])), torch.zeros(size, labels.shape[1]))

@@ -6,6 +6,8 @@ import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
 
 from bizzaroworld.files import data_path
 from bizzaroworld.lookup.lookup_figures import BY_HAND, SHOWN, TOY_SCALES, draw_toys
@@ -117,6 +119,24 @@ def test_ablations_are_those_of_a_loop(toys, name, layer):
     assert np.abs(found).max() > 0.1
 
 
+def test_a_residual_stream_goes_around_every_layer(toys):
+    toy = toys["two"]
+    x = toy.first[toy.pairs[:, 0]] + toy.last[toy.pairs[:, 1]]
+    for layer, (w, b, back) in enumerate(toy.layers):
+        read, neurons = toy.run(toy.pairs, layer)
+        torch.testing.assert_close(read, x)
+        torch.testing.assert_close(neurons, torch.nn.functional.gelu(x @ w + b))
+        x = x + neurons @ back
+    torch.testing.assert_close(toy.logits(toy.pairs), x @ toy.out)
+
+
+def test_what_was_wrong_before_is_not_broken():
+    toy = and_toy(30, 9)
+    wrong = toy.labels.clone()
+    wrong[:10] *= -1
+    assert look_inside(Toy(toy.pairs, wrong, toy.first, toy.last, toy.layers, toy.out))["broken"] == pytest.approx(20 / 30)
+
+
 def test_weights_are_exact_in_the_last_layer_and_gradients_before(toys):
     toy = toys["two"]
     last, exact = _weights(toy, -1), (toy.layers[1][2] @ toy.out)[None] * toy.labels[:, None]
@@ -152,6 +172,15 @@ def test_a_probe_does_not_learn_by_heart():
     assert np.isnan(held_out(RNG.normal(size=(150, 2)), np.ones((150, 1))))
 
 
+def test_the_probe_is_the_mean_over_folds():
+    x, y = RNG.normal(size=(60, 4)), np.sign(RNG.normal(size=60))
+    right = []
+    for fit, test in StratifiedKFold(5, shuffle=True, random_state=0).split(x, y):
+        scaled = (x - x[fit].mean(0)) / x[fit].std(0)
+        right.append((LogisticRegression().fit(scaled[fit], y[fit]).predict(scaled[test]) == y[test]).mean())
+    assert held_out(x, y[:, None]) == pytest.approx(np.mean(right)) and np.std(right) > 0
+
+
 def test_additive_is_what_sums_can_do():
     pairs = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
     xor, one = torch.tensor([[1.], [-1], [-1], [1]]), torch.tensor([[1.], [1], [-1], [-1]])
@@ -177,6 +206,10 @@ def test_every_kind_learns_by_heart(options):
     assert toy.accuracy == 1 and 0 < toy.steps < 500 and len(toy.layers) == options.get("layers", 1)
     assert toy.labels.shape == (60, options.get("labels", 2)) and toy.residual == options.get("residual", False) and not toy.out.requires_grad
     assert train_toy(24, 60, 12, steps=0, **options).accuracy < 0.75
+
+
+def test_training_goes_on_until_all_is_known():
+    assert train_toy(24, 60, 12, loss=10).accuracy == 1
 
 
 def test_a_network_without_a_nonlinearity_learns_what_sums_can_and_no_more():
