@@ -28,16 +28,16 @@ WINGS = {wing: rooms.split() for wing, rooms in {
     "replication": "published numbers claims verdicts",
     "figures": "style captions layers pairs comparisons sweeps run_figures comparison_figures methods_figures circuits_figures",
     "views": "lens_and_attention explorer explorer_state circuitsvis widgets",
-    "lookup": "people asking stages probes inside nonlinear memorisation crossed hypotheses lookup_figures",
+    "lookup": "people asking stages probes inside nonlinear crossed memorisation hypotheses lookup_figures",
     "words": "local embeddings words_figures",
     "paper": "chapters pages report",
     "zoo": "corpus training nano micro changed",
     "hall": "pipeline console options",
-    "commands": "methods_run methods_command circuits_folder circuits_run circuits_command plan_command",
+    "commands": "methods_run methods_command circuits_folder circuits_run circuits_command plan_command lookup_run lookup_command",
     "top": "cli"}.items()}
 FLOW = [room if wing in ("ground", "hall", "top") else f"{wing}.{room}" for wing, rooms in WINGS.items() for room in rooms]
 # What `--help` and a reader of the battery wait for; and all that reads a run, which needs no model.
-TORCHLESS = {"files", "scale.folders", "scale.workers", "console", "options", "commands.methods_command", "commands.circuits_command", "commands.plan_command", "cli", "battery.pairs", "battery.layouts", "battery.formats", "battery.knowing", "battery.facts", "model.names", "methods.detections", "methods.multiverse", "study.runs", "paper.pages", "views.explorer", "words.words_figures",
+TORCHLESS = {"files", "scale.folders", "scale.workers", "console", "options", "commands.methods_command", "commands.circuits_command", "commands.plan_command", "commands.lookup_command", "cli", "battery.pairs", "battery.layouts", "battery.formats", "battery.knowing", "battery.facts", "model.names", "methods.detections", "methods.multiverse", "study.runs", "paper.pages", "views.explorer", "words.words_figures", "lookup.lookup_figures",
              *(name for name in FLOW if name.partition(".")[0] in ("results", "replication", "figures"))}
 # The one exception to the flow: `Sweep.plot` draws when it is called, as pandas does.
 UPWARD = {("patch.sweep", "figures.sweeps")}

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -17,21 +17,21 @@ import numpy as np
 import pandas as pd
 
 from .. import __version__
+from ..battery.tokens import continuation, encode
 from ..console import count_words
 from ..figures.run_figures import write_plates
 from ..files import write_json, write_table
-from ..lookup.asking import Asked, answers, ask, final_states, means_at, read
-from ..lookup.crossed import direct_weights, excess_of, lengths, own_parts, parallelograms, renamed, with_shuffled_mlps
+from ..lookup.asking import Asked, answers, ask, final_states
+from ..lookup.crossed import excess_of, lengths, one_attribute, own_parts, parallelograms, renamed, with_shuffled_mlps
 from ..lookup.hypotheses import halves, predictions, verdicts
 from ..lookup.inside import fact_correlations, mlp_paths, neuron_estimates, neurons, resampled
-from ..lookup.nonlinear import attribute_neurons
-from ..lookup.people import PROMPTS, SPORTS, athletes, attributes, made_up, planted_people, two_tokens
-from ..lookup.probes import head_directions, probes
+from ..lookup.lookup_figures import lookup_plates
+from ..lookup.people import PROMPTS, athletes, attributes, made_up, planted_people, two_tokens
+from ..lookup.probes import probes
 from ..lookup.stages import Effective, components, curves, effective_model, stages, summed_up
 from ..model.hooked import Model
 from ..model.load import load_model
 from ..model.names import called
-from ..patch.interventions import Edit
 from ..pipeline import describe
 from ..results.estimates import estimate_share
 from ..scale.folders import held
@@ -42,7 +42,7 @@ from ..words.local import local_processing
 
 # %% auto #0
 __all__ = ['PLANTED', 'FEWEST', 'COLUMNS', 'STEPS', 'FILES', 'PeopleError', 'whom', 'knowing', 'Steps', 'find_stages',
-           'one_attribute', 'several_facts', 'look_inside', 'run_lookup', 'lookup_lines']
+           'several_facts', 'look_inside', 'run_lookup', 'lookup_lines']
 
 # %% ../../nbs/library/commands/07_lookup_run.ipynb #8444a849
 class PeopleError(ValueError):
@@ -143,33 +143,7 @@ def find_stages(run: Steps) -> Effective:
     run.table("prompts", lambda: _contexts(run))
     return parts
 
-# %% ../../nbs/library/commands/07_lookup_run.ipynb #ac4a3a89
-def _choice_weights(run: Steps, asked: Asked, head: tuple[int, int], layers: list[int]) -> dict[int, np.ndarray]:
-    "What a unit of each neuron says to the head for each choice, over people: by layer, `neuron choice`."
-    directions = head_directions(run.model, asked, head)
-    def toward(choice):
-        as_if = Asked(asked.people.assign(answer=choice), asked.prompt, asked.ids, asked.first, asked.last, asked.choices, asked.choice_ids)
-        return {l: w.mean(0).numpy() for l, w in direct_weights(run.model, as_if, head, layers, directions).items()}
-    found = [toward(choice) for choice in asked.choices]
-    return {l: np.stack([one[l] for one in found], 1) for l in layers}
-
-
-def one_attribute(run: Steps, parts: Effective, layers: list[int]) -> pd.DataFrame:
-    "The neurons of the lookup that tell one answer from the others best, with how well their output points to it, and what the people with that answer and the others lose when it is replaced by its mean."
-    asked, head = run.known, parts.extraction[0]
-    acts, weights = read(run.model, asked, [("neurons", l) for l in layers]), _choice_weights(run, run.some(), head, layers)
-    directions = dict(zip(asked.choices, np.eye(len(asked.choices))))
-    tables = [attribute_neurons(acts["neurons", l].numpy(), asked.people["answer"], weights[l], directions, best=2, seed=run.seed).assign(layer=l) for l in layers]
-    best = pd.concat(tables).sort_values("signed", key=abs, ascending=False, kind="stable").groupby("attribute", sort=False).head(3).sort_values("attribute", kind="stable")
-    base, rows = answers(run.model, asked, final_states(run.model, asked)), []
-    for it in best.itertuples():
-        edit = Edit("neurons", int(it.layer), "last", int(it.neuron), "given")
-        lost = answers(run.model, asked, final_states(run.model, asked, means_at(run.model, asked, [edit]))).loss - base.loss
-        has = (asked.people["answer"] == it.attribute).to_numpy()
-        rows.append({"loss_with": lost[has].mean(), "loss_without": lost[~has].mean()})
-    return pd.concat([best.reset_index(drop=True), pd.DataFrame(rows)], axis=1)
-
-# %% ../../nbs/library/commands/07_lookup_run.ipynb #147b4447
+# %% ../../nbs/library/commands/07_lookup_run.ipynb #5768ea00
 def _relations(run: Steps) -> dict[str, Asked]:
     "People with several facts, by relation: those whose answer the model gives, of all that occur in the relation; only relations of at least six."
     facts = attributes(planted_people(run.model.tokenizer)) if run.model.name == PLANTED else attributes()
@@ -187,7 +161,6 @@ def _relations(run: Steps) -> dict[str, Asked]:
 
 def _sayable(model: Model, ending: str, words: pd.Series) -> np.ndarray:
     "Which answers are one token after a prompt."
-    from bizzaroworld.battery.tokens import continuation, encode
     prompt = encode(model, f"Fact: It {ending}")
     one = {word: len(continuation(model, prompt, f" {word}") or ()) == 1 for word in set(words)}
     return words.map(one).to_numpy(dtype=bool)
@@ -200,7 +173,7 @@ def several_facts(run: Steps, layers: list[int]) -> pd.DataFrame:
         return asked.names, np.concatenate([found[l].numpy() for l in layers], 1)
     return fact_correlations({relation: effects(asked) for relation, asked in _relations(run).items()})
 
-# %% ../../nbs/library/commands/07_lookup_run.ipynb #f685960c
+# %% ../../nbs/library/commands/07_lookup_run.ipynb #089ac77b
 def _lengths(run: Steps) -> pd.DataFrame:
     "Lengths at the names of those who are known, of those who are not, and of names put together of the halves of the known."
     people = pd.read_csv(run.folder / "people.csv")
@@ -236,11 +209,11 @@ def look_inside(run: Steps, parts: Effective) -> dict[str, pd.DataFrame]:
     single = run.table("neurons", lambda: neurons(model, run.some(), layers, seed=run.seed))
     top = single[single.chosen == "largest"].sort_values("mean", key=abs, ascending=False).head(12)
     run.table("resampled", lambda: resampled(model, run.some(most=12), list(zip(top.layer, top.neuron)), seed=run.seed))
-    run.table("one_attribute", lambda: one_attribute(run, parts, layers))
+    run.table("one_attribute", lambda: one_attribute(model, known, run.some(), head, layers, run.seed))
     found["facts"] = run.table("facts", lambda: several_facts(run, layers))
     return found if len(found["facts"]) else {name: table for name, table in found.items() if name != "facts"}
 
-# %% ../../nbs/library/commands/07_lookup_run.ipynb #c51f718e
+# %% ../../nbs/library/commands/07_lookup_run.ipynb #58731c3e
 STEPS = 24
 
 
@@ -293,7 +266,7 @@ def _whole(run: Steps, words: bool) -> None:
     if words: _words(run)
     write_plates(lookup_plates(run.folder, run.model.name), run.folder / "figures")
 
-# %% ../../nbs/library/commands/07_lookup_run.ipynb #c480ca0e
+# %% ../../nbs/library/commands/07_lookup_run.ipynb #d9bf114e
 def lookup_lines(folder: str | Path) -> list[str]:
     "What a run found, in a few lines."
     folder = Path(folder)

@@ -5,7 +5,8 @@
 # %% ../../nbs/library/lookup/08_crossed.ipynb #aad3d142
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -13,16 +14,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .asking import Asked, ask, read
-from .nonlinear import excess, excess_share, isotropic_share, net_share, norms_by, orthogonal_part, parallelogram, rise, shuffled_weights
+from .asking import Asked, answers, ask, final_states, means_at, read
+from .nonlinear import attribute_neurons, excess, excess_share, isotropic_share, norms_by, orthogonal_part, parallelogram, rise, shuffled_weights
 from .probes import head_directions
 from ..model.hooked import Model
 from ..model.load import untrained
+from ..patch.interventions import Edit
 from ..results.estimates import estimate
 
 # %% auto #0
 __all__ = ['other_halves', 'renamed', 'crossed', 'direct_weights', 'excess_of', 'parallelograms', 'with_shuffled_mlps', 'lengths',
-           'own_parts']
+           'own_parts', 'choice_weights', 'one_attribute']
 
 # %% ../../nbs/library/lookup/08_crossed.ipynb #723858e7
 def other_halves(people: pd.DataFrame, k: int = 8, seed: int = 0) -> Int[np.ndarray, "person k"]:
@@ -161,3 +163,28 @@ def own_parts(model: Model, asked: Asked, site: str = "resid_post", n: int | Non
         share = estimate(_there(orthogonal_part(x - x.mean(0))))
         rows.append({"site": site, "layer": l, "share": share.value, "low": share.low, "high": share.high, "isotropic": isotropic_share(len(x) - 1, x.shape[1]), "n": share.n})
     return pd.DataFrame(rows)
+
+# %% ../../nbs/library/lookup/08_crossed.ipynb #17deb261
+def choice_weights(model: Model, asked: Asked, head: tuple[int, int], layers: Sequence[int]) -> dict[int, Float[np.ndarray, "neuron choice"]]:
+    "What a unit of each neuron adds to an extraction head's score of each choice, the mean over people, by layer: `direct_weights` as if each choice were everybody's answer."
+    directions = head_directions(model, asked, head)
+    def toward(choice): return direct_weights(model, replace(asked, people=asked.people.assign(answer=choice)), head, layers, directions)
+    found = [toward(choice) for choice in asked.choices]
+    return {l: np.stack([one[l].mean(0).numpy() for one in found], 1) for l in layers}
+
+
+def one_attribute(model: Model, asked: Asked, some: Asked, head: tuple[int, int], layers: Sequence[int], seed: int = 0, best: int = 3) -> pd.DataFrame:
+    """The `best` neurons of some layers for each answer: the columns of `nonlinear.attribute_neurons`, with `layer`, and what is lost when the neuron at the name is replaced by its mean over the people: `loss_with` by those who have the answer, `loss_without` by the others (nats).
+
+    `some`: the people over whom the way to the head is averaged; `cosine` is between what a neuron says for each choice and the choice."""
+    acts, weights = read(model, asked, [("neurons", l) for l in layers]), choice_weights(model, some, head, layers)
+    directions = dict(zip(asked.choices, np.eye(len(asked.choices))))
+    tables = [attribute_neurons(acts["neurons", l].numpy(), asked.people["answer"], weights[l], directions, best, seed=seed).assign(layer=l) for l in layers]
+    found = pd.concat(tables).sort_values("signed", key=abs, ascending=False, kind="stable").groupby("attribute", sort=False).head(best).sort_values("attribute", kind="stable")
+    base, lost = answers(model, asked, final_states(model, asked)), []
+    for it in found.itertuples():
+        edit = Edit("neurons", int(it.layer), "last", int(it.neuron), "given")
+        change = answers(model, asked, final_states(model, asked, means_at(model, asked, [edit]))).loss - base.loss
+        has = (asked.people["answer"] == it.attribute).to_numpy()
+        lost.append({"loss_with": change[has].mean(), "loss_without": change[~has].mean()})
+    return pd.concat([found.reset_index(drop=True), pd.DataFrame(lost)], axis=1)
