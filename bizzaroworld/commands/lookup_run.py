@@ -75,7 +75,7 @@ def knowing(asked: Asked, found: pd.DataFrame, margin: float) -> tuple[pd.DataFr
     surely = estimate_share(int(sure.right.sum()), len(sure))
     told = {"asked": len(table), "right": right.to_dict(), "known": int(table.known.sum()), "margin": margin, "right_where_sure": surely.to_dict(), "chance": 1 / len(asked.choices),
             "can_do": bool(table.known.sum() >= FEWEST and surely.low is not None and surely.low > 1 / len(asked.choices))}
-    told["sentence"] = (f"Of {count_words(len(table), 'person')} asked about, it is right on {right:.0%}; chance is {told['chance']:.0%}. It leads by at least {margin:g} logits on {len(sure)} and is right on {surely:.0%} of them: "
+    told["sentence"] = (f"Of {len(table):,} people asked about, it is right on {right:.0%}; chance is {told['chance']:.0%}. It leads by at least {margin:g} logits on {len(sure)} and is right on {surely:.0%} of them: "
                         f"these {told['known']} count as known.")
     if not told["can_do"]: told["sentence"] += f" That is too few, or no better than chance (at least {FEWEST} are needed), so nothing else is asked of it."
     return table, told
@@ -279,7 +279,7 @@ def lookup_lines(folder: str | Path) -> list[str]:
               f"All else replaced by its mean, {alone.right:.0%} of {alone.n} people who were not searched are right ({alone.base_right:.0%} before), with {alone.kept:.0%} of the logit difference."]
     for name, verdict in json.loads((folder / "verdicts.json").read_text("utf-8")).items():
         rows = pd.read_csv(folder / "predictions.csv").query("hypothesis == @name")
-        lines.append(f"{name.replace('_', ' ')}: {verdict} ({'; '.join(f'{row.statement[:-1].lower()}: {row.verdict}' for row in rows.itertuples())})")
+        lines.append(f"{name.replace('_', ' ')}: {verdict} ({'; '.join(f'{row.statement[:-1]}: {row.verdict}' for row in rows.itertuples())})")
     return [*lines, "", *(f"{folder / name}  {what}" for name, what in FILES.items() if (folder / name).exists())]
 
 

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -73,6 +74,12 @@ def _as_curve(rows: pd.DataFrame, of: str) -> pd.DataFrame:
     return rows.rename(columns={of: "mean", f"{of}_low": "low", f"{of}_high": "high"})[["layer", "mean", "low", "high"]].sort_values("layer")
 
 
+def _whiskers(mean: Sequence[float], low: Sequence[float], high: Sequence[float]) -> np.ndarray:
+    "How far whiskers reach down and up; a value outside of its own interval (as a ratio may be) has none on that side, and one without interval none at all."
+    mean, low, high = (np.asarray(x, float) for x in (mean, low, high))
+    return np.nan_to_num(np.stack([mean - low, high - mean])).clip(0)
+
+
 @styled
 def draw_curves(table: pd.DataFrame, value: str = "kept") -> Figure:
     "What `stages.curves` found, a panel for each piece: the logit difference that is `kept`, or the share that is `right`."
@@ -99,7 +106,7 @@ def draw_components(table: pd.DataFrame, way: str = "resample", name: int = 4) -
                                         ("attn_out", "final", "attention at the final token", RUN_LOOKS[2]), ("mlp_out", "final", "MLP at the final token", RUN_LOOKS[3])):
         line(left, rows[(rows.site == site) & (rows.position == position)].sort_values("layer"), label, {**look, "ms": 4})
     heads = rows[rows.site == "z"].reset_index(drop=True)
-    right.errorbar(heads.layer, heads["mean"], [heads["mean"] - heads.low, heads.high - heads["mean"]], fmt="o", ms=4, lw=1, color=SITE_COLORS["z"])
+    right.errorbar(heads.layer, heads["mean"], _whiskers(heads["mean"], heads.low, heads.high), fmt="o", ms=4, lw=1, color=SITE_COLORS["z"])
     for ax in (left, right):
         levels(ax, 0)
         layer_axis(ax, int(table.layer.max()) + 1)
@@ -140,7 +147,7 @@ def draw_stages(table: pd.DataFrame, chance: float) -> Figure:
     for way, shift, look in (("mean", -0.12, RUN_LOOKS[0]), ("resample", 0.12, RUN_LOOKS[1])):
         for k, row in enumerate(rows):
             same = table[(table.replaced == row.replaced) & (table.stage == row.stage) & table.way.isin(["", way])].iloc[0]
-            ax.errorbar(same.right, k + shift, xerr=[[same.right - same.right_low], [same.right_high - same.right]], ls="none", lw=1.5, ms=7, color=look["color"], marker=look["marker"],
+            ax.errorbar(same.right, k + shift, xerr=_whiskers([same.right], [same.right_low], [same.right_high]), ls="none", lw=1.5, ms=7, color=look["color"], marker=look["marker"],
                         label=("its mean" if way == "mean" else "somebody else's value") if k == 0 else "_")
     ax.axvline(chance, color="0.6", lw=1, ls=":", zorder=0)
     ax.set_yticks(range(len(rows)), [told(row) for row in rows])
@@ -158,7 +165,7 @@ def draw_paths(paths: pd.DataFrame, excess: pd.DataFrame) -> Figure:
     figure, (left, right) = panels(2, 1.2 + 0.36 * max(6, len(paths)), sharey=False)
     levels(right, 0, 1)
     for k, row in enumerate(paths.itertuples()):
-        left.errorbar(row.kept, k, xerr=[[row.kept - row.kept_low], [row.kept_high - row.kept]], fmt="o", color=RUN_LOOKS[0]["color"], lw=1.5)
+        left.errorbar(row.kept, k, xerr=_whiskers([row.kept], [row.kept_low], [row.kept_high]), fmt="o", color=RUN_LOOKS[0]["color"], lw=1.5)
     left.axvline(0, color="0.6", lw=1), left.axvline(1, color="0.6", lw=1)
     left.set_yticks(range(len(paths)), [p.replace(" > ", " to ") for p in paths.path])
     left.invert_yaxis()
@@ -166,7 +173,7 @@ def draw_paths(paths: pd.DataFrame, excess: pd.DataFrame) -> Figure:
     left.set_title("Without the path", fontsize=SMALL)
     for acts, shift, label, look in (("post", -0.1, "passed on", RUN_LOOKS[0]), ("pre", 0.1, "before the nonlinearity", RUN_LOOKS[1])):
         rows = excess[excess.acts == acts].reset_index(drop=True)
-        right.errorbar(rows.index + shift, rows.net, [rows.net - rows.net_low, rows.net_high - rows.net], ls="none", lw=1.5, color=look["color"], marker=look["marker"], label=label)
+        right.errorbar(rows.index + shift, rows.net, _whiskers(rows.net, rows.net_low, rows.net_high), ls="none", lw=1.5, color=look["color"], marker=look["marker"], label=label)
         right.set_xticks(rows.index, [f"L{l}" if str(l).isdigit() else str(l) for l in rows.layer])
     right.set_title("For the pair of names only", fontsize=SMALL)
     right.set_ylabel("Net share of the excess")
@@ -218,7 +225,7 @@ def draw_neurons(table: pd.DataFrame, name: int = 5) -> Figure:
     figure, (ax,) = panels(1, 4.4)
     for chosen, label, look in (("largest", "largest by the estimate", RUN_LOOKS[0]), ("random", "drawn at random", RUN_LOOKS[1])):
         rows = table[table.chosen == chosen]
-        ax.errorbar(rows.estimate, rows["mean"], [rows["mean"] - rows.low, rows.high - rows["mean"]], ls="none", lw=1, ms=5, color=look["color"], marker=look["marker"], mfc=look.get("mfc", look["color"]), label=label)
+        ax.errorbar(rows.estimate, rows["mean"], _whiskers(rows["mean"], rows.low, rows.high), ls="none", lw=1, ms=5, color=look["color"], marker=look["marker"], mfc=look.get("mfc", look["color"]), label=label)
     levels(ax, 0)
     ax.axvline(0, color="0.6", lw=1, zorder=0)
     ax.set_xlabel("Estimate (logits)"), ax.set_ylabel("Exact (logits)")
