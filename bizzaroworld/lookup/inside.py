@@ -135,7 +135,7 @@ def _chosen(estimates: Mapping[int, Tensor], top: int, seed: int) -> list[tuple[
 
 def neurons(model: Model, asked: Asked, layers: Iterable[int], top: int = 48, seed: int = 0, estimates: Mapping[int, Tensor] | None = None) -> pd.DataFrame:
     """Neurons at the name replaced by their mean over the people, one at a time and exactly: `layer`, `neuron`, `chosen` (`largest` by the estimate, or `random`), `estimate` and the exact `mean` with its interval (changes of the logit difference between each
-    person's answer and their donor's, and of the estimate to the mean of the others, in logits), `helps` (the share of people whom it helps), `n`.
+    person's answer and their donor's, and of the estimate to the mean of the others, in logits), `helps` (the share of people whom it helps at least a tenth as much as the one whom it helps most), `n`.
 
     `estimates`: of `neuron_estimates`, made if they are not given."""
     estimates = neuron_estimates(model, asked, layers) if estimates is None else estimates
@@ -145,7 +145,7 @@ def neurons(model: Model, asked: Asked, layers: Iterable[int], top: int = 48, se
     found = sweep(model, as_pairs(model, asked, seed), edits, values={e: there["neurons", e.layer][:, e.head].mean(0) for e in edits}, progress=False)
     effects = found.patched[:, :, 0] - found.clean[:, :1]
     rows = pd.DataFrame([{"layer": l, "neuron": i, "chosen": why, "estimate": float(estimates[l][:, i].mean())} for l, i, why in chosen])
-    return rows.assign(**estimate_means(effects), helps=(effects < 0).mean(0), n=len(asked))
+    return rows.assign(**estimate_means(effects), helps=(effects <= effects.min(0).clip(max=0) / 10).mean(0), n=len(asked))
 
 # %% ../../nbs/library/lookup/05_inside.ipynb #f5ae852c
 def resampled(model: Model, asked: Asked, which: Sequence[tuple[int, int]], donors: int = 64, seed: int = 0) -> pd.DataFrame:

@@ -1,0 +1,80 @@
+"""`bizzaroworld lookup`, end to end on a lookup that was written by hand: the folder, going on with it, and what is refused."""
+import json
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from bizzaroworld.cli import app
+from bizzaroworld.commands.lookup_run import PeopleError, knowing, lookup_lines, run_lookup, whom
+from bizzaroworld.lookup.asking import ask
+from bizzaroworld.model.load import load_model
+from bizzaroworld.planted.lookups import PROMPTS, plant_lookup
+from bizzaroworld.study.runs import RunError
+
+TABLES = ("people curves components stages prompts halves probes paths excess parallelograms lengths own_parts neurons resampled one_attribute facts predictions").split()
+
+
+@pytest.fixture(scope="module")
+def planted(): return plant_lookup("single_step")
+
+
+@pytest.fixture(scope="module")
+def folder(planted, tmp_path_factory):
+    return run_lookup(planted.model, people=planted.people, prompt=PROMPTS["one_shot"], out=tmp_path_factory.mktemp("lookup") / "run", most=48, words=False)
+
+
+@pytest.mark.slow
+def test_a_run_finds_what_was_planted(planted, folder):
+    assert {f"{name}.csv" for name in TABLES} <= {path.name for path in folder.iterdir()}
+    parts = json.loads((folder / "effective.json").read_text())
+    assert parts == {"concatenated": 1, "lookup": [2, 2], "extraction": [[6, 2]], "readout": False}
+    assert json.loads((folder / "verdicts.json").read_text()) == {"single_step": "holds", "hash_lookup": "falls", "additive": "falls"}
+    captions = json.loads((folder / "figures" / "captions.json").read_text())
+    assert {path.name for path in (folder / "figures").glob("*.png")} == set(captions) and len(captions) == 8 and all(c["caption"] and c["alt"] for c in captions.values())
+    text = "\n".join(lookup_lines(folder))
+    assert "right on 100%" in text and "heads L6H2" in text and "single step: holds" in text
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_makes_only_what_is_missing(planted, folder):
+    kept = {name: (folder / f"{name}.csv").read_bytes() for name in TABLES}
+    made = {path: path.stat().st_mtime_ns for path in folder.glob("*.csv") if path.stem != "predictions"}
+    for name in ("halves", "neurons"): (folder / f"{name}.csv").unlink()
+    told = []
+    run_lookup(planted.model, people=planted.people, prompt=PROMPTS["one_shot"], out=folder, most=48, words=False, progress=lambda done, total, what: told.append(what))
+    assert told == ["halves", "neurons"]
+    assert {name: (folder / f"{name}.csv").read_bytes() for name in TABLES} == kept
+    assert all(path.stat().st_mtime_ns == at for path, at in made.items() if path.stem not in ("halves", "neurons"))
+    with pytest.raises(RunError, match="margin"): run_lookup(planted.model, people=planted.people, prompt=PROMPTS["one_shot"], out=folder, most=48, margin=2)
+
+
+def test_nothing_is_asked_of_a_model_that_knows_nobody(planted, tmp_path):
+    wrong = planted.people.assign(answer=planted.people["answer"].map({"baseball": "football", "football": "basketball", "basketball": "baseball"}))
+    folder = run_lookup(planted.model, people=wrong, prompt=PROMPTS["one_shot"], out=tmp_path / "run")
+    assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == {"run.json", "people.csv", "ability.json"}
+    assert "nothing else is asked" in "\n".join(lookup_lines(folder))
+
+
+def test_known_is_right_by_a_margin_and_lucky_guesses_are_counted():
+    people = pd.DataFrame({"first": ["A"] * 100, "last": [f"B{i}" for i in range(100)], "answer": ["golf", "chess"] * 50})
+    from bizzaroworld.lookup.asking import Asked
+    found = pd.DataFrame({"said": "golf", "right": [True] * 60 + [False] * 40, "ld": 1.0, "lead": [2.0] * 30 + [0.5] * 60 + [2.0] * 10, "loss": 1.0})
+    table, told = knowing(Asked(people, "{name}", None, 1, 2, ("chess", "golf"), (0, 1)), found, 1.0)
+    assert table.known.sum() == told["known"] == 30 and told["right"]["value"] == 0.6 and told["right_where_sure"]["value"] == 0.75 and told["can_do"]
+    assert not knowing(Asked(people, "{name}", None, 1, 2, ("chess", "golf"), (0, 1)), found.assign(right=[True, False] * 50), 1.0)[1]["can_do"]
+
+
+def test_who_cannot_be_asked_is_named(planted, tmp_path):
+    with pytest.raises(PeopleError, match="no column 'answer'"): whom(planted.model, planted.people[["first", "last"]])
+    with pytest.raises(PeopleError, match="in the table twice"): whom(planted.model, pd.concat([planted.people, planted.people[:1]]))
+    with pytest.raises(PeopleError, match="None of 1 name is two tokens"): whom(planted.model, pd.DataFrame({"first": ["Xy"], "last": ["Zw"], "answer": ["golf"]}))
+    with pytest.raises(PeopleError, match="cannot be read"): whom(planted.model, tmp_path / "nobody.csv")
+    with pytest.raises(PeopleError, match="nothing to tell apart"): run_lookup(planted.model, people=planted.people[planted.people["answer"] == "football"], prompt=PROMPTS["bare"], out=tmp_path / "a")
+    with pytest.raises(PeopleError, match="must hold {name} once"): run_lookup(planted.model, people=planted.people, prompt="plays", out=tmp_path / "b")
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+
+
+def test_the_command_says_what_is_wrong_and_nothing_else(tmp_path):
+    done = CliRunner().invoke(app, ["lookup", "--model", "bizzaro-nano", "--people", str(tmp_path / "nobody.csv"), "--out", str(tmp_path / "run")])
+    assert done.exit_code == 2 and "cannot be read" in done.output and "Traceback" not in done.output
