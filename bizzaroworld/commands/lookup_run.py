@@ -191,7 +191,7 @@ def _parallelograms(run: Steps) -> pd.DataFrame:
     both = {"itself": run.model, "shuffled": with_shuffled_mlps(run.model, run.seed)}
     return pd.concat([parallelograms(m, run.known, seed=run.seed).assign(model=name) for name, m in both.items()], ignore_index=True)
 
-
+# %% ../../nbs/library/commands/07_lookup_run.ipynb #0f77a8d9
 def look_inside(run: Steps, parts: Effective) -> dict[str, pd.DataFrame]:
     "The tables of what goes on inside the lookup; those that the hypotheses read are given back."
     model, known, head = run.model, run.known, parts.extraction[0]
@@ -213,7 +213,7 @@ def look_inside(run: Steps, parts: Effective) -> dict[str, pd.DataFrame]:
     found["facts"] = run.table("facts", lambda: several_facts(run, layers))
     return found if len(found["facts"]) else {name: table for name, table in found.items() if name != "facts"}
 
-# %% ../../nbs/library/commands/07_lookup_run.ipynb #58731c3e
+# %% ../../nbs/library/commands/07_lookup_run.ipynb #20ea494a
 STEPS = 24
 
 
@@ -249,7 +249,7 @@ def run_lookup(model: str | Model, *, people: str | Path | pd.DataFrame | None =
         if able["can_do"]: _whole(run, words)
     return folder
 
-
+# %% ../../nbs/library/commands/07_lookup_run.ipynb #0a912419
 def _info(model: Model, table: pd.DataFrame, asked: Asked, options: dict) -> dict:
     "The contents of `run.json`: what tells this run from another, and what it was made with."
     named = hashlib.sha256(table[list(COLUMNS)].to_csv(index=False).encode()).hexdigest()
@@ -266,7 +266,7 @@ def _whole(run: Steps, words: bool) -> None:
     if words: _words(run)
     write_plates(lookup_plates(run.folder, run.model.name), run.folder / "figures")
 
-# %% ../../nbs/library/commands/07_lookup_run.ipynb #d9bf114e
+# %% ../../nbs/library/commands/07_lookup_run.ipynb #03a1e5fc
 def lookup_lines(folder: str | Path) -> list[str]:
     "What a run found, in a few lines."
     folder = Path(folder)
