@@ -83,7 +83,7 @@ _KINDS = (("unused", re.compile(r"<unused\d+>|\[unused\d+\]")), ("byte", re.comp
 def vocabulary_kinds(model: Model) -> list[str]:
     "A kind for each row of the embedding: special, unused, byte, markup, space, number, words and letters of plain Latin, code or symbols, other scripts, or none where the tokenizer has no such token."
     tok = model.tokenizer
-    special, known = set(tok.all_special_ids), len(tok)
+    special, known = {getattr(tok, f"{name}_token_id", None) for name in ("bos", "eos", "unk", "pad", "mask", "sep", "cls")}, len(tok)
     def kind(i: int, piece: str) -> str:
         found = next((name for name, pattern in _KINDS if pattern.fullmatch(piece)), "other scripts")
         return "special" if i in special and found not in ("unused", "byte") else found
