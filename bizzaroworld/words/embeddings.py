@@ -22,7 +22,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from ..battery.facts import load_facts
-from ..battery.tokens import continuation, encode
+from ..battery.tokens import continuation, encode, get_tokenizer
 from ..files import data_path
 from ..model.hooked import Model
 from ..results.estimates import estimate, estimate_share
@@ -82,8 +82,8 @@ _KINDS = (("unused", re.compile(r"<unused\d+>|\[unused\d+\]")), ("byte", re.comp
 
 def vocabulary_kinds(model: Model) -> list[str]:
     "A kind for each row of the embedding: special, unused, byte, markup, space, number, words and letters of plain Latin, code or symbols, other scripts, or none where the tokenizer has no such token."
-    tok = model.tokenizer
-    special, known = set(tok.all_special_ids), len(tok)
+    tok = get_tokenizer(model)
+    special, known = {getattr(tok, f"{name}_token_id", None) for name in ("bos", "eos", "unk", "pad", "mask", "sep", "cls")}, len(tok)
     def kind(i: int, piece: str) -> str:
         found = next((name for name, pattern in _KINDS if pattern.fullmatch(piece)), "other scripts")
         return "special" if i in special and found not in ("unused", "byte") else found
@@ -93,7 +93,7 @@ def vocabulary_kinds(model: Model) -> list[str]:
 
 def written(model: Model, ids: Iterable[int]) -> list[bool]:
     "Whether the tokenizer turns the text of each token into that one token."
-    tok, ids = model.tokenizer, list(ids)
+    tok, ids = get_tokenizer(model), list(ids)
     texts = [tok.convert_tokens_to_string([piece]) for piece in tok.convert_ids_to_tokens(ids)]
     return [found == [i] for i, found in zip(ids, tok(texts, add_special_tokens=False)["input_ids"])] if ids else []
 
@@ -227,7 +227,7 @@ def _long_words(model: Model, most: int) -> list[tuple[int, list[int]]]:
 def place_samples(model: Model, design: str, seed: int = 0, most: int = 160) -> pd.DataFrame:
     "The samples of one of `DESIGNS`: `place`, `position` (tokens after BOS), `group` (phrase or word), `space` (whether the token begins with one), and the prompt's `ids` up to the token. Empty where the tokenizer has fewer than twelve phrases or words for it. Raises `ValueError` for another design."
     if design not in DESIGNS: raise ValueError(f"Unknown design {design!r}: use one of {', '.join(DESIGNS)}.")
-    rng, bos = np.random.default_rng(seed), model.tokenizer.bos_token_id
+    rng, bos = np.random.default_rng(seed), get_tokenizer(model).bos_token_id
     pieces, rows = design.startswith("pieces"), []
     units = _long_words(model, most) if pieces else _phrases(model, rng)
     begin, nouns = [list(encode(model, text, bos=False).ids) for text in BEGINNINGS], sorted({i for _, ids in units for i in ids})

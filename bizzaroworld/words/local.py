@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -22,7 +21,7 @@ from ..files import data_path
 from ..model.hooked import Model
 
 # %% auto #0
-__all__ = ['COMMON', 'KINDS', 'RESAMPLES', 'ITSELF', 'ELSEWHERE', 'UNRELATED', 'REPEATED', 'load_texts', 'token_kinds', 'streams',
+__all__ = ['COMMON', 'KINDS', 'RESAMPLES', 'ITSELF', 'REPEATED', 'ELSEWHERE', 'UNRELATED', 'load_texts', 'token_kinds', 'streams',
            'window_reach', 'Locality', 'measure_locality', 'median_interval', 'locality_table', 'hardest_tokens',
            'local_processing']
 
@@ -88,6 +87,7 @@ class Locality:
     elsewhere: Float[np.ndarray, "token layer"]
     unrelated: Float[np.ndarray, "token layer"]
     reach: list[int | None]
+    scaled: Locality | None = None  # the same with every dimension divided by its standard deviation
 
 
 def _token_rows(model: Model, texts: Sequence[str], length: int, skip: int) -> tuple[list[list[int]], int | None, pd.DataFrame]:
@@ -119,16 +119,17 @@ def _windows(ids: list[int], bos: int | None, starts: Sequence[int], longest: in
     return torch.tensor([([] if bos is None else [bos]) + ids[s:s + longest + 1] for s in starts])
 
 
-def _similar(a: Tensor, b: Tensor, mean: Float[Tensor, "layer d_model"]) -> Tensor:
-    "Cosine of two sets of streams whose first axis is the layer, the mean of the layer taken away."
-    mean = mean.reshape(len(mean), *[1] * (a.ndim - 2), -1)
-    return cosine_similarity(a - mean, b - mean, dim=-1)
+def _similar(a: Tensor, b: Tensor, center: tuple[Tensor, Tensor]) -> Tensor:
+    "Cosines (plain, scaled) of two sets of streams whose first axis is the layer. `center`: mean and spread of each layer's dimensions."
+    mean, spread = (x.reshape(len(x), *[1] * (a.ndim - 2), -1) for x in center)
+    a, b = a - mean, b - mean
+    return torch.stack([cosine_similarity(a, b, dim=-1), cosine_similarity(a / spread, b / spread, dim=-1)])
 
 # %% ../../nbs/library/words/01_local.ipynb #683f3cae
-def _truncated(model: Model, ids: list[int], bos: int | None, full: Tensor, mean: Tensor, longest: int, skip: int, rows: int) -> tuple[Tensor, Tensor]:
-    "Of one text `layer pos context` cosines with its full streams, and the streams (`layer pos d_model`) in the longest context."
+def _truncated(model: Model, ids: list[int], bos: int | None, full: Tensor, center: tuple, longest: int, skip: int, rows: int) -> tuple[Tensor, Tensor]:
+    "Of one text `measure layer pos context` cosines with its full streams, and the streams (`layer pos d_model`) in the longest context."
     n, lead, starts = len(ids), int(bos is not None), range(max(0, skip - longest), len(ids))
-    cosines, kept = torch.full((len(full), n, longest + 1), torch.nan), torch.zeros_like(full)
+    cosines, kept = torch.full((2, len(full), n, longest + 1), torch.nan), torch.zeros_like(full)
     for at in range(0, len(starts), rows):
         some = list(starts[at:at + rows])
         found = streams(model, _windows(ids, bos, some, longest))[:, :, lead:]
@@ -136,7 +137,7 @@ def _truncated(model: Model, ids: list[int], bos: int | None, full: Tensor, mean
             for context in range(min(longest + 1, n - s)):
                 p = s + context
                 same = slice(context, None if s == 0 else context + 1)  # at the beginning of a text a longer context is the same
-                cosines[:, p, same] = _similar(found[:, row, context], full[:, p], mean)[:, None]
+                cosines[:, :, p, same] = _similar(found[:, row, context], full[:, p], center)[..., None]
                 if s == 0 or context == longest: kept[:, p] = found[:, row, context]
     return cosines, kept
 
@@ -151,16 +152,17 @@ def measure_locality(model: Model, texts: Iterable[str], *, contexts: Sequence[i
     if not len(tokens): raise ValueError(f"No text has more than {skip} tokens: give longer ones, or a smaller skip.")
     full = [streams(model, torch.tensor([([] if bos is None else [bos]) + some]))[:, 0, int(bos is not None):] for some in ids]
     all_full = torch.cat([f[:, skip:] for f in full], 1)
-    mean, (other, same) = all_full.mean(1), _partners(tokens, seed)
-    cosines, elsewhere = [], torch.full((len(tokens), len(mean)), torch.nan)
+    center, (other, same) = (all_full.mean(1), all_full.std(1).clamp_min(1e-12)), _partners(tokens, seed)
+    cosines, elsewhere = [], torch.full((2, len(tokens), len(all_full)), torch.nan)
     for i, some in enumerate(ids):
         if len(some) <= skip: continue
-        found, kept = _truncated(model, some, bos, full[i], mean, max(contexts), skip, rows)
-        cosines.append(found[:, skip:, list(contexts)].permute(1, 2, 0))
+        found, kept = _truncated(model, some, bos, full[i], center, max(contexts), skip, rows)
+        cosines.append(found[:, :, skip:, list(contexts)].permute(0, 2, 3, 1))
         mine = [row for row in np.flatnonzero(tokens["text"] == i) if same[row] >= 0]
-        elsewhere[mine] = _similar(kept[:, tokens["position"].to_numpy()[mine]], all_full[:, same[mine]], mean).T
-    unrelated = _similar(all_full, all_full[:, other], mean).T if len(texts) > 1 else torch.full_like(elsewhere, torch.nan)
-    return Locality(tokens, contexts, torch.cat(cosines).numpy(), elsewhere.numpy(), unrelated.numpy(), window_reach(model))
+        elsewhere[:, mine] = _similar(kept[:, tokens["position"].to_numpy()[mine]], all_full[:, same[mine]], center).transpose(1, 2)
+    unrelated = _similar(all_full, all_full[:, other], center).transpose(1, 2) if len(texts) > 1 else torch.full_like(elsewhere, torch.nan)
+    measured = [Locality(tokens, contexts, *(x.numpy() for x in some), window_reach(model)) for some in zip(torch.cat(cosines, 1), elsewhere, unrelated)]
+    return replace(measured[0], scaled=measured[1])
 
 # %% ../../nbs/library/words/01_local.ipynb #02219b44
 RESAMPLES = 500
@@ -185,7 +187,7 @@ def median_interval(values: Float[np.ndarray, "token"], texts: Int[np.ndarray, "
     return float(np.median(values)), *map(float, np.quantile(medians, (0.025, 0.975)))
 
 # %% ../../nbs/library/words/01_local.ipynb #8bc2eafd
-ITSELF, ELSEWHERE, UNRELATED, REPEATED = "itself, truncated", "same token of another text, truncated", "any token of another text", "itself, truncated; tokens of two texts"
+ITSELF, REPEATED, ELSEWHERE, UNRELATED = "itself", "itself, of tokens in two texts", "same token elsewhere", "any token elsewhere"
 
 
 def _cell(values: np.ndarray, texts: np.ndarray, **about) -> dict:
@@ -194,12 +196,12 @@ def _cell(values: np.ndarray, texts: np.ndarray, **about) -> dict:
             "n": len(values), "texts": len(np.unique(texts))}
 
 
-def locality_table(found: Locality) -> pd.DataFrame:
+def locality_table(found: Locality, by_kind: bool = True) -> pd.DataFrame:
     """A row for each layer, context and kind of token: `median` cosine with `low` and `high`, `squared` (the median of squares), the shares `above_90` and `below_95`, `n` tokens of how many `texts`.
 
     `against`: the token itself, or a control. `windowed`: the cosine is 1 by the model's windows alone. Kind *all*: every token."""
     rows, text, kind = [], found.tokens["text"].to_numpy(), found.tokens["kind"].to_numpy()
-    keeps = {"all": np.ones(len(text), bool)} | {k: kind == k for k in KINDS if (kind == k).any()}
+    keeps = {"all": np.ones(len(text), bool)} | {k: kind == k for k in KINDS if by_kind and (kind == k).any()}
     longest, again = int(np.argmax(found.contexts)), ~np.isnan(found.elsewhere[:, 0])
     for layer, reach in enumerate(found.reach):
         for name, keep in keeps.items():
@@ -220,6 +222,6 @@ def hardest_tokens(found: Locality, layer: int, context: int, least: int = 10, m
 
 def local_processing(model: Model, texts: Iterable[str] | None = None, *, contexts: Sequence[int] = tuple(range(11)), skip: int = 32, length: int = 512, rows: int = 64,
                      seed: int = 0) -> dict[str, pd.DataFrame]:
-    "The whole question for one model: `local`, the `locality_table`, and `hardest`, the tokens that need more at about a fifth of the layers, in the longest context. Texts: else those of the package."
+    "The whole question for one model: `local`, the `locality_table`; `scaled`, the same for all tokens with every dimension scaled; and `hardest`, the tokens that need more at about a fifth of the layers, in the longest context. Texts: else those of the package."
     found = measure_locality(model, load_texts().values() if texts is None else texts, contexts=contexts, skip=skip, length=length, rows=rows, seed=seed)
-    return {"local": locality_table(found), "hardest": hardest_tokens(found, max(1, model.n_layers // 5), max(contexts))}
+    return {"local": locality_table(found), "scaled": locality_table(found.scaled, by_kind=False), "hardest": hardest_tokens(found, max(1, model.n_layers // 5), max(contexts))}

@@ -56,12 +56,15 @@ def test_cosines_are_those_of_one_run_for_each_token_and_context(name, as_number
     ids = [list(map(int, t.split())) for t in texts]
     full = [bare(hf, [2, *some])[:, 1:] for some in ids]
     assert found.tokens[["text", "position", "id"]].values.tolist() == [[t, p, some[p]] for t, some in enumerate(ids) for p in range(skip, len(some))]
-    mean = torch.cat([f[:, skip:] for f in full], 1).mean(1)
+    every = torch.cat([f[:, skip:] for f in full], 1)
+    mean, spread = every.mean(1), every.std(1)
     for row, (t, p) in enumerate(found.tokens[["text", "position"]].itertuples(index=False)):
         for c, context in enumerate(contexts):
             alone = bare(hf, [2, *ids[t][max(0, p - context):p + 1]])[:, -1]
             expected = torch.cosine_similarity(alone - mean, full[t][:, p] - mean, dim=-1)
             assert found.cosines[row, c] == pytest.approx(expected.numpy(), abs=2e-5)
+            expected = torch.cosine_similarity((alone - mean) / spread, (full[t][:, p] - mean) / spread, dim=-1)
+            assert found.scaled.cosines[row, c] == pytest.approx(expected.numpy(), abs=2e-5)
 
 
 def test_a_context_as_long_as_the_text_and_the_embedding_are_the_same(as_numbers):
@@ -153,7 +156,8 @@ def test_the_interval_covers_as_often_as_it_says():
 
 def test_the_whole_question_in_tables():
     found = local_processing(load_model("bizzaro-nano"), list(load_texts().values())[4:7], contexts=(0, 2, 5), length=70)
-    table, hardest = found["local"], found["hardest"]
+    table, hardest, scaled = found["local"], found["hardest"], found["scaled"]
+    assert set(scaled.kind) == {"all"} and len(scaled) == (table.kind == "all").sum() and (scaled["median"] != table[table.kind == "all"]["median"].to_numpy()).any()
     assert set(table.against) == {ITSELF, ELSEWHERE, REPEATED, UNRELATED} and set(table.kind) == {"all", *KINDS}
     whole = table[(table.against == ITSELF) & (table.kind == "all")]
     parts = table[(table.against == ITSELF) & (table.kind != "all")].groupby(["layer", "context"]).n.sum()
@@ -174,3 +178,12 @@ def test_hardest_tokens_occur_often_enough(as_numbers):
     found = measure_locality(model, [numbers(model, s, 40) for s in range(4)], contexts=(1, 3), skip=4)
     some = hardest_tokens(found, 1, 3, least=3, most=5)
     assert 0 < len(some) <= 5 and (some.n >= 3).all() and len(hardest_tokens(found, 1, 3, least=1000)) == 0
+
+
+def test_one_dimension_that_varies_most_decides_the_plain_cosine_and_not_the_scaled_one():
+    """Streams of noise that share nothing but one large dimension."""
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(1, 500, 64, generator=g), torch.randn(1, 500, 64, generator=g)
+    a[..., 0] = b[..., 0] = 200 * torch.randn(500, generator=g)
+    plain, scaled = local._similar(a, b, (a.mean(1), a.std(1)))
+    assert plain.median() > 0.99 and scaled.median().abs() < 0.1
