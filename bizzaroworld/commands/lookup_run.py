@@ -219,10 +219,11 @@ STEPS = 24
 
 def _words(run: Steps) -> None:
     "How local the early layers are, and what the embeddings hold: tables of the wing `words`."
-    for make, names in ((local_processing, ("local", "hardest")), (embedding_report, ("groups", "kinds", "offsets", "parallel", "place"))):
-        if all((run.folder / f"{name}.csv").exists() for name in names): continue
-        run.say(make.__name__.replace("_", " "))
-        for name, table in make(run.model).items(): write_table(run.folder / f"{name}.csv", table)
+    for make, last in ((local_processing, "local"), (embedding_report, "place")):
+        if not (run.folder / f"{last}.csv").exists():
+            run.say(make.__name__.replace("_", " "))
+            tables = make(run.model)
+            for name in sorted(tables, key=lambda name: name == last): write_table(run.folder / f"{name}.csv", tables[name])
         run.done += 1
 
 
