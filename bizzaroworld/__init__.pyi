@@ -8,7 +8,9 @@ from .circuits.interactions import interactions as interactions, shapley as shap
 from .circuits.knockout import knockout as knockout
 from .circuits.paths import edges as edges, path_effects as path_effects
 from .commands.circuits_run import run_attribution as run_attribution, run_circuit as run_circuit, run_paths as run_paths
+from .commands.lookup_run import run_lookup as run_lookup
 from .commands.methods_run import run_methods as run_methods
+from .lookup.asking import ask as ask
 from .methods.attention import attention_to as attention_to
 from .methods.cross_model import cross_patch as cross_patch
 from .methods.detections import detection_table as detection_table, detections as detections, warnings_of as warnings_of
@@ -28,5 +30,7 @@ from .study.runs import open_run as open_run
 from .tasks.ability import ability as ability, only_right as only_right
 from .tasks.recipes import Task as Task
 from .tasks.registry import make_task as make_task
+from .words.embeddings import embedding_report as embedding_report
+from .words.local import local_processing as local_processing
 
 __version__: str
