@@ -75,19 +75,19 @@ def test_a_context_as_long_as_the_text_and_the_embedding_are_the_same(as_numbers
 
 
 def test_controls_are_other_texts_tokens(as_numbers):
-    """The same token of another text, truncated here and in full there; a token that occurs once has none."""
+    """The same token of another text, truncated here and in full there; a token that occurs in one text only, if twice, has none. A context that goes beyond the text is all of it."""
     model, hf = as_numbers("llama")
-    texts = ["10 11 12 13 50 14 15", "20 21 22 23 24 50 25"]
-    found = measure_locality(model, texts, contexts=(1, 3), skip=3)
+    texts = ["10 11 12 13 50 14 60 60", "20 21 22 23 24 50 25"]
     full = [bare(hf, [2, *map(int, t.split())])[:, 1:] for t in texts]
     mean = torch.cat([f[:, 3:] for f in full], 1).mean(1)
-    alone = bare(hf, [2, 11, 12, 13, 50])[:, -1]
-    expected = torch.cosine_similarity(alone - mean, full[1][:, 5] - mean, dim=-1)
-    row = found.tokens.index[(found.tokens.text == 0) & (found.tokens.id == 50)][0]
-    assert found.elsewhere[row] == pytest.approx(expected.numpy(), abs=2e-5) and expected[0] == pytest.approx(1, abs=1e-5) and expected[-1] < 0.99
-    assert np.isnan(found.elsewhere[found.tokens.id != 50]).all() and not np.isnan(found.unrelated).any()
+    for contexts, alone in (((1, 3), bare(hf, [2, 11, 12, 13, 50])[:, -1]), ((1, 9), full[0][:, 4])):
+        found = measure_locality(model, texts, contexts=contexts, skip=3)
+        expected = torch.cosine_similarity(alone - mean, full[1][:, 5] - mean, dim=-1)
+        row = found.tokens.index[(found.tokens.text == 0) & (found.tokens.id == 50)][0]
+        assert found.elsewhere[row] == pytest.approx(expected.numpy(), abs=2e-5) and expected[0] == pytest.approx(1, abs=1e-5) and expected[-1] < 0.99
+        assert np.isnan(found.elsewhere[found.tokens.id != 50]).all() and not np.isnan(found.unrelated).any()
     table = locality_table(found)
-    assert table.groupby("against").n.first().to_dict() == {ITSELF: 8, ELSEWHERE: 2, REPEATED: 2, UNRELATED: 8}
+    assert table.groupby("against").n.first().to_dict() == {ITSELF: 9, ELSEWHERE: 2, REPEATED: 2, UNRELATED: 9}
 
 
 @pytest.mark.parametrize("name, sees_all", (("bizzaro-micro", 5), ("bizzaro-nano", 0)))
