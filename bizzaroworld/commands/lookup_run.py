@@ -21,7 +21,7 @@ from ..battery.tokens import continuation, encode
 from ..console import count_words
 from ..figures.run_figures import write_plates
 from ..files import write_json, write_table
-from ..lookup.asking import Asked, answers, ask, final_states
+from ..lookup.asking import Asked, answers, ask, final_states, fitting
 from ..lookup.crossed import excess_of, lengths, one_attribute, own_parts, parallelograms, renamed, with_shuffled_mlps
 from ..lookup.hypotheses import halves, predictions, verdicts
 from ..lookup.inside import fact_correlations, mlp_paths, neuron_estimates, neurons, resampled
@@ -119,11 +119,11 @@ class Steps:
 
 # %% ../../nbs/library/commands/07_lookup_run.ipynb #1a601307
 def _contexts(run: Steps) -> pd.DataFrame:
-    "How the people who are known are answered under each prompt in which their names are two tokens."
+    "How the people who are known are answered under each prompt, those of them whose names are two tokens there."
     rows = []
     for name, prompt in PROMPTS.items():
-        try: asked = ask(run.model, run.known.people, prompt, run.known.choices)
-        except ValueError: continue
+        if len(people := fitting(run.model, run.known.people, prompt)) < FEWEST: continue
+        asked = ask(run.model, people, prompt, run.known.choices)
         found = answers(run.model, asked, final_states(run.model, asked))
         rows.append({"prompt": name, **summed_up(found, found)})
     return pd.DataFrame(rows)
@@ -235,13 +235,13 @@ def run_lookup(model: str | Model, *, people: str | Path | pd.DataFrame | None =
     `words`: ask also how local the early layers are, and what the embeddings hold. The folder gets `ability.json`, and, if the model knows enough of them, a table for each question, `effective.json`, `verdicts.json` and figures. Started again on the same folder, it does only what is missing.
     Raises `PeopleError` for people or a prompt that cannot be asked, `ModelError`, `BusyError`, and `RunError` for a folder that holds another run."""
     if not isinstance(model, Model): model = load_model(model, device=device, dtype=dtype, revision=revision)
-    table = whom(model, people)
-    try: asked = ask(model, table, PROMPTS.get(prompt, prompt))
+    table, prompt = whom(model, people), PROMPTS.get(prompt, prompt)
+    try: asked = ask(model, fitting(model, table, prompt) if prompt.count("{name}") == 1 else table, prompt)
     except ValueError as error: raise PeopleError(str(error)) from None
     if len(asked.choices) < 2: raise PeopleError(f"All {len(asked)} people have the answer {asked.choices[0]!r}: there is nothing to tell apart.")
     folder = Path(out) if out is not None else Path("lookup") / Path(called([model.name])[0]).name.replace(":", "-")
     with held(folder):
-        claim(folder, _info(model, table, asked, {"margin": margin, "most": most, "seed": seed}))
+        claim(folder, _info(model, asked, {"margin": margin, "most": most, "seed": seed}))
         run = Steps(model, folder, asked, margin, most, seed, progress, STEPS)
         run.table("people", lambda: knowing(asked, answers(model, asked, final_states(model, asked)), margin)[0])
         found = pd.read_csv(folder / "people.csv")
@@ -250,12 +250,12 @@ def run_lookup(model: str | Model, *, people: str | Path | pd.DataFrame | None =
         if able["can_do"]: _whole(run, words)
     return folder
 
-# %% ../../nbs/library/commands/07_lookup_run.ipynb #0a912419
-def _info(model: Model, table: pd.DataFrame, asked: Asked, options: dict) -> dict:
+# %% ../../nbs/library/commands/07_lookup_run.ipynb #bd6fb132
+def _info(model: Model, asked: Asked, options: dict) -> dict:
     "The contents of `run.json`: what tells this run from another, and what it was made with."
-    named = hashlib.sha256(table[list(COLUMNS)].to_csv(index=False).encode()).hexdigest()
+    named = hashlib.sha256(asked.people[list(COLUMNS)].to_csv(index=False).encode()).hexdigest()
     return {"model": describe(model), "battery_sha256": named, "options": {"command": "lookup", "prompt": asked.prompt, "choices": list(asked.choices), **options},
-            "n_pairs": len(table), "versions": {"bizzaroworld": __version__}, "environment": {"python": platform.python_version(), "device": str(model.device)}}
+            "n_pairs": len(asked), "versions": {"bizzaroworld": __version__}, "environment": {"python": platform.python_version(), "device": str(model.device)}}
 
 
 def _whole(run: Steps, words: bool) -> None:

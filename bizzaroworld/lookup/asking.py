@@ -22,8 +22,8 @@ from ..patch.interventions import Edit, check_site
 from ..patch.metrics import measured
 
 # %% auto #0
-__all__ = ['Values', 'Asked', 'ask', 'Passes', 'hooks_of', 'final_states', 'read', 'answers', 'means_at', 'donors_of', 'donated',
-           'as_pairs']
+__all__ = ['Values', 'Asked', 'fitting', 'ask', 'Passes', 'hooks_of', 'final_states', 'read', 'answers', 'means_at', 'donors_of',
+           'donated', 'as_pairs']
 
 # %% ../../nbs/library/lookup/02_asking.ipynb #693a8bb5
 @dataclass(frozen=True, eq=False)
@@ -71,6 +71,18 @@ def _one_token(model_or_tokenizer, prompt, choice: str) -> int:
     return ids[0]
 
 
+def _name_in(model_or_tokenizer, name: str, prompt: str) -> tuple[tuple[int, ...], tuple[int, int], bool]:
+    "The ids of a prompt with a name in it, the name's tokens `[start, stop)`, and whether they are two and hold nothing else."
+    at, encoding = prompt.index("{name}"), encode(model_or_tokenizer, prompt.replace("{name}", name))
+    (start, stop), whole = token_span(encoding, (at, at + len(name)))
+    return encoding.ids, (start, stop), whole and stop - start == 2
+
+
+def fitting(model_or_tokenizer, people: pd.DataFrame, prompt: str) -> pd.DataFrame:
+    "The people whose names are two tokens in this prompt: at its beginning, where no space stands before them, other names are than elsewhere."
+    return people[[_name_in(model_or_tokenizer, name, prompt)[2] for name in people["first"] + " " + people["last"]]].reset_index(drop=True)
+
+
 def ask(model_or_tokenizer, people: pd.DataFrame, prompt: str, choices: Sequence[str] | None = None) -> Asked:
     """Put every name into a prompt (`{name} plays the sport of`) and find its tokens.
 
@@ -80,16 +92,16 @@ def ask(model_or_tokenizer, people: pd.DataFrame, prompt: str, choices: Sequence
     if not len(people): raise ValueError("Nobody is asked: the table of people is empty.")
     choices = tuple(choices) if choices is not None else tuple(sorted(people["answer"].unique()))
     if lost := sorted(set(people["answer"]) - set(choices)): raise ValueError(f"The answer {lost[0]!r} is none of {', '.join(choices)}.")
-    at, rows, spans, wrong = prompt.index("{name}"), [], set(), []
+    rows, spans, wrong = [], set(), []
     for name in people["first"] + " " + people["last"]:
-        encoding = encode(model_or_tokenizer, prompt.replace("{name}", name))
-        (start, stop), whole = token_span(encoding, (at, at + len(name)))
-        if stop - start != 2 or not whole: wrong.append(name)
-        rows.append(encoding.ids)
-        spans.add((start, stop, len(encoding.ids)))
+        ids, span, fits = _name_in(model_or_tokenizer, name, prompt)
+        if not fits: wrong.append(name)
+        rows.append(ids)
+        spans.add((*span, len(ids)))
     if wrong: raise ValueError(f"{len(wrong)} of {len(people)} names are not two tokens in {prompt!r}: {', '.join(wrong[:5])}{' ...' * (len(wrong) > 5)}. Leave them out.")
     if len(spans) > 1: raise ValueError(f"The prompts {prompt!r} differ in length between names, so their tokens do not correspond.")
     (start, stop, _), = spans
+    encoding = encode(model_or_tokenizer, prompt.replace("{name}", name))
     return Asked(people.reset_index(drop=True), prompt, torch.tensor(rows), start, stop - 1, choices, tuple(_one_token(model_or_tokenizer, encoding, c) for c in choices))
 
 # %% ../../nbs/library/lookup/02_asking.ipynb #5eb4f73d

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 import torch
 
-from bizzaroworld.lookup.asking import Passes, answers, as_pairs, ask, donated, donors_of, final_states, means_at, read
+from bizzaroworld.lookup.asking import Passes, answers, as_pairs, ask, donated, donors_of, final_states, fitting, means_at, read
 from bizzaroworld.model.load import load_model
 from bizzaroworld.patch.interventions import Edit
 from bizzaroworld.patch.sweep import sweep
@@ -111,3 +111,11 @@ def test_what_cannot_be_asked_is_refused_by_name(nano, asked):
     with pytest.raises(ValueError, match="2 values for 12"): final_states(nano, asked, {Edit("mlp_out", 0, "last", source="given"): torch.zeros(2, nano.d_model)})
     with pytest.raises(ValueError, match="layers 0 to"): final_states(nano, asked, {Edit("mlp_out", 99, "last", source="given"): torch.zeros(nano.d_model)})
     with pytest.raises(ValueError, match="All 3 people"): donors_of(asked.only(people["answer"].to_numpy() == "Paris"))
+
+
+def test_a_name_at_the_beginning_may_be_other_tokens(nano, asked):
+    "Where no space stands before it; those that fit are asked, and all of them elsewhere."
+    table = pd.concat([asked.people, pd.DataFrame([["Xylophonia", "Japan", "Tokyo"]], columns=["first", "last", "answer"])])
+    assert len(fitting(nano, table, PROMPT)) == 12
+    some = fitting(nano, table, "{name} has the capital")
+    assert len(some) < 12 and (not len(some) or len(ask(nano, some, "{name} has the capital")) == len(some))
