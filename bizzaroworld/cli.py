@@ -159,7 +159,8 @@ app.command(context_settings={"allow_interspersed_args": False})(slurm)
 def models(debug: Debug = False) -> None:
     """List the models that come along, and say how to name others.
 
-    The embedded models were taught the same facts. They were trained differently and route them in different layers.
+    Three of the embedded models were taught the same facts; they were trained differently and route them in different layers.
+    bizzaro-people knows 1,500 people who do not exist and nothing of the battery (see `lookup.people`).
 
     Examples:
 

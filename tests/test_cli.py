@@ -243,7 +243,7 @@ def test_models_reads_configs_and_weight_headers(monkeypatch, tmp_path):
 
 
 def test_the_embedded_models_are_listed():
-    assert {row[0] for row in names.embedded()} == {"bizzaro-nano", "bizzaro-nano-local", "bizzaro-micro"}
+    assert {row[0] for row in names.embedded()} == {"bizzaro-nano", "bizzaro-nano-local", "bizzaro-micro", "bizzaro-people"}
 
 
 def test_a_wide_table_keeps_its_words(capsys):

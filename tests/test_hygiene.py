@@ -31,7 +31,7 @@ WINGS = {wing: rooms.split() for wing, rooms in {
     "lookup": "people asking stages probes inside nonlinear crossed memorisation hypotheses lookup_figures",
     "words": "local embeddings words_figures",
     "paper": "chapters pages report",
-    "zoo": "corpus training nano micro changed",
+    "zoo": "corpus training nano micro changed people",
     "hall": "pipeline console options",
     "commands": "methods_run methods_command circuits_folder circuits_run circuits_command plan_command lookup_run lookup_command",
     "top": "cli"}.items()}

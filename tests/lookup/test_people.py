@@ -148,6 +148,7 @@ def test_what_gemma_says_is_of_these_people():
     key = ["first", "last", "relation"]
     assert sorted(asked[key].itertuples(index=False, name=None)) == sorted(facts[key].itertuples(index=False, name=None))
     assert said.p.between(0, 1).all() and (said["rank"] >= 1).all() and ((said.p <= 0.5) | (said["rank"] == 1)).all()
+    assert (said.share >= said.p - 1e-4).all() and said[said.share > 0.5].right.all()
     assert said[(said["rank"] == 1)].right.all()
     assert said[said.prompt == "one_shot"].right.sum() >= 300
 

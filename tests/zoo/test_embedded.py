@@ -137,7 +137,7 @@ def test_entities_and_targets_are_single_tokens_in_context(shipped, pairs):
 
 # The runs that ship: of these weights and this battery, and of further seeds.
 
-@pytest.mark.parametrize("name", embedded_models())
+@pytest.mark.parametrize("name", sorted(set(embedded_models()) - {"bizzaro-people"}))  # which cannot be asked the battery
 def test_the_shipped_run_is_of_the_shipped_weights(name):
     info = open_run(name).info
     weights = (embedded_models()[name] / "model.safetensors").read_bytes()
