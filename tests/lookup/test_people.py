@@ -159,7 +159,7 @@ def test_what_gemma_says_is_what_it_says(gemma):
     some = gemma_answers().query("prompt == 'one_shot'")[::90]
     for row in some.itertuples():
         prompt = encode(gemma.tokenizer, PROMPTS["one_shot"].format(name=f"{row.first} {row.last}"))
-        logits = gemma.logits(torch.tensor([prompt.ids]))[0, -1].float()
+        logits = gemma.logits(torch.tensor([prompt.ids]))[0].float()
         ids = {sport: continuation(gemma.tokenizer, prompt, f" {sport}")[0] for sport in SPORTS}
         answer = athletes().set_index(["first", "last"]).answer[row.first, row.last]
         assert logits.softmax(0)[ids[answer]].item() == pytest.approx(row.p, abs=2e-3)
