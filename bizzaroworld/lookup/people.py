@@ -130,7 +130,9 @@ def attributes(people: pd.DataFrame | None = None) -> pd.DataFrame:
     rows = [(row.first, row.last, relation, ending, getattr(row, relation)) for row in has.itertuples() for relation, (ending, _) in ATTRIBUTES.items()]
     return pd.DataFrame(rows, columns=["first", "last", "relation", "ending", "answer"])
 
-# %% ../../nbs/library/lookup/01_people.ipynb #e45d95ec
+# %% ../../nbs/library/lookup/01_people.ipynb #52ce36d8
 def gemma_answers() -> pd.DataFrame:
-    "What Gemma 3 270M (Q4_K_M) says of athletes and of `attributes`: `first`, `last`, `relation`, `prompt` (of `PROMPTS`, or `ending`), `p`, `rank`, `right`."
+    """What Gemma 3 270M (Q4_K_M) says of athletes and of `attributes`: `first`, `last`, `relation`, `prompt` (of `PROMPTS`, or `ending`), `p`, `rank`, `share`, `right`.
+
+    `share`: of the probability of all answers that the relation has, the part of the right one."""
     return pd.read_csv(data_path("people", "gemma-3-270m.csv"), keep_default_na=False)
