@@ -208,7 +208,7 @@ def look_inside(run: Steps, parts: Effective) -> dict[str, pd.DataFrame]:
     run.table("own_parts", lambda: own_parts(model, known))
     single = run.table("neurons", lambda: neurons(model, run.some(), layers, seed=run.seed))
     top = single[single.chosen == "largest"].sort_values("mean", key=abs, ascending=False).head(12)
-    run.table("resampled", lambda: resampled(model, run.some(most=12), list(zip(top.layer, top.neuron)), seed=run.seed))
+    run.table("resampled", lambda: resampled(model, run.some(most=12), list(zip(top.layer, top.neuron)), known, seed=run.seed))
     run.table("one_attribute", lambda: one_attribute(model, known, run.some(), head, layers, run.seed))
     found["facts"] = run.table("facts", lambda: several_facts(run, layers))
     return found if len(found["facts"]) else {name: table for name, table in found.items() if name != "facts"}

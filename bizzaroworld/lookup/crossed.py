@@ -155,14 +155,24 @@ def lengths(model: Model, groups: Mapping[str, Asked], sites: Sequence[str] = ("
     return pd.concat([norms_by({name: layers_of(found, s) for name, found in there.items()}).assign(site=s) for s in sites], ignore_index=True)
 
 
-def own_parts(model: Model, asked: Asked, site: str = "resid_post", n: int | None = None, seed: int = 0) -> pd.DataFrame:
-    "For each layer the part of a person's vector at the name outside the span of `n` others' (all of those asked), the mean taken away: `share` with its interval over people, and `isotropic`, what as many random vectors give."
+def own_parts(model: Model, asked: Asked, site: str = "resid_post", n: int | None = 200, seed: int = 0) -> pd.DataFrame:
+    """For each layer how far a person's vector at the name lies from what the others' (of `n` people, drawn with the seed; `None`: all) can be mixed into, as a share of its distance from their mean: `share` with its interval over people, and `isotropic`, what as many random vectors give.
+
+    Mixtures have weights that sum to one, so that the mean does not count. Mind `isotropic`: with as many people as dimensions nothing is anybody's own."""
     order = np.random.default_rng(seed).permutation(len(asked))[:n]
     there, rows = read(model, asked.only(order), [(site, l) for l in range(model.n_layers)]), []
     for (_, l), x in there.items():
-        share = estimate(_there(orthogonal_part(x - x.mean(0))))
+        share = estimate(_there(_outside(x.double().numpy())))
         rows.append({"site": site, "layer": l, "share": share.value, "low": share.low, "high": share.high, "isotropic": isotropic_share(len(x) - 1, x.shape[1]), "n": share.n})
     return pd.DataFrame(rows)
+
+
+def _outside(x: Float[np.ndarray, "person dim"]) -> Float[np.ndarray, "person"]:
+    "The distance of each row from the affine hull of the others, over that from their mean."
+    def one(i):
+        others = np.delete(x, i, 0)
+        return orthogonal_part(x[i:i + 1] - others.mean(0), others - others.mean(0))[0]
+    return np.array([one(i) for i in range(len(x))])
 
 # %% ../../nbs/library/lookup/08_crossed.ipynb #17deb261
 def choice_weights(model: Model, asked: Asked, head: tuple[int, int], layers: Sequence[int]) -> dict[int, Float[np.ndarray, "neuron choice"]]:

@@ -18,7 +18,7 @@ from .probes import probes
 from .stages import Effective, Told, summed_up
 from ..model.hooked import Model
 from ..patch.interventions import Edit
-from ..results.estimates import Estimate
+from ..results.estimates import Estimate, estimate_share
 
 # %% auto #0
 __all__ = ['Found', 'HYPOTHESES', 'BORNE_OUT', 'CONTRADICTED', 'OPEN', 'HOLDS', 'FALLS', 'without_any_path', 'excess',
@@ -62,10 +62,9 @@ def best_half(found: Found) -> Estimate:
 
 
 def same_person(found: Found) -> Estimate:
-    "How much more alike a neuron's effects are on two facts of one person than on facts of two people: the mean difference of correlations over pairs of relations, with the mean of their intervals."
+    "In how many pairs of relations a neuron's effects are more alike on two facts of one person than on facts of two people, the whole interval of the difference above 0: a share with its Wilson interval over pairs of relations."
     facts = found["facts"].dropna()
-    if not len(facts): return Estimate(None)
-    return Estimate(float(facts.difference.mean()), float(facts.low.mean()), float(facts.high.mean()), int(facts.n.sum()))
+    return estimate_share(int((facts.low > 0).sum()), len(facts))
 
 # %% ../../nbs/library/lookup/09_hypotheses.ipynb #9f141ce9
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ HYPOTHESES: dict[str, tuple[Prediction, ...]] = {
         Prediction("The MLPs of the lookup do not need to read each other.", without_any_path, ("paths",), low=0.5),
         Prediction("Their neurons answer to the pair of names, not to either.", excess, ("excess",), low=0.5),
         Prediction("After the first MLP of the lookup a probe has come a quarter of the way, or more.", first_step, ("probes", "lookup"), low=0.25),
-        Prediction("A neuron that helps with one fact of a person helps with others.", same_person, ("facts",), low=0.0)),
+        Prediction("A neuron that helps with one fact of a person helps with others, in most pairs of relations.", same_person, ("facts",), low=0.5)),
     "hash_lookup": (
         Prediction("Without what the MLPs of the lookup tell each other, the answer is lost.", without_any_path, ("paths",), high=0.5),
         Prediction("Their neurons answer to the pair of names, not to either.", excess, ("excess",), low=0.5),

@@ -148,11 +148,12 @@ def neurons(model: Model, asked: Asked, layers: Iterable[int], top: int = 48, se
     return rows.assign(**estimate_means(effects), helps=(effects <= effects.min(0).clip(max=0) / 10).mean(0), n=len(asked))
 
 # %% ../../nbs/library/lookup/05_inside.ipynb #f5ae852c
-def resampled(model: Model, asked: Asked, which: Sequence[tuple[int, int]], donors: int = 64, seed: int = 0) -> pd.DataFrame:
-    """Neurons `(layer, neuron)` at the name given the values of `donors` other people, exactly: `layer`, `neuron`, the `mean` change over donors and people with its interval over people, `spread` (the mean standard deviation over the donors of one person), `donors`, `n`."""
-    rng, n = np.random.default_rng(seed), len(asked)
-    drawn = [rng.choice(np.delete(np.arange(n), i), min(donors, n - 1), replace=False) for i in range(n)]
-    there, pairs = read(model, asked, [("neurons", l) for l in dict.fromkeys(l for l, _ in which)]), as_pairs(model, asked, seed)
+def resampled(model: Model, asked: Asked, which: Sequence[tuple[int, int]], pool: Asked | None = None, donors: int = 64, seed: int = 0) -> pd.DataFrame:
+    """Neurons `(layer, neuron)` at the name given the values of `donors` others of the `pool` (the people asked, unless given), exactly: `layer`, `neuron`, the `mean` change over donors and people with its interval over people, `spread` (the mean standard deviation over the donors of one person), `donors`, `n`."""
+    pool, rng, n = asked if pool is None else pool, np.random.default_rng(seed), len(asked)
+    others = [np.flatnonzero(np.array(pool.names) != name) for name in asked.names]
+    drawn = [rng.choice(some, min(donors, min(map(len, others))), replace=False) for some in others]
+    there, pairs = read(model, pool, [("neurons", l) for l in dict.fromkeys(l for l, _ in which)]), as_pairs(model, asked, seed)
     edits = [Edit("neurons", l, "entity", i, "given", f"donor {k}") for l, i in which for k in range(len(drawn[0]))]
     def value(e, i): return there["neurons", e.layer][drawn[i][int(e.label.split()[1])], e.head]
     found = sweep(model, pairs, edits, values={e: {tp.id: value(e, i) for i, tp in enumerate(pairs)} for e in edits}, progress=False)

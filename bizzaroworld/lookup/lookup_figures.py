@@ -161,7 +161,7 @@ def draw_stages(table: pd.DataFrame, chance: float) -> Figure:
 # %% ../../nbs/library/lookup/10_lookup_figures.ipynb #43e23386
 @styled
 def draw_paths(paths: pd.DataFrame, excess: pd.DataFrame) -> Figure:
-    "What `inside.mlp_paths` and `crossed.excess_of` found: what is kept without each path, and the net share of the excess in each layer."
+    "What `inside.mlp_paths` and `crossed.excess_of` found: what is kept without each path, and the share of the excess in each layer."
     figure, (left, right) = panels(2, 1.2 + 0.36 * max(6, len(paths)), sharey=False)
     levels(right, 0, 1)
     for k, row in enumerate(paths.itertuples()):
@@ -171,13 +171,14 @@ def draw_paths(paths: pd.DataFrame, excess: pd.DataFrame) -> Figure:
     left.invert_yaxis()
     left.set_xlabel("Logit difference kept (share)")
     left.set_title("Without the path", fontsize=SMALL)
-    for acts, shift, label, look in (("post", -0.1, "passed on", RUN_LOOKS[0]), ("pre", 0.1, "before the nonlinearity", RUN_LOOKS[1])):
+    for acts, of, shift, label, look in (("post", "share", -0.15, "passed on", RUN_LOOKS[0]), ("pre", "share", 0, "before the nonlinearity", RUN_LOOKS[1]), ("post", "net", 0.15, "passed on, all signs", RUN_LOOKS[2])):
         rows = excess[excess.acts == acts].reset_index(drop=True)
-        right.errorbar(rows.index + shift, rows.net, _whiskers(rows.net, rows.net_low, rows.net_high), ls="none", lw=1.5, color=look["color"], marker=look["marker"], label=label)
+        right.errorbar(rows.index + shift, rows[of], _whiskers(rows[of], rows[f"{of}_low"], rows[f"{of}_high"]), ls="none", lw=1.5, color=look["color"], marker=look["marker"], mfc=look.get("mfc", look["color"]), label=label)
         right.set_xticks(rows.index, [f"L{l}" if str(l).isdigit() else str(l) for l in rows.layer])
+    right.set_ylim(-0.5, 1.5)
     right.set_title("For the pair of names only", fontsize=SMALL)
-    right.set_ylabel("Net share of the excess")
-    legend(figure, right, 2)
+    right.set_ylabel("Share of the excess")
+    legend(figure, right, 3)
     return figure
 
 # %% ../../nbs/library/lookup/10_lookup_figures.ipynb #9c5c9c8f
@@ -250,7 +251,7 @@ def _captions(n: Mapping[str, int], chance: float) -> dict[str, tuple[str, str]]
                    "Points with intervals: share of right answers for each thing replaced, by its mean and by somebody else's value."),
         "probes": (f"Where the answer can be read in the stream at the last token of the name (n = {n['probes']} people, a fifth held out by last name), and what the extraction head's own directions say. {at_chance}",
                    "Curves over layers: accuracy of probes, of the head's directions, of controls, and agreement of probe and head."),
-        "paths": (f"Left: what is kept without a path between two MLPs of the lookup (n = {n['paths']}). Right: of what neurons add toward the answer, the net share that is there for the pair of names only (n = {n['excess']}); 0: halves account for all of it, 1: for none.",
+        "paths": (f"Left: what is kept without a path between two MLPs of the lookup (n = {n['paths']}). Right: of what neurons add toward the answer, the share that is there for the pair of names only, of positive contributions and of all (n = {n['excess']}; whiskers may leave the panel); 0: halves account for all of it, 1: for none.",
                   "Left: points with intervals for each path that is taken away. Right: points for each layer, before and after the nonlinearity."),
         "parallelograms": (f"The length of (AB + CD - AD - CB)/2 over that of (AB + CD - EF - GH)/2 at the name (n = {n['parallelograms']} quadruples); 0: names are sums of their halves, 1: the halves say nothing.",
                            "Two panels over layers: the ratio for what MLPs write and for the stream, in the model and with its MLPs shuffled."),

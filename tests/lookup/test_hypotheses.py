@@ -46,9 +46,9 @@ def test_numbers_are_read_off_the_right_rows():
     found = first_step({"probes": probes, "lookup": pd.DataFrame([{"first": 1, "last": 2}])})
     assert found.value == pytest.approx(1 / 3) and found.low == pytest.approx(0.25) and found.n == 9
     assert first_step({"probes": probes, "lookup": pd.DataFrame([{"first": 0, "last": 0}])}).value is None  # nothing came of it
-    facts = pd.DataFrame({"difference": [0.1, 0.3, np.nan], "low": [0.0, 0.2, np.nan], "high": [0.2, 0.4, np.nan], "n": [5, 7, 2]})
-    assert same_person({"facts": facts}) == Estimate(pytest.approx(0.2), pytest.approx(0.1), pytest.approx(0.3), 12)
-    assert same_person({"facts": facts[2:]}).value is None
+    facts = pd.DataFrame({"difference": [0.1, 0.3, 0.2, np.nan], "low": [-0.1, 0.2, 0.1, np.nan], "high": [0.2, 0.4, 0.3, np.nan], "n": [5, 7, 9, 2]})
+    assert same_person({"facts": facts}).value == pytest.approx(2 / 3) and same_person({"facts": facts}).n == 3
+    assert same_person({"facts": facts[3:]}).value is None
 
 
 MUST = {"single_step": (HOLDS, FALLS, FALLS), "hash_lookup": (FALLS, HOLDS, FALLS), "spread": (HOLDS, FALLS, FALLS), "linear": (FALLS, FALLS, HOLDS)}

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from bizzaroworld.lookup.asking import answers, as_pairs, ask, final_states, means_at, read
-from bizzaroworld.lookup.crossed import (choice_weights, crossed, direct_weights, excess_of, lengths, one_attribute, other_halves, own_parts, parallelograms, renamed,
+from bizzaroworld.lookup.crossed import (_outside, choice_weights, crossed, direct_weights, excess_of, lengths, one_attribute, other_halves, own_parts, parallelograms, renamed,
                                          with_shuffled_mlps)
 from bizzaroworld.lookup.inside import difference_of, fact_correlations, mlp_paths, neuron_estimates, neurons, resampled, without_paths
+from bizzaroworld.lookup.nonlinear import isotropic_share
 from bizzaroworld.lookup.probes import head_directions
 from bizzaroworld.patch.interventions import Edit
 from bizzaroworld.planted.lookups import PROMPTS, plant_lookup
@@ -102,6 +103,7 @@ def test_resampling_is_the_mean_over_donors(single, known):
     some, model = known.only(range(0, 96, 12)), single.model
     neuron = int(single.neurons.neuron[(single.neurons["first"] == some.people["first"][0]) & (single.neurons["last"] == some.people["last"][0])].iloc[0])
     found = resampled(model, some, [(2, neuron)], donors=64).iloc[0]  # all 7 others
+    assert resampled(model, some.only(range(4)), [(2, neuron)], some, donors=5).iloc[0].donors == 5
     acts, pairs = read(model, some, [("neurons", 2)])["neurons", 2][:, neuron], as_pairs(model, some)
     ids = torch.tensor([tp.answers[0] + tp.answers[1] for tp in pairs])
     def difference(states): return (model.readout(states, ids) @ torch.tensor([1.0, -1.0])).detach()
@@ -190,7 +192,17 @@ def test_lengths_and_own_parts(single, known):
     assert table["mean"]["known", 2] > 1.5 * table["mean"]["nobody", 2] and table.p["nobody", 2] < 0.01  # a neuron fires for the known
     own = own_parts(single.model, known, "resid_pre").set_index("layer")
     assert own.share[0] == pytest.approx(0, abs=1e-3)  # 12 last names, and everybody shares one
-    assert ((0 <= own.share) & (own.share <= 1 + 1e-9)).all()
+    assert ((0 <= own.share) & (own.share <= 1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("people", [20, 90])
+def test_a_random_vector_is_its_own_as_far_as_random_vectors_are(people):
+    "And one that is a mixture of others, or a copy, is not; a mean that all share counts for nothing."
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(people, 100)) + 50
+    assert _outside(x).mean() == pytest.approx(isotropic_share(people - 1, 100), abs=0.03)
+    mixed = np.vstack([x, 0.3 * x[0] + 0.7 * x[1]])
+    assert _outside(mixed)[-1] == pytest.approx(0, abs=1e-4) and _outside(mixed)[5] > 0.1
 
 
 def test_no_neuron_of_a_single_step_lookup_stands_for_a_sport(single, known):
