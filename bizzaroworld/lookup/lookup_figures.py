@@ -133,7 +133,7 @@ def draw_probes(table: pd.DataFrame, chance: float) -> Figure:
     ax.set_ylim(0, 1.02)
     ax.set_ylabel("Share of people held out")
     layer_axis(ax, int(table.layer.max()) + 1, "Stream before layer (last: after all)")
-    legend(figure, ax, 3)
+    legend(figure, ax, 2)
     return figure
 
 # %% ../../nbs/library/lookup/10_lookup_figures.ipynb #38df45c9
@@ -178,7 +178,7 @@ def draw_paths(paths: pd.DataFrame, excess: pd.DataFrame) -> Figure:
     right.set_ylim(-0.5, 1.5)
     right.set_title("For the pair of names only", fontsize=SMALL)
     right.set_ylabel("Share of the excess")
-    legend(figure, right, 3)
+    legend(figure, right, 2)
     return figure
 
 # %% ../../nbs/library/lookup/10_lookup_figures.ipynb #9c5c9c8f
@@ -216,7 +216,7 @@ def draw_lengths(table: pd.DataFrame) -> Figure:
         ax.set_title(title, fontsize=SMALL)
         layer_axis(ax, int(table.layer.max()) + 1)
     axes[0].set_ylabel("Length over that of the known")
-    legend(figure, axes[0], 3)
+    legend(figure, axes[0], 2)
     return figure
 
 # %% ../../nbs/library/lookup/10_lookup_figures.ipynb #04724d92
