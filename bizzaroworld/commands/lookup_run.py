@@ -18,22 +18,21 @@ import pandas as pd
 
 from .. import __version__
 from ..battery.tokens import continuation, encode
-from ..console import count_words
 from ..figures.run_figures import write_plates
 from ..files import write_json, write_table
 from ..lookup.asking import Asked, answers, ask, final_states, fitting
-from ..lookup.crossed import excess_of, lengths, one_attribute, own_parts, parallelograms, renamed, with_shuffled_mlps
+from ..lookup.crossed import excess_of, lengths, most_halves, one_attribute, own_parts, parallelograms, renamed, with_shuffled_mlps
 from ..lookup.hypotheses import halves, predictions, verdicts
 from ..lookup.inside import fact_correlations, mlp_paths, neuron_estimates, neurons, resampled
 from ..lookup.lookup_figures import lookup_plates
-from ..lookup.people import PROMPTS, athletes, attributes, made_up, planted_people, two_tokens
-from ..lookup.probes import probes
+from ..lookup.people import COLUMNS, FEWEST, PLANTED, PROMPTS, PeopleError, attributes, knowing, made_up, planted_people, two_tokens, whom
+from ..lookup.probes import first_step, probes
 from ..lookup.stages import Effective, components, curves, effective_model, stages, summed_up
 from ..model.hooked import Model
+from ..model.identity import sha256_files
 from ..model.load import load_model
 from ..model.names import called
 from ..pipeline import describe
-from ..results.estimates import estimate_share
 from ..scale.folders import held
 from ..scale.units import Advance
 from ..study.runs import claim
@@ -41,46 +40,10 @@ from ..words.embeddings import embedding_report
 from ..words.local import local_processing
 
 # %% auto #0
-__all__ = ['PLANTED', 'FEWEST', 'COLUMNS', 'STEPS', 'FILES', 'PeopleError', 'whom', 'knowing', 'Steps', 'find_stages',
-           'several_facts', 'look_inside', 'run_lookup', 'lookup_lines']
+__all__ = ['STEPS', 'NEEDED', 'FILES', 'Steps', 'find_stages', 'several_facts', 'look_inside', 'reader_of', 'run_lookup',
+           'lookup_lines']
 
-# %% ../../nbs/library/commands/07_lookup_run.ipynb #8444a849
-class PeopleError(ValueError):
-    "What cannot be asked of this model or these people."
-
-
-PLANTED, FEWEST, COLUMNS = "bizzaro-people", 24, ("first", "last", "answer")
-
-
-def whom(model: Model, people: str | Path | pd.DataFrame | None = None) -> pd.DataFrame:
-    """The people to ask: a table or a CSV file with the columns `first`, `last`, `answer`; else the planted people of the embedded model that knows them, or athletes. Those whose name is not two tokens are left out.
-
-    Raises `PeopleError` for a table without these columns, with a name twice, or of which nobody is left."""
-    if people is None: table = planted_people(model.tokenizer) if model.name == PLANTED else athletes()
-    elif isinstance(people, pd.DataFrame): table = people
-    else:
-        try: table = pd.read_csv(people, dtype=str, keep_default_na=False)
-        except (OSError, ValueError) as error: raise PeopleError(f"{people} cannot be read as a table: {error}") from None
-    if missing := [c for c in COLUMNS if c not in table]: raise PeopleError(f"The table of people has no column {missing[0]!r}: it needs {', '.join(COLUMNS)}.")
-    for row in table[table.duplicated(["first", "last"])].head(1).itertuples(): raise PeopleError(f"{row.first} {row.last} is in the table twice.")
-    left = two_tokens(model.tokenizer, table)
-    if left.empty: raise PeopleError(f"None of {count_words(len(table), 'name')} is two tokens for {model.name}, the first name one and the last name one.")
-    return left
-
-# %% ../../nbs/library/commands/07_lookup_run.ipynb #dbdb1086
-def knowing(asked: Asked, found: pd.DataFrame, margin: float) -> tuple[pd.DataFrame, dict]:
-    "The table of people with what was answered and whether they are `known`; and what is to be said about it, with a `sentence`."
-    table = pd.concat([asked.people[list(COLUMNS)], found.assign(known=found.right & (found.lead >= margin))], axis=1)
-    sure, right = found[found.lead >= margin], estimate_share(int(found.right.sum()), len(found))
-    surely = estimate_share(int(sure.right.sum()), len(sure))
-    told = {"asked": len(table), "right": right.to_dict(), "known": int(table.known.sum()), "margin": margin, "right_where_sure": surely.to_dict(), "chance": 1 / len(asked.choices),
-            "can_do": bool(table.known.sum() >= FEWEST and surely.low is not None and surely.low > 1 / len(asked.choices))}
-    told["sentence"] = (f"Of {len(table):,} people asked about, it is right on {right:.0%}; chance is {told['chance']:.0%}. It leads by at least {margin:g} logits on {len(sure)} and is right on {surely:.0%} of them: "
-                        f"these {told['known']} count as known.")
-    if not told["can_do"]: told["sentence"] += f" That is too few, or no better than chance (at least {FEWEST} are needed), so nothing else is asked of it."
-    return table, told
-
-# %% ../../nbs/library/commands/07_lookup_run.ipynb #35f99bac
+# %% ../../nbs/library/commands/07_lookup_run.ipynb #3e3eba4c
 @dataclass(eq=False)
 class Steps:
     "A run of the lookup on its way. `most`: so many people at most in what takes longest."
@@ -99,10 +62,12 @@ class Steps:
 
     def table(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         "A table from its file; made and written where that is missing."
-        path = self.folder / f"{name}.csv"
-        if not path.exists():
+        path, whole = self.folder / f"{name}.csv", self.folder / "whole.json"
+        sums = json.loads(whole.read_text("utf-8")) if whole.exists() else {}
+        if not path.exists() or sums.get(name) != sha256_files([path]):  # a file that something else has changed is made again
             self.say(name)
             write_table(path, make())
+            write_json(whole, sums | {name: sha256_files([path])})
         self.done += 1
         return pd.read_csv(path, keep_default_na=False, na_values=[""])
 
@@ -111,13 +76,18 @@ class Steps:
         "The people whom the model knows."
         return self.asked.only(pd.read_csv(self.folder / "people.csv").known.to_numpy(dtype=bool))
 
+    @property
+    def held(self) -> Asked:
+        "All of the half that is held out."
+        return self.some("held", len(self.known))
+
     def some(self, which: str = "all", most: int | None = None) -> Asked:
         "Some of the known, drawn with the seed: `all`, or the half that is `searched`, or the one that is `held` out; at most so many (`most` of the run)."
         order = np.random.default_rng(self.seed).permutation(len(self.known))
         half = {"all": order, "searched": order[::2], "held": order[1::2]}[which]
         return self.known.only(np.sort(half[:self.most if most is None else most]))
 
-# %% ../../nbs/library/commands/07_lookup_run.ipynb #1a601307
+# %% ../../nbs/library/commands/07_lookup_run.ipynb #4e740372
 def _contexts(run: Steps) -> pd.DataFrame:
     "How the people who are known are answered under each prompt, those of them whose names are two tokens there."
     rows = []
@@ -131,19 +101,19 @@ def _contexts(run: Steps) -> pd.DataFrame:
 
 def find_stages(run: Steps) -> Effective:
     "The parts that are needed, found on one half of the known people; and the tables of what replacing each does, and of what the parts are worth on the other half."
-    searched, path = run.some("searched"), run.folder / "effective.json"
+    searched = run.some("searched")
     curve = run.table("curves", lambda: curves(run.model, searched, whole=False, told=run.say))
     single = run.table("components", lambda: components(run.model, searched, run.seed))
-    if not path.exists():
-        run.say("the parts that are needed")
-        write_json(path, effective_model(run.model, searched, curve, single, told=run.say).to_dict())
-    told = json.loads(path.read_text("utf-8"))
-    parts = Effective(told["concatenated"], tuple(told["lookup"]), tuple(map(tuple, told["extraction"])), told["readout"])
-    run.table("stages", lambda: stages(run.model, run.some("held", len(run.known)), parts, seed=run.seed))
-    run.table("prompts", lambda: _contexts(run))
-    return parts
+    def parts():
+        found = effective_model(run.model, searched, curve, single, told=run.say)
+        return pd.DataFrame([{"parts": json.dumps(found.to_dict())}])
+    found = Effective.of(json.loads(run.table("effective", parts).parts[0]))
+    write_json(run.folder / "effective.json", found.to_dict())
+    run.table("stages", lambda: stages(run.model, run.held, found, seed=run.seed))
+    if run.asked.prompt in PROMPTS.values(): run.table("prompts", lambda: _contexts(run))
+    return found
 
-# %% ../../nbs/library/commands/07_lookup_run.ipynb #5768ea00
+# %% ../../nbs/library/commands/07_lookup_run.ipynb #0c82aa6c
 def _relations(run: Steps) -> dict[str, Asked]:
     "People with several facts, by relation: those whose answer the model gives, of all that occur in the relation; only relations of at least six."
     facts = attributes(planted_people(run.model.tokenizer)) if run.model.name == PLANTED else attributes()
@@ -171,15 +141,17 @@ def several_facts(run: Steps, layers: list[int]) -> pd.DataFrame:
     def effects(asked):
         found = neuron_estimates(run.model, asked, layers)
         return asked.names, np.concatenate([found[l].numpy() for l in layers], 1)
-    return fact_correlations({relation: effects(asked) for relation, asked in _relations(run).items()})
+    relations = _relations(run)
+    return fact_correlations({relation: effects(asked) for relation, asked in relations.items()}, {relation: dict(zip(asked.names, asked.people["answer"])) for relation, asked in relations.items()})
 
-# %% ../../nbs/library/commands/07_lookup_run.ipynb #089ac77b
+# %% ../../nbs/library/commands/07_lookup_run.ipynb #855a4fd1
 def _lengths(run: Steps) -> pd.DataFrame:
     "Lengths at the names of those who are known, of those who are not, and of names put together of the halves of the known."
     people = pd.read_csv(run.folder / "people.csv")
     groups, n = {"known": run.known}, len(run.known)
-    unknown = run.asked.only(np.flatnonzero(~people.right | (people.lead < run.margin / 2))[:2 * n])
-    if len(unknown) >= FEWEST: groups["not known"] = unknown
+    unknown = people[~people.right | (people.lead < run.margin / 2)].sample(frac=1, random_state=run.seed)
+    unknown = unknown.groupby("answer").head(max(1, n // len(run.asked.choices)))  # drawn, and of each answer as many
+    if len(unknown) >= FEWEST: groups["not known"] = run.asked.only(np.sort(unknown.index.to_numpy()))
     try: other = made_up(None, run.known.people, n, run.seed)
     except ValueError: other = None
     if other is not None: groups["recombined"] = renamed(run.model, run.known, other["first"], other["last"])
@@ -188,33 +160,43 @@ def _lengths(run: Steps) -> pd.DataFrame:
 
 def _parallelograms(run: Steps) -> pd.DataFrame:
     "Of the model, and of the same model with the weights of its MLPs shuffled."
-    both = {"itself": run.model, "shuffled": with_shuffled_mlps(run.model, run.seed)}
+    both = {"itself": run.model}
+    try: both["shuffled"] = with_shuffled_mlps(run.model, run.seed)
+    except ValueError: pass  # its MLPs are called something else
     return pd.concat([parallelograms(m, run.known, seed=run.seed).assign(model=name) for name, m in both.items()], ignore_index=True)
 
-# %% ../../nbs/library/commands/07_lookup_run.ipynb #0f77a8d9
-def look_inside(run: Steps, parts: Effective) -> dict[str, pd.DataFrame]:
-    "The tables of what goes on inside the lookup; those that the hypotheses read are given back."
-    model, known, head = run.model, run.known, parts.extraction[0]
+# %% ../../nbs/library/commands/07_lookup_run.ipynb #ace50161
+def look_inside(run: Steps, parts: Effective, head: tuple[int, int]) -> dict[str, pd.DataFrame]:
+    "The tables of what goes on inside the lookup; those that the hypotheses read are given back. They are of people who were not searched."
+    model, known, held, searched = run.model, run.known, run.held, run.some("searched")
     band = list(range(parts.lookup[0], parts.lookup[1] + 1))
-    layers = [l for l in band if l < head[0]]
-    if not layers: raise PeopleError(f"The head that helps most, L{head[0]}H{head[1]}, reads before the MLPs {band} have written: no lookup was found that it could extract from.")
-    found = {"lookup": pd.DataFrame([{"first": band[0], "last": band[-1]}])}
-    found["halves"] = run.table("halves", lambda: halves(model, known, run.seed))
-    found["probes"] = run.table("probes", lambda: probes(model, known, head))
-    found["paths"] = run.table("paths", lambda: mlp_paths(model, known, band, told=run.say))
-    found["excess"] = run.table("excess", lambda: excess_of(model, run.some(), head, layers, seed=run.seed))
+    layers, found = [l for l in band if l < head[0]], {}
+    k = most_halves(run.some("held").people, 8)
+    found["halves"] = run.table("halves", lambda: halves(model, held, run.seed))
+    run.table("probes", lambda: probes(model, known, head))
+    found["first_step"] = run.table("first_step", lambda: first_step(model, held, parts.lookup))
+    if "resid_mid" in model.sites: found["paths"] = run.table("paths", lambda: mlp_paths(model, held, band, told=run.say))
+    if k > 1: found["excess"] = run.table("excess", lambda: excess_of(model, run.some("held"), head, layers, k, run.seed))
     run.table("parallelograms", lambda: _parallelograms(run))
     run.table("lengths", lambda: _lengths(run))
     run.table("own_parts", lambda: own_parts(model, known))
-    single = run.table("neurons", lambda: neurons(model, run.some(), layers, seed=run.seed))
+    single = run.table("neurons", lambda: neurons(model, searched, layers, seed=run.seed))
     top = single[single.chosen == "largest"].sort_values("mean", key=abs, ascending=False).head(12)
-    run.table("resampled", lambda: resampled(model, run.some(most=12), list(zip(top.layer, top.neuron)), known, seed=run.seed))
-    run.table("one_attribute", lambda: one_attribute(model, known, run.some(), head, layers, run.seed))
+    run.table("resampled", lambda: resampled(model, run.some("held", 12), list(zip(top.layer, top.neuron)), known, seed=run.seed))
+    run.table("one_attribute", lambda: one_attribute(model, searched, held, head, layers, run.seed))
     found["facts"] = run.table("facts", lambda: several_facts(run, layers))
     return found if len(found["facts"]) else {name: table for name, table in found.items() if name != "facts"}
 
-# %% ../../nbs/library/commands/07_lookup_run.ipynb #20ea494a
-STEPS = 24
+
+def reader_of(run: Steps, parts: Effective, single: pd.DataFrame) -> tuple[int, int] | None:
+    "The head that helps most of those that read after the lookup, those of the effective model first; `None` where there is no lookup, or no such head."
+    if parts.lookup is None: return None
+    heads = single[(single.site == "z") & (single.way == "mean") & (single["mean"] < 0)].sort_values("mean", kind="stable")
+    order = [*parts.extraction, *((int(l), int(h)) for l, h in zip(heads.layer, heads["head"]))]
+    return next((head for head in order if head[0] > parts.lookup[1]), None)
+
+# %% ../../nbs/library/commands/07_lookup_run.ipynb #fac62bbe
+STEPS = 22
 
 
 def _words(run: Steps) -> None:
@@ -235,14 +217,16 @@ def run_lookup(model: str | Model, *, people: str | Path | pd.DataFrame | None =
     `words`: ask also how local the early layers are, and what the embeddings hold. The folder gets `ability.json`, and, if the model knows enough of them, a table for each question, `effective.json`, `verdicts.json` and figures. Started again on the same folder, it does only what is missing.
     Raises `PeopleError` for people or a prompt that cannot be asked, `ModelError`, `BusyError`, and `RunError` for a folder that holds another run."""
     if not isinstance(model, Model): model = load_model(model, device=device, dtype=dtype, revision=revision)
+    _check_sites(model)
     table, prompt = whom(model, people), PROMPTS.get(prompt, prompt)
     try: asked = ask(model, fitting(model, table, prompt) if prompt.count("{name}") == 1 else table, prompt)
     except ValueError as error: raise PeopleError(str(error)) from None
+    if asked.last == asked.ids.shape[1] - 1: raise PeopleError(f"{prompt!r} ends in the name: the answer must follow words after it, so that it has to be fetched from the name.")
     if len(asked.choices) < 2: raise PeopleError(f"All {len(asked)} people have the answer {asked.choices[0]!r}: there is nothing to tell apart.")
     folder = Path(out) if out is not None else Path("lookup") / Path(called([model.name])[0]).name.replace(":", "-")
     with held(folder):
         claim(folder, _info(model, asked, {"margin": margin, "most": most, "seed": seed}))
-        run = Steps(model, folder, asked, margin, most, seed, progress, STEPS)
+        run = Steps(model, folder, asked, margin, most, seed, progress, STEPS - 2 * (not words))
         run.table("people", lambda: knowing(asked, answers(model, asked, final_states(model, asked)), margin)[0])
         found = pd.read_csv(folder / "people.csv")
         able = knowing(asked, found.drop(columns=[*COLUMNS, "known"]), margin)[1]
@@ -250,7 +234,7 @@ def run_lookup(model: str | Model, *, people: str | Path | pd.DataFrame | None =
         if able["can_do"]: _whole(run, words)
     return folder
 
-# %% ../../nbs/library/commands/07_lookup_run.ipynb #bd6fb132
+# %% ../../nbs/library/commands/07_lookup_run.ipynb #a89a4211
 def _info(model: Model, asked: Asked, options: dict) -> dict:
     "The contents of `run.json`: what tells this run from another, and what it was made with."
     named = hashlib.sha256(asked.people[list(COLUMNS)].to_csv(index=False).encode()).hexdigest()
@@ -261,13 +245,26 @@ def _info(model: Model, asked: Asked, options: dict) -> dict:
 def _whole(run: Steps, words: bool) -> None:
     "All steps after the first, the verdicts and the figures."
     parts = find_stages(run)
-    found = predictions(look_inside(run, parts))
-    write_table(run.folder / "predictions.csv", found)
-    write_json(run.folder / "verdicts.json", verdicts(found))
+    head = reader_of(run, parts, pd.read_csv(run.folder / "components.csv"))
+    if head is None: write_json(run.folder / "verdicts.json", {"note": "no lookup was found: " + ("the answer is kept without any MLP at the name" if parts.lookup is None else "no head that reads after it helps")})
+    else:
+        table = predictions(look_inside(run, parts, head))
+        write_table(run.folder / "predictions.csv", table)
+        write_json(run.folder / "verdicts.json", verdicts(table))
     if words: _words(run)
     write_plates(lookup_plates(run.folder, run.model.name), run.folder / "figures")
 
-# %% ../../nbs/library/commands/07_lookup_run.ipynb #03a1e5fc
+
+NEEDED = ("attn_out", "mlp_out", "z", "v", "neurons")
+
+
+def _check_sites(model: Model) -> None:
+    "Refuse a model in which what is asked for cannot be reached."
+    for site in NEEDED:
+        lost = [l for l in range(model.n_layers) if (site, l) not in model.points]
+        if lost: raise PeopleError(f"{model.name} has no {site} in layer {lost[0]}, and the lookup is asked for by {', '.join(NEEDED)} in every layer. " + "; ".join(model.limits))
+
+# %% ../../nbs/library/commands/07_lookup_run.ipynb #249a5d2d
 def lookup_lines(folder: str | Path) -> list[str]:
     "What a run found, in a few lines."
     folder = Path(folder)
@@ -276,9 +273,11 @@ def lookup_lines(folder: str | Path) -> list[str]:
     if not (folder / "verdicts.json").exists(): return lines
     kept, parts = pd.read_csv(folder / "stages.csv", keep_default_na=False), json.loads((folder / "effective.json").read_text("utf-8"))
     alone = kept[(kept.stage == "everything") & (kept.way == "mean")].iloc[0]
-    lines += [f"Kept: {Effective(parts['concatenated'], tuple(parts['lookup']), tuple(map(tuple, parts['extraction'])), parts['readout'])}.",
-              f"All else replaced by its mean, {alone.right:.0%} of {alone.n} people who were not searched are right ({alone.base_right:.0%} before), with {alone.kept:.0%} of the logit difference."]
-    for name, verdict in json.loads((folder / "verdicts.json").read_text("utf-8")).items():
+    lines += [f"Kept: {Effective.of(parts)}.",
+              f"All else that attention and MLPs write from the name on replaced by its mean, {alone.right:.0%} of {alone.n} people who were not searched are right ({alone.base_right:.0%} before), with {alone.kept:.0%} of the logit difference."]
+    judged = json.loads((folder / "verdicts.json").read_text("utf-8"))
+    if "note" in judged: lines.append(f"No verdicts: {judged.pop('note')}.")
+    for name, verdict in judged.items():
         rows = pd.read_csv(folder / "predictions.csv").query("hypothesis == @name")
         lines.append(f"{name.replace('_', ' ')}: {verdict} ({'; '.join(f'{row.statement[:-1]}: {row.verdict}' for row in rows.itertuples())})")
     return [*lines, "", *(f"{folder / name}  {what}" for name, what in FILES.items() if (folder / name).exists())]

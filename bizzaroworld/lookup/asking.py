@@ -90,7 +90,7 @@ def ask(model_or_tokenizer, people: pd.DataFrame, prompt: str, choices: Sequence
     none of the choices or not one token, and for a name that is not two tokens there."""
     if prompt.count("{name}") != 1: raise ValueError(f"{prompt!r} must hold {{name}} once.")
     if not len(people): raise ValueError("Nobody is asked: the table of people is empty.")
-    choices = tuple(choices) if choices is not None else tuple(sorted(people["answer"].unique()))
+    choices = tuple(dict.fromkeys(choices)) if choices is not None else tuple(sorted(people["answer"].unique()))
     if lost := sorted(set(people["answer"]) - set(choices)): raise ValueError(f"The answer {lost[0]!r} is none of {', '.join(choices)}.")
     rows, spans, wrong = [], set(), []
     for name in people["first"] + " " + people["last"]:
@@ -183,6 +183,9 @@ def read(model: Model, asked: Asked, places: Iterable[tuple[str, int]], position
     Raises `ValueError` for a position before the name."""
     passes, places, at = Passes.of(model, asked, at_once), list(dict.fromkeys(places)), asked.at(position)
     if at + asked.ids.shape[1] < passes.start: raise ValueError(f"At {position!r} all prompts are the same. Read from the name on.")
+    for key in places:
+        if key not in model.points: check_site(model, key[0])
+        if key not in model.points: raise ValueError(f"{model.name} has no {key[0]} in layer {key[1]}.")
     found: dict[tuple[str, int], list[Tensor]] = {key: [] for key in places}
     def keep(key): return lambda act: found[key].append(act[:, at].detach().float().cpu().clone())
     for rows in passes: passes.run(rows, [*hooks_of(model, asked, values or {}, rows, passes.start), *((*key, keep(key)) for key in places)])
@@ -218,10 +221,16 @@ def means_at(model: Model, asked: Asked, edits: Iterable[Edit]) -> dict[Edit, Te
 
 
 def donors_of(asked: Asked, seed: int = 0) -> Int[np.ndarray, "person"]:
-    "For each person the number of another one, drawn among those whose answer is another. Raises `ValueError` where all have the same."
-    rng, answer = np.random.default_rng(seed), asked.people["answer"].to_numpy()
+    """For each person the number of another one, drawn among those whose answer is another and who share no half of the name; where there is none, among those whose answer is another.
+
+    Raises `ValueError` where all have the same answer."""
+    rng, (answer, first, last) = np.random.default_rng(seed), (asked.people[name].to_numpy() for name in ("answer", "first", "last"))
     if len(set(answer)) < 2: raise ValueError(f"All {len(asked)} people have the answer {answer[0]!r}, so nobody can stand in for another.")
-    return np.array([rng.choice(np.flatnonzero(answer != mine)) for mine in answer])
+    def pool(i):
+        other = answer != answer[i]
+        apart = other & (first != first[i]) & (last != last[i])
+        return np.flatnonzero(apart if apart.any() else other)
+    return np.array([rng.choice(pool(i)) for i in range(len(asked))])
 
 
 def donated(model: Model, asked: Asked, edits: Iterable[Edit], seed: int = 0) -> dict[Edit, Tensor]:

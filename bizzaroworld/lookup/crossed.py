@@ -20,11 +20,11 @@ from .probes import head_directions
 from ..model.hooked import Model
 from ..model.load import untrained
 from ..patch.interventions import Edit
-from ..results.estimates import estimate
+from ..results.estimates import Estimate, estimate
 
 # %% auto #0
-__all__ = ['other_halves', 'renamed', 'crossed', 'direct_weights', 'excess_of', 'parallelograms', 'with_shuffled_mlps', 'lengths',
-           'own_parts', 'choice_weights', 'one_attribute']
+__all__ = ['other_halves', 'most_halves', 'renamed', 'crossed', 'direct_weights', 'excess_of', 'parallelograms',
+           'with_shuffled_mlps', 'lengths', 'own_parts', 'choice_weights', 'one_attribute']
 
 # %% ../../nbs/library/lookup/08_crossed.ipynb #723858e7
 def other_halves(people: pd.DataFrame, k: int = 8, seed: int = 0) -> Int[np.ndarray, "person k"]:
@@ -42,6 +42,22 @@ def other_halves(people: pd.DataFrame, k: int = 8, seed: int = 0) -> Int[np.ndar
     return np.array(out)
 
 
+def _partners(people: pd.DataFrame, others: Int[np.ndarray, "person k"], seed: int) -> Int[np.ndarray, "person k"]:
+    "For each person and other one a third who lends the last name to a name that shares no half with the person, and is nobody's where that can be had."
+    rng, first, last = np.random.default_rng(seed), people["first"].to_numpy(), people["last"].to_numpy()
+    there = set(zip(first, last))
+    def third(i, j):
+        order = [c for c in rng.permutation(len(people)) if last[c] not in (last[i], last[j])]
+        return next((c for c in order if (first[j], last[c]) not in there), order[0])
+    return np.array([[third(i, j) for j in row] for i, row in enumerate(others)])
+
+
+def most_halves(people: pd.DataFrame, most: int) -> int:
+    "How many others share no half with anybody: at most `most`."
+    first, last = people["first"].to_numpy(), people["last"].to_numpy()
+    return min(most, *(int(((first != a) & (last != b)).sum()) for a, b in zip(first, last)))
+
+
 def renamed(model_or_tokenizer, asked: Asked, first: Sequence[str], last: Sequence[str]) -> Asked:
     "The same prompt with other names; the answers are those of `asked`, in order, repeated where there are more names."
     answer = np.resize(asked.people["answer"].to_numpy(), len(first))
@@ -51,7 +67,8 @@ def renamed(model_or_tokenizer, asked: Asked, first: Sequence[str], last: Sequen
 def crossed(model: Model, asked: Asked, places: Iterable[tuple[str, int]], k: int = 8, seed: int = 0) -> dict[tuple[str, int], dict[str, Tensor]]:
     "What is at the name for each person (`ab`: `person d`) and for names made of one half or none of it (`b_only`, `a_only`, `neither`: `person k d`), by place."
     places, people = list(places), asked.people
-    others, again = other_halves(people, k, seed), np.roll(other_halves(people, k, seed + 1), 1, 1)
+    others = other_halves(people, k, seed)
+    again = _partners(people, others, seed)
     def halves(which, rows): return people[which].to_numpy()[rows].ravel()
     own = np.repeat(np.arange(len(people))[:, None], k, 1)
     kinds = {"b_only": (others, own), "a_only": (own, others), "neither": (others, again)}
@@ -96,7 +113,7 @@ def direct_weights(model: Model, asked: Asked, head: tuple[int, int], layers: It
 
 # %% ../../nbs/library/lookup/08_crossed.ipynb #6daf002e
 def excess_of(model: Model, asked: Asked, head: tuple[int, int], layers: Iterable[int], k: int = 8, seed: int = 0) -> pd.DataFrame:
-    """How much of what neurons add toward the answer is there for the pair of names only: `layer` (a number, or `all`), `acts` (`post`: what the neuron passes on; `pre`: what its nonlinearity gets, below 0 counted as 0), `share` (of positive contributions) and `net` (of all, signed), each with
+    """How much of what neurons add toward the answer is there for the pair of names only: `layer` (a number, or `all`), `acts` (`post`: what the neuron passes on; `pre`: what its nonlinearity gets, below 0 counted as 0), `share` (of positive contributions) and `net` (of all, signed; none where what they add is not told from 0), each with
     its interval over people, and `n`. Shares of `pre` leave the other factor of a gated MLP out; both are weighted by what the neuron says to the head."""
     layers, rows = list(layers), []
     weights = direct_weights(model, asked, head, layers)
@@ -109,23 +126,33 @@ def excess_of(model: Model, asked: Asked, head: tuple[int, int], layers: Iterabl
             parts["whole"].append(rise(four["ab"], four["neither"], clamp))
         for name, which in [*((l, [i]) for i, l in enumerate(layers)), ("all", range(len(layers)))]:
             part, whole, w = (np.concatenate([x[i] for i in which], 1) for x in (parts["part"], parts["whole"], [weights[l].numpy() for l in layers]))
-            share, net = estimate(_there(excess_share(part, whole, w))), estimate(np.stack([(w * part).sum(1), (w * whole).sum(1)], 1), lambda d: d[..., 0].sum(1) / d[..., 1].sum(1))
+            share, net = estimate(_there(excess_share(part, whole, w))), _net(w * part, w * whole)
             rows.append({"layer": str(name), "acts": acts, "share": share.value, "share_low": share.low, "share_high": share.high, "net": net.value, "net_low": net.low, "net_high": net.high, "n": share.n})
     return pd.DataFrame(rows)
+
+
+def _net(part: np.ndarray, whole: np.ndarray) -> Estimate:
+    "The net share; not defined where what the neurons add on the whole is not told from 0."
+    total = estimate(whole.sum(1))
+    if total.low is None or total.low <= 0: return Estimate(None, n=len(whole))
+    return estimate(np.stack([part.sum(1), whole.sum(1)], 1), lambda d: d[..., 0].sum(1) / d[..., 1].sum(1))
 
 
 def _there(x: np.ndarray) -> np.ndarray: return x[np.isfinite(x)]
 
 # %% ../../nbs/library/lookup/08_crossed.ipynb #61138203
 def parallelograms(model: Model, asked: Asked, sites: Sequence[str] = ("mlp_out", "resid_post"), n: int = 150, seed: int = 0) -> pd.DataFrame:
-    """`nonlinear.parallelogram` of what is at the name in each layer, with a column `site`: the length of (AB + CD - AD - CB)/2 over that of (AB + CD - EF - GH)/2; the six are names of the people asked, or made of their halves."""
+    """`nonlinear.parallelogram` of what is at the name in each layer, with a column `site`: the length of (AB + CD - AD - CB)/2 over that of (AB + CD - EF - GH)/2; the six are names of the people asked, or made of their halves, and nobody is in two quadruples."""
     rng, people = np.random.default_rng(seed), asked.people
     first, last = people["first"].to_numpy(), people["last"].to_numpy()
     quads = []
+    left = list(rng.permutation(len(people)))  # nobody is in two of them: they are what the interval is drawn over
     for _ in range(50 * n):
-        if len(quads) == n: break
-        i, j, e, g = rng.choice(len(people), 4, replace=False)
-        if len({first[x] for x in (i, j, e, g)}) == 4 == len({last[x] for x in (i, j, e, g)}): quads.append((i, j, e, g))
+        if len(quads) == n or len(left) < 4: break
+        four = rng.choice(left, 4, replace=False)
+        if len({first[x] for x in four}) == 4 == len({last[x] for x in four}):
+            quads.append(tuple(four))
+            left = [x for x in left if x not in four]
     if not quads: raise ValueError("No four people without a half in common: give more people.")
     i, j, e, g = np.array(quads).T
     six = {"ab": (i, i), "cd": (j, j), "ad": (i, j), "cb": (j, i), "ef": (e, e), "gh": (g, g)}
@@ -140,7 +167,7 @@ def with_shuffled_mlps(model: Model, seed: int = 0) -> Model:
     "A copy of a model in which the entries of every matrix of its MLPs stand in another order. Raises `ValueError` where no MLP is found."
     twin, n = untrained(model), 0
     for (name, own), (_, other) in zip(model.hf.named_parameters(), twin.hf.named_parameters()):
-        shuffle = ".mlp" in name and own.ndim == 2
+        shuffle = ".mlp" in name and own.ndim >= 2
         other.copy_(shuffled_weights(own, seed + n) if shuffle else own)
         n += shuffle
     if not n: raise ValueError(f"{model.name}: no parameter has a name with '.mlp' in it, so its MLPs cannot be shuffled.")
@@ -183,18 +210,21 @@ def choice_weights(model: Model, asked: Asked, head: tuple[int, int], layers: Se
     return {l: np.stack([one[l].mean(0).numpy() for one in found], 1) for l in layers}
 
 
-def one_attribute(model: Model, asked: Asked, some: Asked, head: tuple[int, int], layers: Sequence[int], seed: int = 0, best: int = 3) -> pd.DataFrame:
-    """The `best` neurons of some layers for each answer: the columns of `nonlinear.attribute_neurons`, with `layer`, and what is lost when the neuron at the name is replaced by its mean over the people: `loss_with` by those who have the answer, `loss_without` by the others (nats).
+def one_attribute(model: Model, asked: Asked, held: Asked, head: tuple[int, int], layers: Sequence[int], seed: int = 0, best: int = 3) -> pd.DataFrame:
+    """The `best` neurons of some layers for each answer that some people have, found on the people `asked`: the columns of `nonlinear.attribute_neurons` (`p` times the number of layers that were looked at), with `layer`; and what is lost by the people `held` out when the neuron at the name
+    is replaced by its mean over them: `loss_with` by those who have the answer, `loss_without` by the others (nats).
 
-    `some`: the people over whom the way to the head is averaged; `cosine` is between what a neuron says for each choice and the choice."""
-    acts, weights = read(model, asked, [("neurons", l) for l in layers]), choice_weights(model, some, head, layers)
-    directions = dict(zip(asked.choices, np.eye(len(asked.choices))))
+    `cosine` is between what a neuron says for each choice and the choice."""
+    acts, weights = read(model, asked, [("neurons", l) for l in layers]), choice_weights(model, asked, head, layers)
+    has_some = set(asked.people["answer"]) & set(held.people["answer"])
+    directions = {choice: axis for choice, axis in zip(asked.choices, np.eye(len(asked.choices))) if choice in has_some and len(has_some) > 1}
     tables = [attribute_neurons(acts["neurons", l].numpy(), asked.people["answer"], weights[l], directions, best, seed=seed).assign(layer=l) for l in layers]
     found = pd.concat(tables).sort_values("signed", key=abs, ascending=False, kind="stable").groupby("attribute", sort=False).head(best).sort_values("attribute", kind="stable")
-    base, lost = answers(model, asked, final_states(model, asked)), []
+    found["p"] = (found["p"] * len(layers)).clip(upper=1)
+    base, lost = answers(model, held, final_states(model, held)), []
     for it in found.itertuples():
         edit = Edit("neurons", int(it.layer), "last", int(it.neuron), "given")
-        change = answers(model, asked, final_states(model, asked, means_at(model, asked, [edit]))).loss - base.loss
-        has = (asked.people["answer"] == it.attribute).to_numpy()
+        change = answers(model, held, final_states(model, held, means_at(model, held, [edit]))).loss - base.loss
+        has = (held.people["answer"] == it.attribute).to_numpy()
         lost.append({"loss_with": change[has].mean(), "loss_without": change[~has].mean()})
     return pd.concat([found.reset_index(drop=True), pd.DataFrame(lost)], axis=1)

@@ -14,7 +14,7 @@ import pandas as pd
 from .asking import Asked, answers, donated, final_states
 from .crossed import excess_of
 from .inside import mlp_paths
-from .probes import probes
+from .probes import first_step
 from .stages import Effective, Told, summed_up
 from ..model.hooked import Model
 from ..patch.interventions import Edit
@@ -22,17 +22,22 @@ from ..results.estimates import Estimate, estimate_share
 
 # %% auto #0
 __all__ = ['Found', 'HYPOTHESES', 'BORNE_OUT', 'CONTRADICTED', 'OPEN', 'HOLDS', 'FALLS', 'without_any_path', 'excess',
-           'first_step', 'best_half', 'same_person', 'Prediction', 'judged', 'predictions', 'verdicts', 'halves',
+           'first_gain', 'best_half', 'same_person', 'Prediction', 'judged', 'predictions', 'verdicts', 'halves',
            'evidence']
 
 # %% ../../nbs/library/lookup/09_hypotheses.ipynb #4ac164b1
-Found = Mapping[str, pd.DataFrame]  # paths, excess, probes, halves, facts, and lookup: one row with the first and the last layer
+Found = Mapping[str, pd.DataFrame]  # paths, excess, first_step, halves, facts
 
 
 def _row(row: pd.Series, name: str) -> Estimate:
     "An estimate that a row of a table holds in three columns."
-    low, high = (row[f"{name}_{side}"] for side in ("low", "high"))
-    return Estimate(float(row[name]), *((float(low), float(high)) if np.isfinite([low, high]).all() else (None, None)), int(row["n"]))
+    return _as_estimate(row, name, f"{name}_low", f"{name}_high")
+
+
+def _as_estimate(row: pd.Series, *names: str) -> Estimate:
+    "Value, low and high of a row by their names; what is missing is none."
+    value, low, high = (None if pd.isna(row[name]) else float(row[name]) for name in names)
+    return Estimate(value, *((low, high) if low is not None and high is not None else (None, None)), int(row["n"]))
 
 
 def without_any_path(found: Found) -> Estimate:
@@ -46,14 +51,9 @@ def excess(found: Found) -> Estimate:
     return _row(found["excess"].query("layer == 'all' and acts == 'post'").iloc[0], "net")
 
 
-def first_step(found: Found) -> Estimate:
-    "How far a probe after the first MLP of the lookup has come, from the one before the lookup to the one after it: 0 no step, 1 all of it."
-    probe = found["probes"].query("what == 'probe'").set_index("layer")
-    begin, end = (int(found["lookup"][side].iloc[0]) for side in ("first", "last"))
-    start, stop, one = probe["mean"][begin], probe["mean"][end + 1], probe.loc[begin + 1]
-    if stop - start < 0.1: return Estimate(None, n=int(one.n))
-    def share(x): return float((x - start) / (stop - start))
-    return Estimate(share(one["mean"]), share(one["low"]), share(one["high"]), int(one.n))
+def first_gain(found: Found) -> Estimate:
+    "How far a probe after the first MLP of the lookup has come, from the one before the lookup to the one after it: of `probes.first_step`."
+    return _as_estimate(found["first_step"].iloc[0], "value", "low", "high")
 
 
 def best_half(found: Found) -> Estimate:
@@ -62,8 +62,10 @@ def best_half(found: Found) -> Estimate:
 
 
 def same_person(found: Found) -> Estimate:
-    "In how many pairs of relations a neuron's effects are more alike on two facts of one person than on facts of two people, the whole interval of the difference above 0: a share with its Wilson interval over pairs of relations."
+    """In how many pairs of relations a neuron's effects are more alike on two facts of one person than on facts of two people, the whole interval of the difference above 0: a share with its Wilson interval over pairs of relations. Pairs of which one answer tells the other do not count, nor
+    those that fewer than five people share."""
     facts = found["facts"].dropna()
+    facts = facts[~facts.told.astype(bool) & (facts.n >= 5)]
     return estimate_share(int((facts.low > 0).sum()), len(facts))
 
 # %% ../../nbs/library/lookup/09_hypotheses.ipynb #9f141ce9
@@ -84,12 +86,12 @@ HYPOTHESES: dict[str, tuple[Prediction, ...]] = {
     "single_step": (
         Prediction("The MLPs of the lookup do not need to read each other.", without_any_path, ("paths",), low=0.5),
         Prediction("Their neurons answer to the pair of names, not to either.", excess, ("excess",), low=0.5),
-        Prediction("After the first MLP of the lookup a probe has come a quarter of the way, or more.", first_step, ("probes", "lookup"), low=0.25),
+        Prediction("After the first MLP of the lookup a probe has come a quarter of the way, or more.", first_gain, ("first_step",), low=0.25),
         Prediction("A neuron that helps with one fact of a person helps with others, in most pairs of relations.", same_person, ("facts",), low=0.5)),
     "hash_lookup": (
         Prediction("Without what the MLPs of the lookup tell each other, the answer is lost.", without_any_path, ("paths",), high=0.5),
         Prediction("Their neurons answer to the pair of names, not to either.", excess, ("excess",), low=0.5),
-        Prediction("After the first MLP of the lookup a probe has come less than a quarter of the way.", first_step, ("probes", "lookup"), high=0.25)),
+        Prediction("After the first MLP of the lookup a probe has come less than a quarter of the way.", first_gain, ("first_step",), high=0.25)),
     "additive": (
         Prediction("Nothing is there for the pair of names only.", excess, ("excess",), high=0.25),
         Prediction("One half of the name is enough.", best_half, ("halves",), low=0.5))}
@@ -136,10 +138,10 @@ def evidence(model: Model, asked: Asked, parts: Effective, k: int = 8, seeds: in
     def say(what):
         if told: told(what)
     say("paths between MLPs")
-    found = {"lookup": pd.DataFrame([{"first": parts.lookup[0], "last": parts.lookup[1]}]), "paths": mlp_paths(model, asked, layers)}
+    found = {"paths": mlp_paths(model, asked, layers)}
     say("excess")
     found["excess"] = excess_of(model, asked, parts.extraction[0], [l for l in layers if l < parts.extraction[0][0]], k)
     say("probes")
-    found["probes"] = probes(model, asked, parts.extraction[0], seeds)
+    found["first_step"] = first_step(model, asked, parts.lookup, seeds)
     say("halves of names")
     return found | {"halves": halves(model, asked)}

@@ -25,7 +25,7 @@ from ..results.estimates import estimate, estimate_means
 
 # %% auto #0
 __all__ = ['MlpPaths', 'FactEffects', 'without_paths', 'mlp_paths', 'difference_of', 'neuron_estimates', 'neurons', 'resampled',
-           'fact_correlations']
+           'told_by', 'fact_correlations']
 
 # %% ../../nbs/library/lookup/05_inside.ipynb #4300e8d6
 MlpPaths = Mapping[int, Iterable[int]]  # of each receiving layer, the layers whose MLPs it is not to read
@@ -76,8 +76,8 @@ def _probe_scores(x: np.ndarray, changed: Sequence[np.ndarray], y: np.ndarray, s
     "How often probes fitted on `x` are right on each of the changed streams, on people that were not fitted on."
     hits = [[] for _ in changed]
     for fit, test in split:
-        known = fitted(x[fit], y[fit])
-        for score, stream in zip(hits, changed): score.append((known.predict(stream[test]) == y[test]).mean())
+        known = fitted(x[fit], y[fit]) if len(set(y[fit])) > 1 else None
+        for score, stream in zip(hits, changed): score.append(((known.predict(stream[test]) if known else y[fit][0]) == y[test]).mean())
     return [float(np.mean(score)) for score in hits]
 
 
@@ -171,9 +171,20 @@ def _row_correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return a @ b.T
 
 
-def fact_correlations(effects: FactEffects) -> pd.DataFrame:
+def told_by(one: Sequence[str], other: Sequence[str], seed: int = 0) -> bool:
+    """Whether one fact of people tells the other: guessing the most common answer for each answer to the first is right in more than half of what guessing with shuffled people leaves to be gained. True where nearly everybody has the same."""
+    table = pd.crosstab(pd.Series(list(one)), pd.Series(list(other)))
+    if max(table.sum(axis=0).max(), table.sum(axis=1).max()) > 0.9 * len(one): return True
+    rng = np.random.default_rng(seed)
+    def right(a, b): return pd.crosstab(pd.Series(list(a)), pd.Series(list(b))).max(axis=1).sum() / len(a)
+    chance = np.mean([right(one, rng.permutation(list(other))) for _ in range(50)])
+    return bool(chance == 1 or (right(one, other) - chance) / (1 - chance) > 0.5)
+
+
+def fact_correlations(effects: FactEffects, said: Mapping[str, Mapping[str, str]] | None = None) -> pd.DataFrame:
     """For each two relations that at least two people share: `same`, the mean over people of the correlation over neurons between the effects on both facts of one person, `other`, that between one person's fact and the other fact of the others, the `difference` with its
-    interval over people, and `n`."""
+    interval over people, and `n`. `said`: by relation each person's answer; then `told` says whether one of the answers tells the other (see `told_by`), as a country its capital: such facts are one fact. People of whom no neuron does anything are left out."""
+    effects = {name: (list(np.array(who)[keep]), x[keep]) for name, (who, x) in effects.items() for keep in [np.ptp(x, axis=1) > 0]}
     rows = []
     for one, two in combinations(effects, 2):
         (names, a), (others, b) = effects[one], effects[two]
@@ -183,5 +194,6 @@ def fact_correlations(effects: FactEffects) -> pd.DataFrame:
         own, n = np.diag(found), len(shared)
         rest = ((found.sum(1) - own) + (found.sum(0) - own)) / (2 * (n - 1))
         difference = estimate(own - rest)
-        rows.append({"one": one, "two": two, "same": own.mean(), "other": rest.mean(), "difference": difference.value, "low": difference.low, "high": difference.high, "n": n})
-    return pd.DataFrame(rows, columns=["one", "two", "same", "other", "difference", "low", "high", "n"])
+        rows.append({"one": one, "two": two, "same": own.mean(), "other": rest.mean(), "difference": difference.value, "low": difference.low, "high": difference.high, "n": n,
+                     "told": said is not None and any(told_by([said[a][who] for who in shared], [said[b][who] for who in shared]) for a, b in ((one, two), (two, one)))})
+    return pd.DataFrame(rows, columns=["one", "two", "same", "other", "difference", "low", "high", "n", "told"])

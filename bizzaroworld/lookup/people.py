@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
+from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
@@ -15,10 +16,12 @@ import pandas as pd
 from ..battery.tokens import continuation, encode
 from ..files import data_path
 from ..tasks.recipes import single_tokens
+from ..results.estimates import estimate_share
 
 # %% auto #0
-__all__ = ['SPORTS', 'PROMPTS', 'CONTEXTS', 'ATTRIBUTES', 'athletes', 'two_tokens', 'Names', 'names_of', 'known_names',
-           'values_of', 'planted_people', 'made_up', 'attributes', 'gemma_answers']
+__all__ = ['SPORTS', 'PROMPTS', 'CONTEXTS', 'ATTRIBUTES', 'PLANTED', 'FEWEST', 'COLUMNS', 'athletes', 'two_tokens', 'Names',
+           'names_of', 'known_names', 'values_of', 'planted_people', 'made_up', 'attributes', 'gemma_answers',
+           'PeopleError', 'whom', 'knowing']
 
 # %% ../../nbs/library/lookup/01_people.ipynb #8d05c328
 SPORTS = ("baseball", "basketball", "football")  # football is the American game
@@ -136,3 +139,51 @@ def gemma_answers() -> pd.DataFrame:
 
     `share`: of the probability of all answers that the relation has, the part of the right one."""
     return pd.read_csv(data_path("people", "gemma-3-270m.csv"), keep_default_na=False)
+
+# %% ../../nbs/library/lookup/01_people.ipynb #4e6e275f
+class PeopleError(ValueError):
+    "What cannot be asked of this model or these people; the message says why."
+
+
+PLANTED, FEWEST, COLUMNS = "bizzaro-people", 24, ("first", "last", "answer")
+
+
+def whom(model: Model, people: str | Path | pd.DataFrame | None = None) -> pd.DataFrame:
+    """The people to ask: a table or a CSV file with the columns `first`, `last`, `answer`; else the planted people of the embedded model that knows them, or athletes. Those whose name is not two tokens are left out.
+
+    Raises `PeopleError` for a table without these columns, with a name twice, or of which nobody is left."""
+    if people is None: table = planted_people(model.tokenizer) if model.name == PLANTED else athletes()
+    elif isinstance(people, pd.DataFrame): table = people
+    else:
+        try: table = pd.read_csv(people, dtype=str, keep_default_na=False)
+        except (OSError, ValueError) as error: raise PeopleError(f"{people} cannot be read as a table: {error}") from None
+    if missing := [c for c in COLUMNS if c not in table]: raise PeopleError(f"The table of people has no column {missing[0]!r}: it needs {', '.join(COLUMNS)}.")
+    if table[list(COLUMNS)].isna().any().any(): raise PeopleError("The table of people has empty cells in first, last or answer.")
+    table = table.assign(**{c: table[c].astype(str) for c in COLUMNS})
+    for row in table[table.duplicated(["first", "last"])].head(1).itertuples(): raise PeopleError(f"{row.first} {row.last} is in the table twice.")
+    left = two_tokens(model.tokenizer, table)
+    if left.empty: raise PeopleError(f"None of {len(table)} names is two tokens for {model.name}, the first name one and the last name one.")
+    return left
+
+# %% ../../nbs/library/lookup/01_people.ipynb #5c8cf6ec
+def knowing(asked, found: pd.DataFrame, margin: float) -> tuple[pd.DataFrame, dict]:
+    "Of people who are asked (an `asking.Asked`) and their `asking.answers` the table of people with what was answered and whether they are `known`; and what is to be said about it, with a `sentence`."
+    table = pd.concat([asked.people[list(COLUMNS)], found.assign(known=found.right & (found.lead >= margin))], axis=1)
+    sure, right = found[found.lead >= margin], estimate_share(int(found.right.sum()), len(found))
+    surely = estimate_share(int(sure.right.sum()), len(sure))
+    told = {"asked": len(table), "right": right.to_dict(), "known": int(table.known.sum()), "margin": margin, "right_where_sure": surely.to_dict(), "chance": 1 / len(asked.choices),
+            "can_do": bool(table.known.sum() >= FEWEST and surely.low is not None and surely.low > max(1 / len(asked.choices), _most_common(sure, asked)) and _told_apart(table[table.known]))}
+    told["sentence"] = (f"Of {len(table):,} people asked about, it is right on {right:.0%}; chance is {told['chance']:.0%}. It leads by at least {margin:g} logits on {len(sure)} and is right on {surely:.0%} of them: "
+                        f"these {told['known']} count as known.")
+    if not told["can_do"]: told["sentence"] += f" That is too few (at least {FEWEST} are needed, of five last names and two answers), or no better than one answer for everybody, so nothing else is asked of it."
+    return table, told
+
+
+def _most_common(sure: pd.DataFrame, asked) -> float:
+    "What the most common answer for everybody would get right, of the people on whom the model is sure."
+    return float(asked.people["answer"][sure.index].value_counts(normalize=True).max()) if len(sure) else 0.0
+
+
+def _told_apart(known: pd.DataFrame) -> bool:
+    "Whether there are enough last names and answers among people to find parts on one half of them and to test on the other."
+    return known["last"].nunique() >= 5 and known["answer"].nunique() >= 2 and known["answer"].value_counts().iloc[1] >= 6

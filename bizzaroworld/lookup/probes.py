@@ -5,7 +5,7 @@
 # %% ../../nbs/library/lookup/04_probes.ipynb #2d6439d2
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -22,10 +22,11 @@ from .asking import Asked, read
 from ..model.hooked import Model
 from ..model.load import untrained
 from ..patch.interventions import Edit
-from ..results.estimates import estimate_means
+from ..results.estimates import estimate
 
 # %% auto #0
-__all__ = ['SEEDS', 'TEST', 'splits', 'fitted', 'probe', 'head_directions', 'head_says', 'streams', 'probes']
+__all__ = ['SEEDS', 'TEST', 'splits', 'fitted', 'probe', 'head_directions', 'head_says', 'streams', 'hits', 'first_step',
+           'probes']
 
 # %% ../../nbs/library/lookup/04_probes.ipynb #caee107e
 SEEDS, TEST = 10, 0.2
@@ -78,29 +79,51 @@ def streams(model: Model, asked: Asked) -> list[Float[np.ndarray, "person d_mode
     return [there[key].numpy() for key in places]
 
 
-def _rows(kind: str, layer: int, said: Sequence[np.ndarray], truth: Sequence[np.ndarray], n: int) -> dict:
-    "A row of the table: the mean over splits of a share of agreement, with its interval."
-    shares = np.array([(a == b).mean() for a, b in zip(said, truth)])
-    return {"what": kind, "layer": layer, **{k: float(v[0]) for k, v in estimate_means(shares[:, None]).items()}, "splits": len(shares), "n": n}
+def hits(said: Sequence[np.ndarray], truth: np.ndarray, split: Sequence[tuple[np.ndarray, np.ndarray]]) -> Float[np.ndarray, "person"]:
+    "How often each person's answer was said, over the splits that held them out; NaN for somebody whom none did."
+    right, times = np.zeros(len(truth)), np.zeros(len(truth))
+    for one, (_, test) in zip(said, split):
+        np.add.at(right, test, one == truth[test]), np.add.at(times, test, 1)
+    with np.errstate(invalid="ignore"): return right / times
+
+
+def _row(kind: str, layer: int, said: Sequence[np.ndarray], truth: np.ndarray, split) -> dict:
+    "A row of the table: the share that is said rightly, the mean over people with its interval."
+    found = hits(said, truth, split)
+    share = estimate(found[np.isfinite(found)])
+    return {"what": kind, "layer": layer, "mean": share.value, "low": share.low, "high": share.high, "splits": len(split), "n": share.n}
+
+
+def first_step(model: Model, asked: Asked, band: tuple[int, int], seeds: int = SEEDS) -> pd.DataFrame:
+    """How far a probe after the first MLP of a band of layers `(first, last)` has come, from the one before the band to the one after it: `value` (0: no step, 1: all of it), with its interval over people, drawn for all three at once, and `n`. One row; no value where a tenth is
+    not gained between the two."""
+    split, y, stream = splits(asked, seeds), asked.right.numpy(), streams(model, asked)
+    three = np.stack([hits(probe(stream[l], y, split), y, split) for l in (band[0], band[0] + 1, band[1] + 1)], 1)
+    three = three[np.isfinite(three).all(1)]
+    def share(data):
+        start, one, stop = np.moveaxis(data.mean(1), -1, 0)
+        return np.where(stop - start > 0.1, (one - start) / np.maximum(stop - start, 0.1), np.nan)
+    found = estimate(three, share)
+    return pd.DataFrame([{"value": found.value, "low": found.low, "high": found.high, "n": found.n}])
 
 
 def probes(model: Model, asked: Asked, head: tuple[int, int] | None = None, seeds: int = SEEDS, twin: Model | None = None) -> pd.DataFrame:
-    """How often the answer is read off the stream at the name, before each layer (the last row: after the last): `what`, `layer`, the `mean` over splits with its interval, `splits`, `n`.
+    """How often the answer is read off the stream at the name, before each layer (the last row: after the last): `what`, `layer`, the `mean` over the people held out with its interval, `splits`, `n`.
 
     `what` is `probe`, `random labels`, `untrained` (of `twin`, made if it is not given), and for a `head`: `head` (its directions on the people held out) and `agreement` (how often they say what the probe says). Layers after
     the head's have no such rows."""
-    split, y, n = splits(asked, seeds), asked.right.numpy(), len(asked)
+    split, y = splits(asked, seeds), asked.right.numpy()
     shuffled = np.random.default_rng(0).permutation(y)
     twin = untrained(model) if twin is None else twin
-    rows, tests = [], [test for _, test in split]
+    rows = []
     directions = None if head is None else head_directions(model, asked, head)
     for layer, (x, other) in enumerate(zip(streams(model, asked), streams(twin, asked))):
         said = probe(x, y, split)
-        rows.append(_rows("probe", layer, said, [y[t] for t in tests], n))
-        rows.append(_rows("random labels", layer, probe(x, shuffled, split), [shuffled[t] for t in tests], n))
-        rows.append(_rows("untrained", layer, probe(other, y, split), [y[t] for t in tests], n))
+        rows.append(_row("probe", layer, said, y, split))
+        rows.append(_row("random labels", layer, probe(x, shuffled, split), shuffled, split))
+        rows.append(_row("untrained", layer, probe(other, y, split), y, split))
         if head is not None and layer <= head[0]:
             heard = head_says(model, asked, head, directions, torch.from_numpy(x))
-            rows.append(_rows("head", layer, [heard[t] for t in tests], [y[t] for t in tests], n))
-            rows.append(_rows("agreement", layer, said, [heard[t] for t in tests], n))
+            rows.append(_row("head", layer, [heard[test] for _, test in split], y, split))
+            rows.append(_row("agreement", layer, said, heard, split))
     return pd.DataFrame(rows)

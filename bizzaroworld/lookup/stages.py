@@ -5,7 +5,7 @@
 # %% ../../nbs/library/lookup/03_stages.ipynb #23fd1df0
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -95,30 +95,38 @@ def _called(e: Edit) -> str:
 # %% ../../nbs/library/lookup/03_stages.ipynb #82d1e23a
 @dataclass(frozen=True)
 class Effective:
-    "What of a model is kept: see above. Heads are `(layer, head)`."
+    "What of a model is kept: see above. Heads are `(layer, head)`; `lookup` is `None` where the answer is kept without any MLP at the name."
     concatenated: int
-    lookup: tuple[int, int]
+    lookup: tuple[int, int] | None
     extraction: tuple[tuple[int, int], ...]
     readout: bool = False
 
     def __str__(self) -> str:
         heads = ", ".join(f"L{l}H{h}" for l, h in self.extraction)
-        return (f"attention at the name before layer {self.concatenated}; MLPs there in layers {self.lookup[0]} to {self.lookup[1]}; "
+        mlps = "no MLPs there" if self.lookup is None else f"MLPs there in layers {self.lookup[0]} to {self.lookup[1]}"
+        return (f"attention at the name before layer {self.concatenated}; {mlps}; "
                 f"at the final token the heads {heads}" + " and the MLPs" * self.readout)
 
     def to_dict(self) -> dict: return asdict(self)
 
-    def outside(self, model: Model) -> dict[str, list[Edit]]:
-        "The edits that replace everything else, by the stage that they test."
-        n, (first, last) = model.n_layers, self.lookup
+    @classmethod
+    def of(cls, told: Mapping) -> Effective:
+        "From what `to_dict` gives, or JSON made of it."
+        return cls(told["concatenated"], told["lookup"] and tuple(told["lookup"]), tuple(map(tuple, told["extraction"])), told["readout"])
+
+    def outside(self, model: Model, asked: Asked) -> dict[str, list[Edit]]:
+        "The edits that replace everything else, by the stage that they test; `other tokens` are the name's first one and those between the name and the final token."
+        n, (first, last) = model.n_layers, self.lookup or (model.n_layers, -1)
+        other = [p for p in range(asked.first, asked.ids.shape[1] - 1) if p != asked.last]
         heads = [Edit("z", l, "final", h, "given") for l in range(n) for h in range(model.n_heads) if (l, h) not in self.extraction]
         return {"concatenation": piece("attention at the name", range(self.concatenated, n)),
                 "lookup": piece("MLPs at the name", [l for l in range(n) if not first <= l <= last]),
-                "extraction": heads + ([] if self.readout else piece("MLPs at the final token", range(n)))}
+                "extraction": heads + ([] if self.readout else piece("MLPs at the final token", range(n))),
+                "other tokens": [Edit(site, l, p, source="given") for site in ("attn_out", "mlp_out") for l in range(n) for p in other]}
 
     def inside(self, model: Model) -> dict[str, list[Edit]]:
         "The edits that replace what is kept, by stage."
-        return {"concatenation": piece("attention at the name", range(self.concatenated)), "lookup": piece("MLPs at the name", range(self.lookup[0], self.lookup[1] + 1)),
+        return {"concatenation": piece("attention at the name", range(self.concatenated)), "lookup": piece("MLPs at the name", range(self.lookup[0], self.lookup[1] + 1)) if self.lookup else [],
                 "extraction": [Edit("z", l, "final", h, "given") for l, h in self.extraction]}
 
 # %% ../../nbs/library/lookup/03_stages.ipynb #fc6f173a
@@ -148,12 +156,12 @@ def effective_model(model: Model, asked: Asked, curve: pd.DataFrame, single: pd.
     def shares(name, side): return curve[(curve.piece == name) & (curve.way == "mean") & (curve.side == side)].sort_values("layer").kept.to_list()
     ends, begins = _least(shares("MLPs at the name", "from"), keep), model.n_layers - _least(shares("MLPs at the name", "before")[::-1], keep)
     heads, readout = _heads_needed(model, asked, single, keep, most, told)
-    return Effective(_least(shares("attention at the name", "from"), keep), (min(begins, max(ends - 1, 0)), max(ends - 1, 0)), heads, readout)
+    return Effective(_least(shares("attention at the name", "from"), keep), (min(begins, ends - 1), ends - 1) if ends else None, heads, readout)
 
 # %% ../../nbs/library/lookup/03_stages.ipynb #d0efa75e
 def stages(model: Model, asked: Asked, kept_parts: Effective, ways: Sequence[str] = tuple(WAYS), seed: int = 0) -> pd.DataFrame:
     "What an effective model is worth on some people: a row for each thing replaced (`replaced`, `stage`, `way`), with the columns of `summed_up`."
-    outside, inside = kept_parts.outside(model), kept_parts.inside(model)
+    outside, inside = kept_parts.outside(model, asked), kept_parts.inside(model)
     outside["everything"] = [e for edits in outside.values() for e in edits]
     base = answers(model, asked, final_states(model, asked))
     rows = [{"replaced": "nothing", "stage": "", "way": "", **summed_up(base, base)}]

@@ -71,7 +71,7 @@ def window_reach(model: Model) -> list[int | None]:
     if model.positions is not None: return [None] * (model.n_layers + 1)
     found: list[int | None] = [0]
     for l in range(model.n_layers):
-        slides = types is not None and types[l] == "sliding_attention" and window
+        slides = window and (types[l] == "sliding_attention" if types is not None else getattr(config, "use_sliding_window", True))
         found.append(found[-1] + window - 1 if slides and found[-1] is not None else None)
     return found
 
@@ -148,6 +148,7 @@ def measure_locality(model: Model, texts: Iterable[str], *, contexts: Sequence[i
     `contexts`: how many tokens are left before the token, BOS not counted. `skip`: the first tokens of a text, which have little full context. `length`: tokens of a text that are read.
     `rows`: windows in one forward. Keeps the streams of all texts: 4 bytes x layers x tokens x d_model. Raises `ValueError` where no token is left."""
     contexts, texts = tuple(contexts), list(texts)
+    if model.positions is not None: length = min(length, model.positions - 1)  # one is for BOS
     ids, bos, tokens = _token_rows(model, texts, length, skip)
     if not len(tokens): raise ValueError(f"No text has more than {skip} tokens: give longer ones, or a smaller skip.")
     full = [streams(model, torch.tensor([([] if bos is None else [bos]) + some]))[:, 0, int(bos is not None):] for some in ids]

@@ -6,13 +6,14 @@ import pytest
 from typer.testing import CliRunner
 
 from bizzaroworld.cli import app
-from bizzaroworld.commands.lookup_run import PeopleError, knowing, lookup_lines, run_lookup, whom
-from bizzaroworld.lookup.asking import ask
-from bizzaroworld.model.load import load_model
+from bizzaroworld.commands.lookup_run import lookup_lines, reader_of, run_lookup
+from bizzaroworld.lookup.asking import Asked
+from bizzaroworld.lookup.people import PeopleError, knowing, whom
+from bizzaroworld.lookup.stages import Effective
 from bizzaroworld.planted.lookups import PROMPTS, plant_lookup
 from bizzaroworld.study.runs import RunError
 
-TABLES = ("people curves components stages prompts halves probes paths excess parallelograms lengths own_parts neurons resampled one_attribute facts predictions").split()
+TABLES = ("people curves components effective stages halves probes first_step paths excess parallelograms lengths own_parts neurons resampled one_attribute facts predictions").split()
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +53,35 @@ def test_a_run_that_was_stopped_makes_only_what_is_missing(planted, folder):
 def test_nothing_is_asked_of_a_model_that_knows_nobody(planted, tmp_path):
     wrong = planted.people.assign(answer=planted.people["answer"].map({"baseball": "football", "football": "basketball", "basketball": "baseball"}))
     folder = run_lookup(planted.model, people=wrong, prompt=PROMPTS["one_shot"], out=tmp_path / "run")
-    assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == {"run.json", "people.csv", "ability.json"}
+    assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == {"run.json", "people.csv", "whole.json", "ability.json"}
     assert "nothing else is asked" in "\n".join(lookup_lines(folder))
 
 
 def test_known_is_right_by_a_margin_and_lucky_guesses_are_counted():
     people = pd.DataFrame({"first": ["A"] * 100, "last": [f"B{i}" for i in range(100)], "answer": ["golf", "chess"] * 50})
-    from bizzaroworld.lookup.asking import Asked
     found = pd.DataFrame({"said": "golf", "right": [True] * 60 + [False] * 40, "ld": 1.0, "lead": [2.0] * 30 + [0.5] * 60 + [2.0] * 10, "loss": 1.0})
     table, told = knowing(Asked(people, "{name}", None, 1, 2, ("chess", "golf"), (0, 1)), found, 1.0)
     assert table.known.sum() == told["known"] == 30 and told["right"]["value"] == 0.6 and told["right_where_sure"]["value"] == 0.75 and told["can_do"]
     assert not knowing(Asked(people, "{name}", None, 1, 2, ("chess", "golf"), (0, 1)), found.assign(right=[True, False] * 50), 1.0)[1]["can_do"]
+    always = people.assign(answer=["golf"] * 80 + ["chess"] * 20)  # says golf to everybody
+    assert not knowing(Asked(always, "{name}", None, 1, 2, ("chess", "golf"), (0, 1)), found.assign(right=[True] * 80 + [False] * 20, lead=2.0), 1.0)[1]["can_do"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: b"", lambda b: b.replace(b"1", b"2", 1)], ids=["cut", "emptied", "changed"])
+def test_a_table_that_something_else_has_changed_is_made_again(planted, folder, damage):
+    kept = {name: (folder / f"{name}.csv").read_bytes() for name in TABLES}
+    for name in ("people", "halves", "effective"): (folder / f"{name}.csv").write_bytes(damage(kept[name]))
+    run_lookup(planted.model, people=planted.people, prompt=PROMPTS["one_shot"], out=folder, most=48, words=False)
+    assert {name: (folder / f"{name}.csv").read_bytes() for name in TABLES} == kept
+
+
+def test_the_head_that_is_asked_reads_after_the_lookup():
+    "The one that helps most of those; none where nothing is looked up, or none reads after it."
+    single = pd.DataFrame([{"site": "z", "way": "mean", "layer": 1, "head": 0, "mean": -2.0}, {"site": "z", "way": "mean", "layer": 6, "head": 2, "mean": -1.0}])
+    assert reader_of(None, Effective(1, None, ((6, 2),)), single) is None
+    assert reader_of(None, Effective(1, (1, 2), ((1, 0), (6, 2))), single) == (6, 2) == reader_of(None, Effective(1, (1, 2), ((1, 0),)), single)
+    assert reader_of(None, Effective(1, (1, 6), ((1, 0),)), single) is None
 
 
 def test_who_cannot_be_asked_is_named(planted, tmp_path):
@@ -71,6 +90,8 @@ def test_who_cannot_be_asked_is_named(planted, tmp_path):
     with pytest.raises(PeopleError, match="None of 1 name is two tokens"): whom(planted.model, pd.DataFrame({"first": ["Xy"], "last": ["Zw"], "answer": ["golf"]}))
     with pytest.raises(PeopleError, match="cannot be read"): whom(planted.model, tmp_path / "nobody.csv")
     with pytest.raises(PeopleError, match="nothing to tell apart"): run_lookup(planted.model, people=planted.people[planted.people["answer"] == "football"], prompt=PROMPTS["bare"], out=tmp_path / "a")
+    with pytest.raises(PeopleError, match="empty cells"): whom(planted.model, planted.people.assign(answer=[None, *planted.people["answer"][1:]]))
+    with pytest.raises(PeopleError, match="ends in the name"): run_lookup(planted.model, people=planted.people, prompt="Fact: {name}", out=tmp_path / "c")
     with pytest.raises(PeopleError, match="must hold {name} once"): run_lookup(planted.model, people=planted.people, prompt="plays", out=tmp_path / "b")
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
 

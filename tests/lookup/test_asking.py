@@ -96,6 +96,8 @@ def test_answers_are_read_off_the_logits(nano, asked):
 
 def test_donors_have_another_answer_and_are_drawn_the_same_way_again(asked):
     order = donors_of(asked, 3)
+    first, last = asked.people["first"].to_numpy(), asked.people["last"].to_numpy()
+    assert (first[order] != first).all() and (last[order] != last).all()
     assert (asked.people["answer"].to_numpy()[order] != asked.people["answer"].to_numpy()).all() and (order == donors_of(asked, 3)).all()
     assert (order != donors_of(asked, 4)).any()
 

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from bizzaroworld.lookup.asking import ask
-from bizzaroworld.lookup.hypotheses import (BORNE_OUT, CONTRADICTED, FALLS, HOLDS, HYPOTHESES, OPEN, Prediction, evidence, excess, first_step, judged, predictions, same_person, verdicts,
+from bizzaroworld.lookup.hypotheses import (BORNE_OUT, CONTRADICTED, FALLS, HOLDS, HYPOTHESES, OPEN, Prediction, evidence, excess, first_gain, judged, predictions, same_person, verdicts,
                                             without_any_path)
 from bizzaroworld.lookup.stages import Effective
 from bizzaroworld.planted.lookups import LOOKUPS, PROMPTS, plant_lookup
@@ -42,13 +42,11 @@ def test_numbers_are_read_off_the_right_rows():
     assert without_any_path({"paths": pd.DataFrame([path("nothing", 1)])}) == Estimate(1.0, 1.0, 1.0, 7)
     table = pd.DataFrame([{"layer": layer, "acts": acts, "net": net, "net_low": net, "net_high": net, "n": 3} for layer, acts, net in (("2", "post", 0.1), ("all", "pre", 0.2), ("all", "post", 0.3))])
     assert excess({"excess": table}).value == 0.3
-    probes = pd.DataFrame([{"what": what, "layer": layer, "mean": mean, "low": mean - 0.05, "high": mean + 0.05, "n": 9} for what, curve in (("probe", (0.3, 0.3, 0.5, 0.9)), ("untrained", (0.9,) * 4)) for layer, mean in enumerate(curve)])
-    found = first_step({"probes": probes, "lookup": pd.DataFrame([{"first": 1, "last": 2}])})
-    assert found.value == pytest.approx(1 / 3) and found.low == pytest.approx(0.25) and found.n == 9
-    assert first_step({"probes": probes, "lookup": pd.DataFrame([{"first": 0, "last": 0}])}).value is None  # nothing came of it
-    facts = pd.DataFrame({"difference": [0.1, 0.3, 0.2, np.nan], "low": [-0.1, 0.2, 0.1, np.nan], "high": [0.2, 0.4, 0.3, np.nan], "n": [5, 7, 9, 2]})
-    assert same_person({"facts": facts}).value == pytest.approx(2 / 3) and same_person({"facts": facts}).n == 3
-    assert same_person({"facts": facts[3:]}).value is None
+    assert first_gain({"first_step": pd.DataFrame([{"value": 0.3, "low": 0.2, "high": 0.4, "n": 9}])}) == Estimate(0.3, 0.2, 0.4, 9)
+    assert first_gain({"first_step": pd.DataFrame([{"value": np.nan, "low": np.nan, "high": np.nan, "n": 9}])}) == Estimate(None, n=9)
+    facts = pd.DataFrame({"difference": [0.1, 0.3, 0.2, 0.5, 0.5, np.nan], "low": [-0.1, 0.2, 0.1, 0.4, 0.4, np.nan], "high": [0.2, 0.4, 0.3, 0.6, 0.6, np.nan], "n": [5, 7, 9, 4, 9, 2], "told": [False, False, False, False, True, False]})
+    assert same_person({"facts": facts}).value == pytest.approx(2 / 3) and same_person({"facts": facts}).n == 3  # not the one of four people, nor the one whose answers tell each other
+    assert same_person({"facts": facts[4:]}).value is None
 
 
 MUST = {"single_step": (HOLDS, FALLS, FALLS), "hash_lookup": (FALLS, HOLDS, FALLS), "spread": (HOLDS, FALLS, FALLS), "linear": (FALLS, FALLS, HOLDS)}

@@ -7,7 +7,7 @@ import torch
 from bizzaroworld.lookup.asking import answers, as_pairs, ask, final_states, means_at, read
 from bizzaroworld.lookup.crossed import (_outside, choice_weights, crossed, direct_weights, excess_of, lengths, one_attribute, other_halves, own_parts, parallelograms, renamed,
                                          with_shuffled_mlps)
-from bizzaroworld.lookup.inside import difference_of, fact_correlations, mlp_paths, neuron_estimates, neurons, resampled, without_paths
+from bizzaroworld.lookup.inside import difference_of, fact_correlations, mlp_paths, neuron_estimates, neurons, resampled, told_by, without_paths
 from bizzaroworld.lookup.nonlinear import isotropic_share
 from bizzaroworld.lookup.probes import head_directions
 from bizzaroworld.patch.interventions import Edit
@@ -123,6 +123,19 @@ def test_facts_of_one_person_are_told_from_those_of_two():
     shared = fact_correlations({"a": (names, person + 5 * person[0]), "b": (names, person[::-1] + 5 * person[0])}).iloc[0]  # the same for everybody: no person's own
     assert shared.same > 0.8 and abs(shared.difference) < 0.05
     assert fact_correlations({"a": (names, person), "b": (["else"], person[:1])}).empty
+    silent = fact_correlations({"a": (names, person * (np.arange(20) > 0)[:, None]), "b": (names, person)}).iloc[0]
+    assert silent.n == 19 and silent.same > 0.95  # one of whom no neuron does anything
+
+
+def test_facts_that_are_one_fact_are_told_apart():
+    rng = np.random.default_rng(0)
+    country = rng.choice(list("ABCDE"), 60)
+    assert told_by(country, [c + "-town" for c in country]) and told_by(["x"] * 60, country) and told_by(country, ["x"] * 60)
+    assert not told_by(country, rng.choice(list("uv"), 60)) and not told_by(rng.choice(list("uv"), 60), country)
+    names, acts = [f"P{i}" for i in range(60)], rng.normal(size=(60, 30))
+    said = {"country": dict(zip(names, country)), "capital": dict(zip(names, [c + "-town" for c in country])), "pet": dict(zip(names, rng.choice(list("uv"), 60)))}
+    table = fact_correlations({name: (names, acts) for name in said}, said).set_index(["one", "two"])
+    assert table.told["country", "capital"] and not table.told["country", "pet"] and not table.told["capital", "pet"]
 
 
 def test_other_halves_share_nothing_and_make_no_known_name(known):
@@ -170,9 +183,9 @@ def test_the_excess_is_all_of_a_lookup_and_nothing_of_a_sum(single, known):
 
 
 def test_a_parallelogram_closes_where_halves_are_added(single, known):
-    table = parallelograms(single.model, known, ["resid_pre", "mlp_out"], n=20).set_index(["site", "layer"])
+    table = parallelograms(single.model, known, ["resid_pre", "mlp_out"], n=150).set_index(["site", "layer"])
     assert table.ratio["resid_pre", 0] == pytest.approx(0, abs=1e-6)  # the last name's own embedding
-    assert table.ratio["mlp_out", 2] > 0.7 and table.n.max() == 20
+    assert table.ratio["mlp_out", 2] > 0.7 and 4 * table.n.max() <= len(known)  # nobody twice
 
 
 def test_shuffled_mlps_hold_the_same_numbers_and_nothing_else_is_touched(single):
@@ -206,7 +219,9 @@ def test_a_random_vector_is_its_own_as_far_as_random_vectors_are(people):
 
 
 def test_no_neuron_of_a_single_step_lookup_stands_for_a_sport(single, known):
-    table = one_attribute(single.model, known, known.only(range(0, 96, 4)), single.truth.extracts, [2], best=1)
+    table = one_attribute(single.model, known.only(range(0, 96, 2)), known.only(range(1, 96, 2)), single.truth.extracts, [2], best=1)
+    none = known.only((known.people["answer"] != "football").to_numpy())
+    assert set(one_attribute(single.model, none, none, single.truth.extracts, [2], best=1).attribute) == {"baseball", "basketball"}
     assert set(table.attribute) == set(known.choices) and (table.loss_with < 1).all()
     weights = choice_weights(single.model, known.only(range(0, 96, 4)), single.truth.extracts, [2])[2]
     own = single.neurons

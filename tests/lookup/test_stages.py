@@ -1,13 +1,17 @@
 """The three stages of lookups that were written by hand: what is needed is found, and what is replaced is replaced exactly."""
+import json
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from bizzaroworld.lookup.asking import Asked, answers, as_pairs, ask, donors_of, final_states, read
-from bizzaroworld.lookup.probes import fitted, head_directions, head_says, probe, probes, splits
+from bizzaroworld.lookup.asking import Asked, as_pairs, ask, donors_of, final_states, read
+from bizzaroworld.lookup.probes import _row, first_step, head_directions, head_says, hits, probe, probes, splits
 from bizzaroworld.lookup.stages import PIECES, Effective, components, curves, effective_model, kept, piece, stages
 from bizzaroworld.patch.interventions import Edit
-from bizzaroworld.planted.lookups import LOOKUPS, PROMPTS, plant_lookup
+from bizzaroworld.model.load import load_model
+from bizzaroworld.planted.lookups import LOOKUPS, PROMPTS, _set_head, build_lookup, plant_lookup
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +28,38 @@ def test_what_was_planted_is_found_on_half_of_the_people_and_is_enough_for_the_o
     everyone = ask(it.model, it.people, PROMPTS["one_shot"])
     half, rest = everyone.only(range(0, 96, 2)), everyone.only(range(1, 96, 2))
     found = effective_model(it.model, half, curves(it.model, half, ["mean"], whole=False), components(it.model, half))
-    assert found == Effective(it.truth.concatenates[0] + 1, (min(it.truth.mlps), max(it.truth.mlps)), (it.truth.extracts,))
+    assert found == Effective(it.truth.concatenates[0] + 1, (min(it.truth.mlps), max(it.truth.mlps)), (it.truth.extracts,)) == Effective.of(json.loads(json.dumps(found.to_dict())))
     table = stages(it.model, rest, found).set_index(["replaced", "stage", "way"])
     for way in ("mean", "resample"):
         assert table.loc[("all but it", "everything", way)].right == 1 and table.loc[("all but it", "everything", way)].kept == pytest.approx(1, abs=0.01)
+        assert table.loc[("all but it", "other tokens", way)].kept == pytest.approx(1, abs=0.01)
         for stage in ("concatenation", "lookup", "extraction"): assert table.loc[("it alone", stage, way)].kept_high < 0.5
+
+
+@torch.no_grad()
+def test_an_answer_that_goes_by_way_of_other_tokens_is_missed_and_said_to_be():
+    "A head in layer 5 hands the sport to the words after the name, and the head at the final token reads it there: what is kept is not enough."
+    hf = build_lookup("single_step")
+    _set_head(hf.model.layers[5].self_attn, 0, "other", "last", "sport", "sport")
+    _set_head(hf.model.layers[6].self_attn, 2, "end", "other", "sport", "answer", 2.0)
+    it = plant_lookup("single_step")
+    model = load_model(hf, tokenizer=it.model.tokenizer)
+    everyone = ask(model, it.people, PROMPTS["one_shot"])
+    half, rest = everyone.only(range(0, 96, 2)), everyone.only(range(1, 96, 2))
+    found = effective_model(model, half, curves(model, half, ["mean"], whole=False), components(model, half))
+    table = stages(model, rest, found, ["mean"]).set_index(["replaced", "stage"])
+    assert table.loc[("all but it", "extraction")].right == 1
+    assert table.loc[("all but it", "other tokens")].kept_high < 0.1 and table.loc[("all but it", "everything")].right < 0.6
+
+
+def test_no_mlps_are_no_lookup(planted, asked):
+    "Curves on which the answer is kept without any MLP at the name."
+    some = asked.only(range(12))
+    table = curves(planted.model, some, ["mean"], whole=False)
+    table.loc[table.piece == "MLPs at the name", "kept"] = 1.0
+    found = effective_model(planted.model, some, table, components(planted.model, some))
+    assert found.lookup is None and "no MLPs there" in str(found) and not found.inside(planted.model)["lookup"]
+    assert len(found.outside(planted.model, some)["lookup"]) == planted.model.n_layers
 
 
 def test_replacing_nothing_keeps_everything(planted, asked):
@@ -76,6 +107,32 @@ def test_probes_read_a_planted_answer_where_it_is_and_nothing_anywhere_else(plan
     assert (table["head"].dropna()[layer + 1:] == 1).all() and (table["head"][:layer + 1] < 0.55).all() and (table["agreement"].dropna()[layer + 1:] > 0.95).all()
     assert ((table["random labels"] - 1 / 3).abs() < 0.2).all() and (table["untrained"] < 0.6).all()
     assert table["head"].notna().sum() == planted.truth.extracts[0] + 1
+
+
+def test_intervals_of_probes_are_over_people():
+    "On noise, the interval holds chance as often as it says, which one over splits does not."
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(20):
+        people = pd.DataFrame({"first": "A", "last": [f"B{i}" for i in range(90)], "answer": rng.choice(["a", "b", "c"], 90)})
+        toy = Asked(people, "{name}", torch.zeros(90, 3, dtype=torch.long), 1, 2, ("a", "b", "c"), (0, 1, 2))
+        split, y = splits(toy, 5), toy.right.numpy()
+        row = _row("probe", 0, probe(rng.normal(size=(90, 5)), y, split), y, split)
+        held += row["low"] <= 1 / 3 <= row["high"]
+        assert row["n"] <= 90
+    assert held >= 16
+
+
+def test_a_persons_hits_are_over_the_splits_that_held_them_out():
+    split = [(np.array([0]), np.array([1, 2])), (np.array([0]), np.array([2]))]
+    found = hits([np.array([5, 7]), np.array([6])], np.array([0, 5, 6]), split)
+    assert np.isnan(found[0]) and found[1:].tolist() == [1.0, 0.5]
+
+
+def test_the_first_step_is_a_share_of_the_way(planted, asked):
+    one = first_step(planted.model, asked, (2, 2), 3).iloc[0]
+    assert one.value == one.low == one.high == 1 or one.value == pytest.approx(1, abs=0.02)
+    assert first_step(planted.model, asked, (1, 2), 3).iloc[0].value < 0.2  # MLP 1 does nothing
+    assert np.isnan(first_step(planted.model, asked, (0, 0), 3).iloc[0].value or np.nan)  # nothing is gained
 
 
 def test_no_last_name_is_on_both_sides_of_a_split(asked):
