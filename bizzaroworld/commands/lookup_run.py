@@ -20,7 +20,7 @@ from .. import __version__
 from ..battery.tokens import continuation, encode
 from ..figures.run_figures import write_plates
 from ..files import write_json, write_table
-from ..lookup.asking import Asked, answers, ask, final_states, fitting
+from ..lookup.asking import Asked, answers, ask, check_prompt, final_states, fitting
 from ..lookup.crossed import excess_of, lengths, most_halves, one_attribute, own_parts, parallelograms, renamed, with_shuffled_mlps
 from ..lookup.hypotheses import halves, predictions, verdicts
 from ..lookup.inside import fact_correlations, mlp_paths, neuron_estimates, neurons, resampled
@@ -218,8 +218,12 @@ def run_lookup(model: str | Model, *, people: str | Path | pd.DataFrame | None =
     Raises `PeopleError` for people or a prompt that cannot be asked, `ModelError`, `BusyError`, and `RunError` for a folder that holds another run."""
     if not isinstance(model, Model): model = load_model(model, device=device, dtype=dtype, revision=revision)
     _check_sites(model)
-    table, prompt = whom(model, people), PROMPTS.get(prompt, prompt)
-    try: asked = ask(model, fitting(model, table, prompt) if prompt.count("{name}") == 1 else table, prompt)
+    if margin < 0 or most < 12: raise PeopleError(f"A margin of {margin:g} and {most} people at most: give a margin of 0 or more, and at least 12 people.")
+    everybody = whom(model, people)
+    try:
+        prompt = check_prompt(prompt)
+        if (table := fitting(model, everybody, prompt)).empty: raise PeopleError(f"None of {len(everybody)} names are two tokens in {prompt!r}.")
+        asked = ask(model, table, prompt)
     except ValueError as error: raise PeopleError(str(error)) from None
     if asked.last == asked.ids.shape[1] - 1: raise PeopleError(f"{prompt!r} ends in the name: the answer must follow words after it, so that it has to be fetched from the name.")
     if len(asked.choices) < 2: raise PeopleError(f"All {len(asked)} people have the answer {asked.choices[0]!r}: there is nothing to tell apart.")
@@ -229,7 +233,7 @@ def run_lookup(model: str | Model, *, people: str | Path | pd.DataFrame | None =
         run = Steps(model, folder, asked, margin, most, seed, progress, STEPS - 2 * (not words))
         run.table("people", lambda: knowing(asked, answers(model, asked, final_states(model, asked)), margin)[0])
         found = pd.read_csv(folder / "people.csv")
-        able = knowing(asked, found.drop(columns=[*COLUMNS, "known"]), margin)[1]
+        able = knowing(asked, found.drop(columns=[*COLUMNS, "known"]), margin, everybody.attrs["named"] - len(asked))[1]
         write_json(folder / "ability.json", able | {"model": model.name, "prompt": asked.prompt})
         if able["can_do"]: _whole(run, words)
     return folder

@@ -16,14 +16,15 @@ from torch import Tensor
 
 from ..battery.pairs import PromptPair
 from ..battery.tokens import TokenPair, align, continuation, encode, token_span
+from .people import COLUMNS, PROMPTS
 from ..model.hooked import HEAD_SITES, NEURONS, PATTERN_SITES, Model
 from ..patch.engine import BaseRun, PrefixCache, base_run
 from ..patch.interventions import Edit, check_site
 from ..patch.metrics import measured
 
 # %% auto #0
-__all__ = ['Values', 'Asked', 'fitting', 'ask', 'Passes', 'hooks_of', 'final_states', 'read', 'answers', 'means_at', 'donors_of',
-           'donated', 'as_pairs']
+__all__ = ['Values', 'Asked', 'fitting', 'check_prompt', 'ask', 'Passes', 'hooks_of', 'final_states', 'read', 'answers',
+           'means_at', 'donors_of', 'donated', 'as_pairs']
 
 # %% ../../nbs/library/lookup/02_asking.ipynb #693a8bb5
 @dataclass(frozen=True, eq=False)
@@ -67,7 +68,7 @@ class Asked:
 def _one_token(model_or_tokenizer, prompt, choice: str) -> int:
     "The token of an answer after a prompt."
     ids = continuation(model_or_tokenizer, prompt, " " + choice)
-    if ids is None or len(ids) != 1: raise ValueError(f"The answer {choice!r} is {len(ids or ()) or 'no'} tokens after {prompt.text!r}: only answers of one token can be compared.")
+    if ids is None or len(ids) != 1: raise ValueError(f"The answer {choice!r} is {len(ids or ()) or 'no'} tokens after {prompt.text!r}: only answers of one token can be compared. Ask for other answers, or with another prompt.")
     return ids[0]
 
 
@@ -83,12 +84,21 @@ def fitting(model_or_tokenizer, people: pd.DataFrame, prompt: str) -> pd.DataFra
     return people[[_name_in(model_or_tokenizer, name, prompt)[2] for name in people["first"] + " " + people["last"]]].reset_index(drop=True)
 
 
-def ask(model_or_tokenizer, people: pd.DataFrame, prompt: str, choices: Sequence[str] | None = None) -> Asked:
-    """Put every name into a prompt (`{name} plays the sport of`) and find its tokens.
+def check_prompt(prompt: str) -> str:
+    "A prompt by its name in `people.PROMPTS`, or as it is. Raises `ValueError` where it does not hold `{name}` once, and no other braces."
+    text = PROMPTS.get(prompt, prompt)
+    if text.count("{name}") != 1 or set(text.replace("{name}", "")) & set("{}"):
+        raise ValueError(f"{prompt!r} is none of {', '.join(PROMPTS)}, so it must be a text that holds {{name}} once, and no other braces.")
+    return text
 
-    `choices`: the answers to compare; all that occur, unless given. Raises `ValueError` for a prompt without `{name}`, for nobody, for an answer that is
+
+def ask(model_or_tokenizer, people: pd.DataFrame, prompt: str = "one_shot", choices: Sequence[str] | None = None) -> Asked:
+    """Put every name into a prompt (`{name} plays the sport of`, or a name of `people.PROMPTS`) and find its tokens.
+
+    `people`: with columns `first`, `last`, `answer`. `choices`: the answers to compare; all that occur, unless given. Raises `ValueError` for a prompt without `{name}`, for nobody, for an answer that is
     none of the choices or not one token, and for a name that is not two tokens there."""
-    if prompt.count("{name}") != 1: raise ValueError(f"{prompt!r} must hold {{name}} once.")
+    prompt = check_prompt(prompt)
+    if missing := [c for c in COLUMNS if c not in people]: raise ValueError(f"The table of people has no column {missing[0]!r}: it needs {', '.join(COLUMNS)}.")
     if not len(people): raise ValueError("Nobody is asked: the table of people is empty.")
     choices = tuple(dict.fromkeys(choices)) if choices is not None else tuple(sorted(people["answer"].unique()))
     if lost := sorted(set(people["answer"]) - set(choices)): raise ValueError(f"The answer {lost[0]!r} is none of {', '.join(choices)}.")

@@ -23,7 +23,7 @@ from ..patch.interventions import Edit
 from ..results.estimates import Estimate, estimate
 
 # %% auto #0
-__all__ = ['other_halves', 'most_halves', 'renamed', 'crossed', 'direct_weights', 'excess_of', 'parallelograms',
+__all__ = ['other_halves', 'partners', 'most_halves', 'renamed', 'crossed', 'direct_weights', 'excess_of', 'parallelograms',
            'with_shuffled_mlps', 'lengths', 'own_parts', 'choice_weights', 'one_attribute']
 
 # %% ../../nbs/library/lookup/08_crossed.ipynb #723858e7
@@ -42,7 +42,7 @@ def other_halves(people: pd.DataFrame, k: int = 8, seed: int = 0) -> Int[np.ndar
     return np.array(out)
 
 
-def _partners(people: pd.DataFrame, others: Int[np.ndarray, "person k"], seed: int) -> Int[np.ndarray, "person k"]:
+def partners(people: pd.DataFrame, others: Int[np.ndarray, "person k"], seed: int) -> Int[np.ndarray, "person k"]:
     "For each person and other one a third who lends the last name to a name that shares no half with the person, and is nobody's where that can be had."
     rng, first, last = np.random.default_rng(seed), people["first"].to_numpy(), people["last"].to_numpy()
     there = set(zip(first, last))
@@ -68,7 +68,7 @@ def crossed(model: Model, asked: Asked, places: Iterable[tuple[str, int]], k: in
     "What is at the name for each person (`ab`: `person d`) and for names made of one half or none of it (`b_only`, `a_only`, `neither`: `person k d`), by place."
     places, people = list(places), asked.people
     others = other_halves(people, k, seed)
-    again = _partners(people, others, seed)
+    again = partners(people, others, seed)
     def halves(which, rows): return people[which].to_numpy()[rows].ravel()
     own = np.repeat(np.arange(len(people))[:, None], k, 1)
     kinds = {"b_only": (others, own), "a_only": (own, others), "neither": (others, again)}

@@ -11,18 +11,17 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from .asking import Asked, answers, donated, final_states
-from .crossed import excess_of
+from .asking import Asked, answers, final_states
+from .crossed import excess_of, other_halves, partners, renamed
 from .inside import mlp_paths
 from .probes import first_step
-from .stages import Effective, Told, summed_up
+from .stages import Effective, Told, kept, summed_up
 from ..model.hooked import Model
-from ..patch.interventions import Edit
 from ..results.estimates import Estimate, estimate_share
 
 # %% auto #0
 __all__ = ['Found', 'HYPOTHESES', 'BORNE_OUT', 'CONTRADICTED', 'OPEN', 'HOLDS', 'FALLS', 'without_any_path', 'excess',
-           'first_gain', 'best_half', 'same_person', 'Prediction', 'judged', 'predictions', 'verdicts', 'halves',
+           'first_gain', 'pair_only', 'same_person', 'Prediction', 'judged', 'predictions', 'verdicts', 'halves',
            'evidence']
 
 # %% ../../nbs/library/lookup/09_hypotheses.ipynb #4ac164b1
@@ -56,9 +55,9 @@ def first_gain(found: Found) -> Estimate:
     return _as_estimate(found["first_step"].iloc[0], "value", "low", "high")
 
 
-def best_half(found: Found) -> Estimate:
-    "The logit difference that is kept when one half of the name is somebody else's: of the half that can better be spared."
-    return _row(found["halves"].sort_values("kept").iloc[-1], "kept")
+def pair_only(found: Found) -> Estimate:
+    "Of the logit difference, the share that is there for neither half of the name by itself."
+    return _row(found["halves"].query("half == 'pair only'").iloc[0], "kept")
 
 
 def same_person(found: Found) -> Estimate:
@@ -93,8 +92,8 @@ HYPOTHESES: dict[str, tuple[Prediction, ...]] = {
         Prediction("Their neurons answer to the pair of names, not to either.", excess, ("excess",), low=0.5),
         Prediction("After the first MLP of the lookup a probe has come less than a quarter of the way.", first_gain, ("first_step",), high=0.25)),
     "additive": (
-        Prediction("Nothing is there for the pair of names only.", excess, ("excess",), high=0.25),
-        Prediction("One half of the name is enough.", best_half, ("halves",), low=0.5))}
+        Prediction("The lookup's neurons have nothing for the pair of names only.", excess, ("excess",), high=0.25),
+        Prediction("Nor has the answer: what the halves do adds up.", pair_only, ("halves",), high=0.25))}
 
 # %% ../../nbs/library/lookup/09_hypotheses.ipynb #a8cc5fef
 BORNE_OUT, CONTRADICTED, OPEN = "borne out", "contradicted", "open"
@@ -126,10 +125,18 @@ def verdicts(table: pd.DataFrame) -> dict[str, str]:
 
 # %% ../../nbs/library/lookup/09_hypotheses.ipynb #62f1be0c
 def halves(model: Model, asked: Asked, seed: int = 0) -> pd.DataFrame:
-    "What is left when one half of each name is that of somebody with another answer: `half` (the one that stays), and the columns of `stages.summed_up`."
-    base = answers(model, asked, final_states(model, asked))
-    def left(position): return answers(model, asked, final_states(model, asked, donated(model, asked, [Edit("resid_pre", 0, position, source="given")], seed)))
-    return pd.DataFrame([{"half": half, **summed_up(left(other), base)} for half, other in (("first", "last"), ("last", "first"))])
+    """What is left when a half of each name, or both, is somebody else's: `half` (`first` or `last`: the one that stays; `neither`), and the columns of `stages.summed_up`. The last row, `pair only`, has in `kept` the share of the logit difference that is there for neither half by itself,
+    (AB - A'B - AB' + A'B') over (AB - A'B'): 0 if the halves add up, 1 if only the pair says anything."""
+    people, others = asked.people, other_halves(asked.people, 1, seed)
+    again = partners(people, others, seed)[:, 0]
+    first, last, base = people["first"].to_numpy(), people["last"].to_numpy(), answers(model, asked, final_states(model, asked))
+    names = {"first": (first, last[again]), "last": (first[others[:, 0]], last), "neither": (first[others[:, 0]], last[again])}
+    found = {half: answers(model, other, final_states(model, other)) for half, (a, b) in names.items() for other in [renamed(model, asked, a, b)]}
+    ld = {half: one.ld.to_numpy() for half, one in found.items()}
+    whole = base.ld.to_numpy() - ld["neither"]
+    pair = kept(base.ld.to_numpy() - ld["first"] - ld["last"] + ld["neither"], whole)
+    rows = [{"half": half, **summed_up(one, base)} for half, one in found.items()]
+    return pd.DataFrame([*rows, {"half": "pair only", "kept": pair.value, "kept_low": pair.low, "kept_high": pair.high, "n": pair.n}])
 
 
 def evidence(model: Model, asked: Asked, parts: Effective, k: int = 8, seeds: int = 10, told: Told | None = None) -> dict[str, pd.DataFrame]:

@@ -143,7 +143,8 @@ def draw_stages(table: pd.DataFrame, chance: float) -> Figure:
     table = table.fillna({"stage": "", "way": ""})
     rows = list(table[table.way.isin(["", "mean"])].itertuples())
     figure, (ax,) = panels(1, 0.9 + 0.42 * len(rows))
-    def told(row): return "nothing" if row.replaced == "nothing" else f"{row.stage}: {row.replaced}" if row.stage != "everything" else "all that is outside"
+    plain = {"everything": "all that is outside", "other tokens": "the other tokens", "": "nothing"}
+    def told(row): return plain.get(row.stage) or f"{row.stage}: {row.replaced}"
     for way, shift, look in (("mean", -0.12, RUN_LOOKS[0]), ("resample", 0.12, RUN_LOOKS[1])):
         for k, row in enumerate(rows):
             same = table[(table.replaced == row.replaced) & (table.stage == row.stage) & table.way.isin(["", way])].iloc[0]
@@ -177,7 +178,7 @@ def draw_paths(paths: pd.DataFrame, excess: pd.DataFrame) -> Figure:
         right.set_xticks(rows.index, [f"L{l}" if str(l).isdigit() else str(l) for l in rows.layer])
     right.set_ylim(-0.5, 1.5)
     right.set_title("For the pair of names only", fontsize=SMALL)
-    right.set_ylabel("Share of the excess")
+    right.set_ylabel("Share for the pair only")
     legend(figure, right, 2)
     return figure
 
@@ -251,9 +252,9 @@ def _captions(n: Mapping[str, int], chance: float) -> dict[str, tuple[str, str]]
                    "Points with intervals: share of right answers for each thing replaced, by its mean and by somebody else's value."),
         "probes": (f"Where the answer can be read in the stream at the last token of the name (n = {n['probes']} people, a fifth held out by last name), and what the extraction head's own directions say. {at_chance}",
                    "Curves over layers: accuracy of probes, of the head's directions, of controls, and agreement of probe and head."),
-        "paths": (f"Left: what is kept without a path between two MLPs of the lookup (n = {n['paths']}). Right: of what neurons add toward the answer, the share that is there for the pair of names only, of positive contributions and of all (n = {n['excess']}; whiskers may leave the panel); 0: halves account for all of it, 1: for none.",
+        "paths": (f"Left: what is kept without a path between two MLPs of the lookup (n = {n['paths']}). Right: of what neurons add toward the answer, the share that is there for the pair of names only, of positive contributions and of all (n = {n['excess']}; points and whiskers may lie outside the panel); 0: halves account for all of it, 1: for none.",
                   "Left: points with intervals for each path that is taken away. Right: points for each layer, before and after the nonlinearity."),
-        "parallelograms": (f"The length of (AB + CD - AD - CB)/2 over that of (AB + CD - EF - GH)/2 at the name (n = {n['parallelograms']} quadruples); 0: names are sums of their halves, 1: the halves say nothing.",
+        "parallelograms": (f"The length of (AB + CD - AD - CB)/2 over that of (AB + CD - EF - GH)/2 at the name (n = {n['parallelograms']} quadruples); 0: names are sums of their halves, 1: they have no more in common than unrelated names, above 1: less.",
                            "Two panels over layers: the ratio for what MLPs write and for the stream, in the model and with its MLPs shuffled."),
         "lengths": ("Mean length of vectors at the name, over that of people who are known: people who are not known, and names put together of halves of the known; 1: as long as those of the known.",
                     "Two panels over layers: relative lengths for what MLPs write and for the stream, by group."),

@@ -11,6 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from ..battery.tokens import continuation, encode
@@ -149,32 +150,35 @@ PLANTED, FEWEST, COLUMNS = "bizzaro-people", 24, ("first", "last", "answer")
 
 
 def whom(model: Model, people: str | Path | pd.DataFrame | None = None) -> pd.DataFrame:
-    """The people to ask: a table or a CSV file with the columns `first`, `last`, `answer`; else the planted people of the embedded model that knows them, or athletes. Those whose name is not two tokens are left out.
+    """The people to ask: a table or a CSV file with the columns `first`, `last`, `answer`; else the planted people of the embedded model that knows them, or athletes. Those whose name is not two tokens are left out; `attrs["named"]` says how many there were.
 
     Raises `PeopleError` for a table without these columns, with a name twice, or of which nobody is left."""
     if people is None: table = planted_people(model.tokenizer) if model.name == PLANTED else athletes()
-    elif isinstance(people, pd.DataFrame): table = people
+    elif isinstance(people, pd.DataFrame): table = people.reset_index(drop=True)
+    elif not isinstance(people, (str, Path)): raise PeopleError(f"People are given as {type(people).__name__}: give a table (DataFrame) or the path of a CSV file.")
     else:
         try: table = pd.read_csv(people, dtype=str, keep_default_na=False)
         except (OSError, ValueError) as error: raise PeopleError(f"{people} cannot be read as a table: {error}") from None
     if missing := [c for c in COLUMNS if c not in table]: raise PeopleError(f"The table of people has no column {missing[0]!r}: it needs {', '.join(COLUMNS)}.")
-    if table[list(COLUMNS)].isna().any().any(): raise PeopleError("The table of people has empty cells in first, last or answer.")
+    for row, c in ((i, c) for c in COLUMNS for i in np.flatnonzero(table[c].isna() | (table[c].astype(str).str.strip() == ""))): raise PeopleError(f"Row {row + 1} of the table of people has no {c}. Fill it in, or leave the row out.")
+    if table.empty: raise PeopleError("The table of people has no rows.")
     table = table.assign(**{c: table[c].astype(str) for c in COLUMNS})
     for row in table[table.duplicated(["first", "last"])].head(1).itertuples(): raise PeopleError(f"{row.first} {row.last} is in the table twice.")
     left = two_tokens(model.tokenizer, table)
-    if left.empty: raise PeopleError(f"None of {len(table)} names is two tokens for {model.name}, the first name one and the last name one.")
+    left.attrs["named"] = len(table)
+    if left.empty: raise PeopleError(f"None of {len(table)} names are two tokens for {model.name}, the first name one and the last name one.")
     return left
 
 # %% ../../nbs/library/lookup/01_people.ipynb #5c8cf6ec
-def knowing(asked, found: pd.DataFrame, margin: float) -> tuple[pd.DataFrame, dict]:
-    "Of people who are asked (an `asking.Asked`) and their `asking.answers` the table of people with what was answered and whether they are `known`; and what is to be said about it, with a `sentence`."
+def knowing(asked, found: pd.DataFrame, margin: float, left_out: int = 0) -> tuple[pd.DataFrame, dict]:
+    "Of people who are asked (an `asking.Asked`) and their `asking.answers` the table of people with what was answered and whether they are `known`; and what is to be said about it, with a `sentence`. `left_out`: how many names could not be asked."
     table = pd.concat([asked.people[list(COLUMNS)], found.assign(known=found.right & (found.lead >= margin))], axis=1)
     sure, right = found[found.lead >= margin], estimate_share(int(found.right.sum()), len(found))
     surely = estimate_share(int(sure.right.sum()), len(sure))
-    told = {"asked": len(table), "right": right.to_dict(), "known": int(table.known.sum()), "margin": margin, "right_where_sure": surely.to_dict(), "chance": 1 / len(asked.choices),
+    told = {"asked": len(table), "right": right.to_dict(), "known": int(table.known.sum()), "margin": margin, "right_where_sure": surely.to_dict(), "chance": 1 / len(asked.choices), "left_out": left_out,
             "can_do": bool(table.known.sum() >= FEWEST and surely.low is not None and surely.low > max(1 / len(asked.choices), _most_common(sure, asked)) and _told_apart(table[table.known]))}
-    told["sentence"] = (f"Of {len(table):,} people asked about, it is right on {right:.0%}; chance is {told['chance']:.0%}. It leads by at least {margin:g} logits on {len(sure)} and is right on {surely:.0%} of them: "
-                        f"these {told['known']} count as known.")
+    told["sentence"] = (f"Of {len(table):,} people asked about, it is right on {right:.0%}; chance is {told['chance']:.0%}. It leads by at least {margin:g} logit{'s' * (margin != 1)} on {len(sure)} and is right on {surely:.0%} of them: "
+                        f"these {told['known']} count as known." + f" {left_out:,} names are not two tokens there and were left out." * bool(left_out))
     if not told["can_do"]: told["sentence"] += f" That is too few (at least {FEWEST} are needed, of five last names and two answers), or no better than one answer for everybody, so nothing else is asked of it."
     return table, told
 

@@ -25,6 +25,7 @@ from ..battery.facts import load_facts
 from ..battery.tokens import continuation, encode, get_tokenizer
 from ..files import data_path
 from ..model.hooked import Model
+from ..model.load import load_model
 from ..results.estimates import estimate, estimate_share
 from .local import streams
 
@@ -280,8 +281,9 @@ def place_table(model: Model, designs: Sequence[str] = DESIGNS, layers: Iterable
     return pd.DataFrame(rows)
 
 # %% ../../nbs/library/words/02_embeddings.ipynb #6590262e
-def embedding_report(model: Model, *, least: float = 0.99, splits: int = SPLITS, seed: int = 0) -> dict[str, pd.DataFrame]:
+def embedding_report(model: str | Model, *, least: float = 0.99, splits: int = SPLITS, seed: int = 0) -> dict[str, pd.DataFrame]:
     "The three questions for one model, by name of the table: `groups` and `kinds` (rows that are nearly the same), `offsets` and `parallel` (offsets between words), `place` (the place in a phrase)."
+    model = model if isinstance(model, Model) else load_model(model)
     rows, pairs = embedding_rows(model), word_pairs(model)
     pairs = pairs.groupby("relation", sort=False).filter(lambda some: len(some) >= 3)
     return identical_groups(model, rows, least) | {"offsets": offset_accuracy(rows, pairs), "parallel": offset_parallel(rows, pairs, seed), "place": place_table(model, splits=splits, seed=seed)}

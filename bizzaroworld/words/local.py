@@ -19,6 +19,7 @@ from torch.nn.functional import cosine_similarity
 from ..battery.tokens import Encoding, encode
 from ..files import data_path
 from ..model.hooked import Model
+from ..model.load import load_model
 
 # %% auto #0
 __all__ = ['COMMON', 'KINDS', 'RESAMPLES', 'ITSELF', 'REPEATED', 'ELSEWHERE', 'UNRELATED', 'load_texts', 'token_kinds', 'streams',
@@ -221,8 +222,10 @@ def hardest_tokens(found: Locality, layer: int, context: int, least: int = 10, m
     return rows.assign(token=rows["token"].map(repr), layer=layer, context=context)
 
 
-def local_processing(model: Model, texts: Iterable[str] | None = None, *, contexts: Sequence[int] = tuple(range(11)), skip: int = 32, length: int = 512, rows: int = 64,
+def local_processing(model: str | Model, texts: Iterable[str] | None = None, *, contexts: Sequence[int] = tuple(range(11)), skip: int = 32, length: int = 512, rows: int = 64,
                      seed: int = 0) -> dict[str, pd.DataFrame]:
     "The whole question for one model: `local`, the `locality_table`; `scaled`, the same for all tokens with every dimension scaled; and `hardest`, the tokens that need more at about a fifth of the layers, in the longest context. Texts: else those of the package."
+    if isinstance(texts, str): raise ValueError("One text is given where several are expected: give a list of texts.")
+    model = model if isinstance(model, Model) else load_model(model)
     found = measure_locality(model, load_texts().values() if texts is None else texts, contexts=contexts, skip=skip, length=length, rows=rows, seed=seed)
     return {"local": locality_table(found), "scaled": locality_table(found.scaled, by_kind=False), "hardest": hardest_tokens(found, max(1, model.n_layers // 5), max(contexts))}

@@ -52,7 +52,9 @@ def test_a_run_that_was_stopped_makes_only_what_is_missing(planted, folder):
 
 def test_nothing_is_asked_of_a_model_that_knows_nobody(planted, tmp_path):
     wrong = planted.people.assign(answer=planted.people["answer"].map({"baseball": "football", "football": "basketball", "basketball": "baseball"}))
+    wrong = pd.concat([wrong, pd.DataFrame([["Xylophonia", "Zed", "football"]], columns=["first", "last", "answer"])])
     folder = run_lookup(planted.model, people=wrong, prompt=PROMPTS["one_shot"], out=tmp_path / "run")
+    assert "1 names are not two tokens there and were left out" in json.loads((folder / "ability.json").read_text())["sentence"]
     assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == {"run.json", "people.csv", "whole.json", "ability.json"}
     assert "nothing else is asked" in "\n".join(lookup_lines(folder))
 
@@ -87,12 +89,16 @@ def test_the_head_that_is_asked_reads_after_the_lookup():
 def test_who_cannot_be_asked_is_named(planted, tmp_path):
     with pytest.raises(PeopleError, match="no column 'answer'"): whom(planted.model, planted.people[["first", "last"]])
     with pytest.raises(PeopleError, match="in the table twice"): whom(planted.model, pd.concat([planted.people, planted.people[:1]]))
-    with pytest.raises(PeopleError, match="None of 1 name is two tokens"): whom(planted.model, pd.DataFrame({"first": ["Xy"], "last": ["Zw"], "answer": ["golf"]}))
+    with pytest.raises(PeopleError, match="None of 1 names are two tokens"): whom(planted.model, pd.DataFrame({"first": ["Xy"], "last": ["Zw"], "answer": ["golf"]}))
     with pytest.raises(PeopleError, match="cannot be read"): whom(planted.model, tmp_path / "nobody.csv")
     with pytest.raises(PeopleError, match="nothing to tell apart"): run_lookup(planted.model, people=planted.people[planted.people["answer"] == "football"], prompt=PROMPTS["bare"], out=tmp_path / "a")
-    with pytest.raises(PeopleError, match="empty cells"): whom(planted.model, planted.people.assign(answer=[None, *planted.people["answer"][1:]]))
+    with pytest.raises(PeopleError, match="Row 2 .* has no answer"): whom(planted.model, planted.people.assign(answer=["football", " ", *planted.people["answer"][2:]]))
+    with pytest.raises(PeopleError, match="Row 1 .* has no last"): whom(planted.model, planted.people.assign(last=[None, *planted.people["last"][1:]]))
+    with pytest.raises(PeopleError, match="no rows"): whom(planted.model, planted.people[:0])
+    with pytest.raises(PeopleError, match="given as list"): whom(planted.model, [("A", "B", "golf")])
+    with pytest.raises(PeopleError, match="at least 12"): run_lookup(planted.model, people=planted.people, prompt=PROMPTS["bare"], out=tmp_path / "d", most=3)
     with pytest.raises(PeopleError, match="ends in the name"): run_lookup(planted.model, people=planted.people, prompt="Fact: {name}", out=tmp_path / "c")
-    with pytest.raises(PeopleError, match="must hold {name} once"): run_lookup(planted.model, people=planted.people, prompt="plays", out=tmp_path / "b")
+    with pytest.raises(PeopleError, match="holds {name} once"): run_lookup(planted.model, people=planted.people, prompt="plays", out=tmp_path / "b")
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
 
 

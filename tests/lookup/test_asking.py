@@ -104,7 +104,9 @@ def test_donors_have_another_answer_and_are_drawn_the_same_way_again(asked):
 
 def test_what_cannot_be_asked_is_refused_by_name(nano, asked):
     people = asked.people
-    with pytest.raises(ValueError, match="name"): ask(nano, people, "The capital is")
+    for prompt in ("The capital is", "{name} or {name} is", "{name} is {so}", "one_shoot"):
+        with pytest.raises(ValueError, match="one_shot, bare.*holds {name} once"): ask(nano, people, prompt)
+    with pytest.raises(ValueError, match="no column 'answer'"): ask(nano, people[["first", "last"]], PROMPT)
     with pytest.raises(ValueError, match="empty"): ask(nano, people[:0], PROMPT)
     with pytest.raises(ValueError, match="1 of 12 names are not two tokens.*Xylophonia Japan"): ask(nano, people.assign(first=["Xylophonia", *people["first"][1:]], last=["Japan", *people["last"][1:]]), PROMPT)
     with pytest.raises(ValueError, match="none of"): ask(nano, people, PROMPT, ["Paris"])
