@@ -41,7 +41,7 @@ def other_halves(people: pd.DataFrame, k: int = 8, seed: int = 0) -> Int[np.ndar
         out.append(free[np.lexsort((rng.random(len(free)), known))][:k])
     return np.array(out)
 
-
+# %% ../../nbs/library/lookup/08_crossed.ipynb #388e5be6
 def partners(people: pd.DataFrame, others: Int[np.ndarray, "person k"], seed: int) -> Int[np.ndarray, "person k"]:
     "For each person and other one a third who lends the last name to a name that shares no half with the person, and is nobody's where that can be had."
     rng, first, last = np.random.default_rng(seed), people["first"].to_numpy(), people["last"].to_numpy()
@@ -78,7 +78,7 @@ def crossed(model: Model, asked: Asked, places: Iterable[tuple[str, int]], k: in
         for key, value in read(model, names, places).items(): found[key][kind] = value.unflatten(0, (len(people), k))
     return found
 
-# %% ../../nbs/library/lookup/08_crossed.ipynb #c97671da
+# %% ../../nbs/library/lookup/08_crossed.ipynb #e8647dac
 def _score_gradient(model: Model, asked: Asked, head: tuple[int, int], directions: Float[Tensor, "choice d_head"], layers: Sequence[int], rows) -> dict[int, Tensor]:
     "For some people, by layer, the gradient of the head's score for the right answer by each neuron at the name, on its direct way."
     (layer, h), at, kv, seen = head, asked.at("last"), head[1] * model.n_kv_heads // model.n_heads, {}
@@ -111,7 +111,7 @@ def direct_weights(model: Model, asked: Asked, head: tuple[int, int], layers: It
     parts = [_score_gradient(model, asked, head, directions, layers, rows) for rows in torch.arange(len(asked)).split(at_once)]
     return {l: torch.cat([part[l] for part in parts]) for l in layers}
 
-# %% ../../nbs/library/lookup/08_crossed.ipynb #6daf002e
+# %% ../../nbs/library/lookup/08_crossed.ipynb #0700593c
 def excess_of(model: Model, asked: Asked, head: tuple[int, int], layers: Iterable[int], k: int = 8, seed: int = 0) -> pd.DataFrame:
     """How much of what neurons add toward the answer is there for the pair of names only: `layer` (a number, or `all`), `acts` (`post`: what the neuron passes on; `pre`: what its nonlinearity gets, below 0 counted as 0), `share` (of positive contributions) and `net` (of all, signed; none where what they add is not told from 0), each with
     its interval over people, and `n`. Shares of `pre` leave the other factor of a gated MLP out; both are weighted by what the neuron says to the head."""
@@ -130,7 +130,7 @@ def excess_of(model: Model, asked: Asked, head: tuple[int, int], layers: Iterabl
             rows.append({"layer": str(name), "acts": acts, "share": share.value, "share_low": share.low, "share_high": share.high, "net": net.value, "net_low": net.low, "net_high": net.high, "n": share.n})
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/library/lookup/08_crossed.ipynb #3c333de1
 def _net(part: np.ndarray, whole: np.ndarray) -> Estimate:
     "The net share; not defined where what the neurons add on the whole is not told from 0."
     total = estimate(whole.sum(1))
@@ -140,7 +140,7 @@ def _net(part: np.ndarray, whole: np.ndarray) -> Estimate:
 
 def _there(x: np.ndarray) -> np.ndarray: return x[np.isfinite(x)]
 
-# %% ../../nbs/library/lookup/08_crossed.ipynb #61138203
+# %% ../../nbs/library/lookup/08_crossed.ipynb #bbc45b69
 def parallelograms(model: Model, asked: Asked, sites: Sequence[str] = ("mlp_out", "resid_post"), n: int = 150, seed: int = 0) -> pd.DataFrame:
     """`nonlinear.parallelogram` of what is at the name in each layer, with a column `site`: the length of (AB + CD - AD - CB)/2 over that of (AB + CD - EF - GH)/2; the six are names of the people asked, or made of their halves, and nobody is in two quadruples."""
     rng, people = np.random.default_rng(seed), asked.people
@@ -173,7 +173,7 @@ def with_shuffled_mlps(model: Model, seed: int = 0) -> Model:
     if not n: raise ValueError(f"{model.name}: no parameter has a name with '.mlp' in it, so its MLPs cannot be shuffled.")
     return twin
 
-# %% ../../nbs/library/lookup/08_crossed.ipynb #1ec96e71
+# %% ../../nbs/library/lookup/08_crossed.ipynb #8b39557a
 def lengths(model: Model, groups: Mapping[str, Asked], sites: Sequence[str] = ("mlp_out", "resid_post")) -> pd.DataFrame:
     "`nonlinear.norms_by` of what is at the name in each layer, with a column `site`; every group is held against the first."
     places = [(s, l) for s in sites for l in range(model.n_layers)]
@@ -201,7 +201,7 @@ def _outside(x: Float[np.ndarray, "person dim"]) -> Float[np.ndarray, "person"]:
         return orthogonal_part(x[i:i + 1] - others.mean(0), others - others.mean(0))[0]
     return np.array([one(i) for i in range(len(x))])
 
-# %% ../../nbs/library/lookup/08_crossed.ipynb #17deb261
+# %% ../../nbs/library/lookup/08_crossed.ipynb #406924e9
 def choice_weights(model: Model, asked: Asked, head: tuple[int, int], layers: Sequence[int]) -> dict[int, Float[np.ndarray, "neuron choice"]]:
     "What a unit of each neuron adds to an extraction head's score of each choice, the mean over people, by layer: `direct_weights` as if each choice were everybody's answer."
     directions = head_directions(model, asked, head)

@@ -93,7 +93,7 @@ def _row(kind: str, layer: int, said: Sequence[np.ndarray], truth: np.ndarray, s
     share = estimate(found[np.isfinite(found)])
     return {"what": kind, "layer": layer, "mean": share.value, "low": share.low, "high": share.high, "splits": len(split), "n": share.n}
 
-
+# %% ../../nbs/library/lookup/04_probes.ipynb #7cd804f9
 def first_step(model: Model, asked: Asked, band: tuple[int, int], seeds: int = SEEDS) -> pd.DataFrame:
     """How far a probe after the first MLP of a band of layers `(first, last)` has come, from the one before the band to the one after it: `value` (0: no step, 1: all of it), with its interval over people, drawn for all three at once, and `n`. One row; no value where a tenth is
     not gained between the two."""
@@ -106,7 +106,7 @@ def first_step(model: Model, asked: Asked, band: tuple[int, int], seeds: int = S
     found = estimate(three, share)
     return pd.DataFrame([{"value": found.value, "low": found.low, "high": found.high, "n": found.n}])
 
-
+# %% ../../nbs/library/lookup/04_probes.ipynb #236e9b66
 def probes(model: Model, asked: Asked, head: tuple[int, int] | None = None, seeds: int = SEEDS, twin: Model | None = None) -> pd.DataFrame:
     """How often the answer is read off the stream at the name, before each layer (the last row: after the last): `what`, `layer`, the `mean` over the people held out with its interval, `splits`, `n`.
 
