@@ -16,6 +16,7 @@ import pandas as pd
 
 from ..battery.tokens import continuation, encode
 from ..files import data_path
+from ..model.hooked import Model
 from ..tasks.recipes import single_tokens
 from ..results.estimates import estimate_share
 
