@@ -237,7 +237,7 @@ def draw_neurons(table: pd.DataFrame, name: int = 5) -> Figure:
     return figure
 
 # %% ../../nbs/library/lookup/10_lookup_figures.ipynb #b286db8b
-LOOKUP_CONVENTIONS = "Bands and whiskers are 95% intervals over people (over ten splits for probes). Kept: the logit difference between the right answer and the mean of the others, as a share of the unchanged model's; 1: nothing is lost, 0: all of it."
+LOOKUP_CONVENTIONS = "Bands and whiskers are 95% intervals over people (over quadruples for parallelograms). Kept: the logit difference between the right answer and the mean of the others, as a share of the unchanged model's; 1: nothing is lost, 0: all of it."
 
 
 def _captions(n: Mapping[str, int], chance: float) -> dict[str, tuple[str, str]]:
