@@ -167,7 +167,7 @@ def _parallelograms(run: Steps) -> pd.DataFrame:
 
 # %% ../../nbs/library/commands/07_lookup_run.ipynb #ace50161
 def look_inside(run: Steps, parts: Effective, head: tuple[int, int]) -> dict[str, pd.DataFrame]:
-    "The tables of what goes on inside the lookup; those that the hypotheses read are given back. They are of people who were not searched."
+    "The tables of what goes on inside the lookup; those that the hypotheses read are given back, and are of people who were not searched."
     model, known, held, searched = run.model, run.known, run.held, run.some("searched")
     band = list(range(parts.lookup[0], parts.lookup[1] + 1))
     layers, found = [l for l in band if l < head[0]], {}
@@ -195,8 +195,8 @@ def reader_of(run: Steps, parts: Effective, single: pd.DataFrame) -> tuple[int, 
     order = [*parts.extraction, *((int(l), int(h)) for l, h in zip(heads.layer, heads["head"]))]
     return next((head for head in order if head[0] > parts.lookup[1]), None)
 
-# %% ../../nbs/library/commands/07_lookup_run.ipynb #fac62bbe
-STEPS = 22
+# %% ../../nbs/library/commands/07_lookup_run.ipynb #126e69af
+STEPS = 20
 
 
 def _words(run: Steps) -> None:
