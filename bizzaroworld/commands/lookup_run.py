@@ -10,7 +10,7 @@ import json
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from ..lookup.crossed import excess_of, lengths, most_halves, one_attribute, own
 from ..lookup.hypotheses import halves, predictions, verdicts
 from ..lookup.inside import fact_correlations, mlp_paths, neuron_estimates, neurons, resampled
 from ..lookup.lookup_figures import lookup_plates
-from ..lookup.people import COLUMNS, FEWEST, PLANTED, PROMPTS, PeopleError, attributes, knowing, made_up, planted_people, two_tokens, whom
+from ..lookup.people import COLUMNS, FEWEST, PLANTED, PROMPTS, PeopleError, athletes, attributes, knowing, made_up, planted_people, two_tokens, whom
 from ..lookup.probes import first_step, probes
 from ..lookup.stages import Effective, components, curves, effective_model, stages, summed_up
 from ..model.hooked import Model
@@ -40,7 +40,7 @@ from ..words.embeddings import embedding_report
 from ..words.local import local_processing
 
 # %% auto #0
-__all__ = ['STEPS', 'NEEDED', 'FILES', 'Steps', 'find_stages', 'several_facts', 'look_inside', 'reader_of', 'run_lookup',
+__all__ = ['WORDS', 'STEPS', 'NEEDED', 'FILES', 'Steps', 'find_stages', 'several_facts', 'look_inside', 'reader_of', 'run_lookup',
            'lookup_lines']
 
 # %% ../../nbs/library/commands/07_lookup_run.ipynb #3e3eba4c
@@ -195,18 +195,16 @@ def reader_of(run: Steps, parts: Effective, single: pd.DataFrame) -> tuple[int, 
     order = [*parts.extraction, *((int(l), int(h)) for l, h in zip(heads.layer, heads["head"]))]
     return next((head for head in order if head[0] > parts.lookup[1]), None)
 
-# %% ../../nbs/library/commands/07_lookup_run.ipynb #126e69af
-STEPS = 20
+# %% ../../nbs/library/commands/07_lookup_run.ipynb #3c0ccc8b
+WORDS = {local_processing: ("local", "scaled", "hardest"), embedding_report: ("groups", "kinds", "offsets", "parallel", "place")}
+STEPS = 18
 
 
 def _words(run: Steps) -> None:
     "How local the early layers are, and what the embeddings hold: tables of the wing `words`."
-    for make, last in ((local_processing, "local"), (embedding_report, "place")):
-        if not (run.folder / f"{last}.csv").exists():
-            run.say(make.__name__.replace("_", " "))
-            tables = make(run.model)
-            for name in sorted(tables, key=lambda name: name == last): write_table(run.folder / f"{name}.csv", tables[name])
-        run.done += 1
+    for make, names in WORDS.items():
+        made = cache(partial(make, run.model))
+        for name in names: run.table(name, lambda: made()[name])
 
 
 def run_lookup(model: str | Model, *, people: str | Path | pd.DataFrame | None = None, prompt: str = "one_shot", out: str | Path | None = None, margin: float = 1.0, most: int = 96, words: bool = True,
@@ -219,21 +217,21 @@ def run_lookup(model: str | Model, *, people: str | Path | pd.DataFrame | None =
     if not isinstance(model, Model): model = load_model(model, device=device, dtype=dtype, revision=revision)
     _check_sites(model)
     if margin < 0 or most < 12: raise PeopleError(f"A margin of {margin:g} and {most} people at most: give a margin of 0 or more, and at least 12 people.")
-    everybody = whom(model, people)
+    everybody = whom(people) if people is not None else planted_people(model.tokenizer) if model.name == PLANTED else athletes()
     try:
         prompt = check_prompt(prompt)
         if (table := fitting(model, everybody, prompt)).empty: raise PeopleError(f"None of {len(everybody)} names are two tokens in {prompt!r}.")
         asked = ask(model, table, prompt)
     except ValueError as error: raise PeopleError(str(error)) from None
     if asked.last == asked.ids.shape[1] - 1: raise PeopleError(f"{prompt!r} ends in the name: the answer must follow words after it, so that it has to be fetched from the name.")
-    if len(asked.choices) < 2: raise PeopleError(f"All {len(asked)} people have the answer {asked.choices[0]!r}: there is nothing to tell apart.")
+    if len(asked.choices) < 2: raise PeopleError(f"All {len(asked)} people have the answer {asked.choices[0]!r}: there is nothing to tell apart. Give people with two answers or more.")
     folder = Path(out) if out is not None else Path("lookup") / Path(called([model.name])[0]).name.replace(":", "-")
     with held(folder):
         claim(folder, _info(model, asked, {"margin": margin, "most": most, "seed": seed}))
-        run = Steps(model, folder, asked, margin, most, seed, progress, STEPS - 2 * (not words))
+        run = Steps(model, folder, asked, margin, most, seed, progress, STEPS + words * sum(map(len, WORDS.values())))
         run.table("people", lambda: knowing(asked, answers(model, asked, final_states(model, asked)), margin)[0])
         found = pd.read_csv(folder / "people.csv")
-        able = knowing(asked, found.drop(columns=[*COLUMNS, "known"]), margin, everybody.attrs["named"] - len(asked))[1]
+        able = knowing(asked, found.drop(columns=[*COLUMNS, "known"]), margin, len(everybody) - len(asked))[1]
         write_json(folder / "ability.json", able | {"model": model.name, "prompt": asked.prompt})
         if able["can_do"]: _whole(run, words)
     return folder
@@ -250,13 +248,23 @@ def _whole(run: Steps, words: bool) -> None:
     "All steps after the first, the verdicts and the figures."
     parts = find_stages(run)
     head = reader_of(run, parts, pd.read_csv(run.folder / "components.csv"))
-    if head is None: write_json(run.folder / "verdicts.json", {"note": "no lookup was found: " + ("the answer is kept without any MLP at the name" if parts.lookup is None else "no head that reads after it helps")})
+    worth = pd.read_csv(run.folder / "stages.csv").query("way == 'mean'").set_index(["replaced", "stage"])
+    note = _no_lookup(parts, head, worth, 1 / len(run.asked.choices))
+    if note: write_json(run.folder / "verdicts.json", {"note": f"no lookup was found: {note}"})
     else:
         table = predictions(look_inside(run, parts, head))
         write_table(run.folder / "predictions.csv", table)
         write_json(run.folder / "verdicts.json", verdicts(table))
     if words: _words(run)
     write_plates(lookup_plates(run.folder, run.model.name), run.folder / "figures")
+
+
+def _no_lookup(parts: Effective, head: tuple[int, int] | None, worth: pd.DataFrame, chance: float) -> str:
+    "Why nothing is judged, if so: what was found on one half of the people must hold of the other. `worth`: of `stages`, replaced by means."
+    if parts.lookup is None: return "the answer is kept without any MLP at the name"
+    if head is None: return "no head that reads after it helps"
+    if worth.right_low["all but it", "everything"] <= chance: return "the parts that were found do not answer people who were not searched"
+    return "" if worth.kept_high["it alone", "lookup"] < 1 else "without its MLPs people who were not searched are answered as before"
 
 
 NEEDED = ("attn_out", "mlp_out", "z", "v", "neurons")
@@ -266,7 +274,7 @@ def _check_sites(model: Model) -> None:
     "Refuse a model in which what is asked for cannot be reached."
     for site in NEEDED:
         lost = [l for l in range(model.n_layers) if (site, l) not in model.points]
-        if lost: raise PeopleError(f"{model.name} has no {site} in layer {lost[0]}, and the lookup is asked for by {', '.join(NEEDED)} in every layer. " + "; ".join(model.limits))
+        if lost: raise PeopleError(f"{model.name} has no {site} in layer {lost[0]}, and the lookup is asked for by {', '.join(NEEDED)} in every layer. Use another model. " + "; ".join(model.limits))
 
 # %% ../../nbs/library/commands/07_lookup_run.ipynb #249a5d2d
 def lookup_lines(folder: str | Path) -> list[str]:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..battery.pairs import PromptPair
-from ..battery.tokens import TokenPair, align, continuation, encode, token_span
+from ..battery.tokens import TokenPair, align, continuation, encode, get_tokenizer, token_span
 from .people import COLUMNS, PROMPTS
 from ..model.hooked import HEAD_SITES, NEURONS, PATTERN_SITES, Model
 from ..patch.engine import BaseRun, PrefixCache, base_run
@@ -73,10 +73,11 @@ def _one_token(model_or_tokenizer, prompt, choice: str) -> int:
 
 
 def _name_in(model_or_tokenizer, name: str, prompt: str) -> tuple[tuple[int, ...], tuple[int, int], bool]:
-    "The ids of a prompt with a name in it, the name's tokens `[start, stop)`, and whether they are two and hold nothing else."
+    "The ids of a prompt with a name in it, the name's tokens `[start, stop)`, and whether they are two that the tokenizer knows and hold nothing else."
     at, encoding = prompt.index("{name}"), encode(model_or_tokenizer, prompt.replace("{name}", name))
     (start, stop), whole = token_span(encoding, (at, at + len(name)))
-    return encoding.ids, (start, stop), whole and stop - start == 2
+    unknown = getattr(get_tokenizer(model_or_tokenizer), "unk_token_id", None)
+    return encoding.ids, (start, stop), whole and stop - start == 2 and unknown not in encoding.ids[start:stop]
 
 
 def fitting(model_or_tokenizer, people: pd.DataFrame, prompt: str) -> pd.DataFrame:

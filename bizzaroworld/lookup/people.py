@@ -16,7 +16,6 @@ import pandas as pd
 
 from ..battery.tokens import continuation, encode
 from ..files import data_path
-from ..model.hooked import Model
 from ..tasks.recipes import single_tokens
 from ..results.estimates import estimate_share
 
@@ -150,12 +149,11 @@ class PeopleError(ValueError):
 PLANTED, FEWEST, COLUMNS = "bizzaro-people", 24, ("first", "last", "answer")
 
 
-def whom(model: Model, people: str | Path | pd.DataFrame | None = None) -> pd.DataFrame:
-    """The people to ask: a table or a CSV file with the columns `first`, `last`, `answer`; else the planted people of the embedded model that knows them, or athletes. Those whose name is not two tokens are left out; `attrs["named"]` says how many there were.
+def whom(people: str | Path | pd.DataFrame) -> pd.DataFrame:
+    """A user's people: a table or a CSV file with the columns `first`, `last`, `answer`.
 
-    Raises `PeopleError` for a table without these columns, with a name twice, or of which nobody is left."""
-    if people is None: table = planted_people(model.tokenizer) if model.name == PLANTED else athletes()
-    elif isinstance(people, pd.DataFrame): table = people.reset_index(drop=True)
+    Raises `PeopleError` for a table without these columns or without rows, with an empty cell, or with a name twice."""
+    if isinstance(people, pd.DataFrame): table = people.reset_index(drop=True)
     elif not isinstance(people, (str, Path)): raise PeopleError(f"People are given as {type(people).__name__}: give a table (DataFrame) or the path of a CSV file.")
     else:
         try: table = pd.read_csv(people, dtype=str, keep_default_na=False)
@@ -165,10 +163,7 @@ def whom(model: Model, people: str | Path | pd.DataFrame | None = None) -> pd.Da
     if table.empty: raise PeopleError("The table of people has no rows.")
     table = table.assign(**{c: table[c].astype(str) for c in COLUMNS})
     for row in table[table.duplicated(["first", "last"])].head(1).itertuples(): raise PeopleError(f"{row.first} {row.last} is in the table twice.")
-    left = two_tokens(model.tokenizer, table)
-    left.attrs["named"] = len(table)
-    if left.empty: raise PeopleError(f"None of {len(table)} names are two tokens for {model.name}, the first name one and the last name one.")
-    return left
+    return table
 
 # %% ../../nbs/library/lookup/01_people.ipynb #5c8cf6ec
 def knowing(asked, found: pd.DataFrame, margin: float, left_out: int = 0) -> tuple[pd.DataFrame, dict]:

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bizzaroworld.cli import app
-from bizzaroworld.commands.lookup_run import lookup_lines, reader_of, run_lookup
+from bizzaroworld.commands.lookup_run import _no_lookup, lookup_lines, reader_of, run_lookup
 from bizzaroworld.lookup.asking import Asked
 from bizzaroworld.lookup.people import PeopleError, knowing, whom
 from bizzaroworld.lookup.stages import Effective
@@ -78,6 +78,16 @@ def test_a_table_that_something_else_has_changed_is_made_again(planted, folder, 
     assert {name: (folder / f"{name}.csv").read_bytes() for name in TABLES} == kept
 
 
+def test_nothing_is_judged_that_does_not_hold_of_the_other_half():
+    def why(parts, head, right_low, kept_high):
+        worth = pd.DataFrame([{"replaced": "all but it", "stage": "everything", "right_low": right_low, "kept_high": 1.0}, {"replaced": "it alone", "stage": "lookup", "right_low": 0.1, "kept_high": kept_high}]).set_index(["replaced", "stage"])
+        return _no_lookup(parts, head, worth, 1 / 3)
+    found = Effective(1, (1, 2), ((6, 2),))
+    assert why(found, (6, 2), 0.8, 0.5) == ""
+    assert "without any MLP" in why(Effective(1, None, ((6, 2),)), (6, 2), 0.8, 0.5) and "no head" in why(found, None, 0.8, 0.5)
+    assert "do not answer" in why(found, (6, 2), 0.3, 0.5) and "as before" in why(found, (6, 2), 0.8, 1.02)
+
+
 def test_the_head_that_is_asked_reads_after_the_lookup():
     "The one that helps most of those; none where nothing is looked up, or none reads after it."
     single = pd.DataFrame([{"site": "z", "way": "mean", "layer": 1, "head": 0, "mean": -2.0}, {"site": "z", "way": "mean", "layer": 6, "head": 2, "mean": -1.0}])
@@ -87,15 +97,15 @@ def test_the_head_that_is_asked_reads_after_the_lookup():
 
 
 def test_who_cannot_be_asked_is_named(planted, tmp_path):
-    with pytest.raises(PeopleError, match="no column 'answer'"): whom(planted.model, planted.people[["first", "last"]])
-    with pytest.raises(PeopleError, match="in the table twice"): whom(planted.model, pd.concat([planted.people, planted.people[:1]]))
-    with pytest.raises(PeopleError, match="None of 1 names are two tokens"): whom(planted.model, pd.DataFrame({"first": ["Xy"], "last": ["Zw"], "answer": ["golf"]}))
-    with pytest.raises(PeopleError, match="cannot be read"): whom(planted.model, tmp_path / "nobody.csv")
+    with pytest.raises(PeopleError, match="no column 'answer'"): whom(planted.people[["first", "last"]])
+    with pytest.raises(PeopleError, match="in the table twice"): whom(pd.concat([planted.people, planted.people[:1]]))
+    with pytest.raises(PeopleError, match="None of 1 names are two tokens"): run_lookup(planted.model, people=pd.DataFrame({"first": ["Xy"], "last": ["Zw"], "answer": ["golf"]}), prompt=PROMPTS["one_shot"], out=tmp_path / "e")
+    with pytest.raises(PeopleError, match="cannot be read"): whom(tmp_path / "nobody.csv")
     with pytest.raises(PeopleError, match="nothing to tell apart"): run_lookup(planted.model, people=planted.people[planted.people["answer"] == "football"], prompt=PROMPTS["bare"], out=tmp_path / "a")
-    with pytest.raises(PeopleError, match="Row 2 .* has no answer"): whom(planted.model, planted.people.assign(answer=["football", " ", *planted.people["answer"][2:]]))
-    with pytest.raises(PeopleError, match="Row 1 .* has no last"): whom(planted.model, planted.people.assign(last=[None, *planted.people["last"][1:]]))
-    with pytest.raises(PeopleError, match="no rows"): whom(planted.model, planted.people[:0])
-    with pytest.raises(PeopleError, match="given as list"): whom(planted.model, [("A", "B", "golf")])
+    with pytest.raises(PeopleError, match="Row 2 .* has no answer"): whom(planted.people.assign(answer=["football", " ", *planted.people["answer"][2:]]))
+    with pytest.raises(PeopleError, match="Row 1 .* has no last"): whom(planted.people.assign(last=[None, *planted.people["last"][1:]]))
+    with pytest.raises(PeopleError, match="no rows"): whom(planted.people[:0])
+    with pytest.raises(PeopleError, match="given as list"): whom([("A", "B", "golf")])
     with pytest.raises(PeopleError, match="at least 12"): run_lookup(planted.model, people=planted.people, prompt=PROMPTS["bare"], out=tmp_path / "d", most=3)
     with pytest.raises(PeopleError, match="ends in the name"): run_lookup(planted.model, people=planted.people, prompt="Fact: {name}", out=tmp_path / "c")
     with pytest.raises(PeopleError, match="holds {name} once"): run_lookup(planted.model, people=planted.people, prompt="plays", out=tmp_path / "b")
