@@ -84,7 +84,7 @@ def fitting(model_or_tokenizer, people: pd.DataFrame, prompt: str) -> pd.DataFra
     "The people whose names are two tokens in this prompt: at its beginning, where no space stands before them, other names are than elsewhere."
     return people[[_name_in(model_or_tokenizer, name, prompt)[2] for name in people["first"] + " " + people["last"]]].reset_index(drop=True)
 
-
+# %% ../../nbs/library/lookup/02_asking.ipynb #2345a311
 def check_prompt(prompt: str) -> str:
     "A prompt by its name in `people.PROMPTS`, or as it is. Raises `ValueError` where it does not hold `{name}` once, and no other braces."
     text = PROMPTS.get(prompt, prompt)
@@ -115,7 +115,7 @@ def ask(model_or_tokenizer, people: pd.DataFrame, prompt: str = "one_shot", choi
     encoding = encode(model_or_tokenizer, prompt.replace("{name}", name))
     return Asked(people.reset_index(drop=True), prompt, torch.tensor(rows), start, stop - 1, choices, tuple(_one_token(model_or_tokenizer, encoding, c) for c in choices))
 
-# %% ../../nbs/library/lookup/02_asking.ipynb #5eb4f73d
+# %% ../../nbs/library/lookup/02_asking.ipynb #6f9e83fa
 @dataclass(frozen=True, eq=False)
 class Passes:
     "Runs of people from position `start` on, on keys and values that all of them share."
@@ -144,7 +144,7 @@ class Passes:
         owner = torch.zeros(len(ids), dtype=torch.long, device=self.model.device)
         with self.model.hooked(hooks): return self.model.run(ids, PrefixCache(self.base.cache, self.start, owner), self.start)
 
-# %% ../../nbs/library/lookup/02_asking.ipynb #a04c6b4b
+# %% ../../nbs/library/lookup/02_asking.ipynb #fb3429df
 Values = Mapping[Edit, Tensor]
 
 
@@ -178,7 +178,7 @@ def hooks_of(model: Model, asked: Asked, values: Values, rows: Int[Tensor, "row"
         by.setdefault((edit.site, edit.layer), []).append(edit)
     return [(*key, _replacing(asked, edits, values, rows)) for key, edits in by.items()]
 
-# %% ../../nbs/library/lookup/02_asking.ipynb #79267e35
+# %% ../../nbs/library/lookup/02_asking.ipynb #f5102fe2
 @torch.no_grad()
 def final_states(model: Model, asked: Asked, values: Values | None = None, at_once: int = 64) -> Float[Tensor, "person d_model"]:
     "Final hidden states after the last norm, at the final token, with values replaced."
@@ -202,7 +202,7 @@ def read(model: Model, asked: Asked, places: Iterable[tuple[str, int]], position
     for rows in passes: passes.run(rows, [*hooks_of(model, asked, values or {}, rows, passes.start), *((*key, keep(key)) for key in places)])
     return {key: torch.cat(parts) for key, parts in found.items()}
 
-# %% ../../nbs/library/lookup/02_asking.ipynb #612f25cb
+# %% ../../nbs/library/lookup/02_asking.ipynb #9cb076e1
 @torch.no_grad()
 def answers(model: Model, asked: Asked, states: Float[Tensor, "person d_model"], clean: Float[Tensor, "person d_model"] | None = None, whole: bool = True) -> pd.DataFrame:
     """A row for each person: `said` (the largest of the choices), `right`, `ld` and `lead` in logits, and (`whole`) `loss` in nats; with `clean`, the final states of the unchanged runs, also `kl` in nats."""
@@ -218,7 +218,7 @@ def answers(model: Model, asked: Asked, states: Float[Tensor, "person d_model"],
     found = measured(model.readout, states[:, None], two, (states if clean is None else clean)[:, None], metrics).cpu().double().numpy()
     return out.assign(loss=-found[:, 0], **({} if clean is None else {"kl": found[:, 1]}))
 
-# %% ../../nbs/library/lookup/02_asking.ipynb #fd0e911d
+# %% ../../nbs/library/lookup/02_asking.ipynb #c0caa21c
 def means_at(model: Model, asked: Asked, edits: Iterable[Edit]) -> dict[Edit, Tensor]:
     "For each edit its mean over the people, at its place."
     edits, out = list(edits), {}
@@ -253,7 +253,7 @@ def donated(model: Model, asked: Asked, edits: Iterable[Edit], seed: int = 0) ->
         for e in here: out[e] = (there[e.site, e.layer] if e.head is None else there[e.site, e.layer][:, e.head])[order]
     return out
 
-# %% ../../nbs/library/lookup/02_asking.ipynb #3edc3633
+# %% ../../nbs/library/lookup/02_asking.ipynb #d407dac5
 def as_pairs(model_or_tokenizer, asked: Asked, seed: int = 0) -> list[TokenPair]:
     "Each person with a donor whose answer is another, as an aligned pair of prompts; the entity is the name, and its token the last."
     people, order = asked.people, donors_of(asked, seed)

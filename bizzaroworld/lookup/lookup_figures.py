@@ -256,7 +256,7 @@ def _captions(n: Mapping[str, int], chance: float) -> dict[str, tuple[str, str]]
                   "Left: points with intervals for each path that is taken away. Right: points for each layer, before and after the nonlinearity."),
         "parallelograms": (f"The length of (AB + CD - AD - CB)/2 over that of (AB + CD - EF - GH)/2 at the name (n = {n['parallelograms']} quadruples); 0: names are sums of their halves, 1: they have no more in common than unrelated names, above 1: less.",
                            "Two panels over layers: the ratio for what MLPs write and for the stream, in the model and with its MLPs shuffled."),
-        "lengths": ("Mean length of vectors at the name, over that of people who are known: people who are not known, and names put together of halves of the known; 1: as long as those of the known.",
+        "lengths": (f"Mean length of vectors at the name, over that of people who are known (n = {n['lengths']} names in the largest group): people who are not known, and names put together of halves of the known; 1: as long as those of the known.",
                     "Two panels over layers: relative lengths for what MLPs write and for the stream, by group."),
         "neurons": (f"Neurons at the name replaced by their mean over people, one at a time: about (attribution) and exactly (n = {n['neurons']}); effects on the logit difference, negative where the neuron helped.",
                     "Scatter of estimated against exact effects of single neurons, the largest named.")}
