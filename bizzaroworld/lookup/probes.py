@@ -17,7 +17,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from ..circuits.gradients import run_graph
+from ..circuits.gradients import run_graph, slopes_of
 from .asking import Asked, read
 from ..model.hooked import Model
 from ..model.load import untrained
@@ -56,11 +56,10 @@ def head_directions(model: Model, asked: Asked, head: tuple[int, int], at_once: 
     choice_ids = torch.tensor(asked.choice_ids, device=model.device)
     for rows in torch.arange(len(asked)).split(at_once):
         ids, columns = asked.ids[rows].to(model.device), choice_ids.repeat(len(rows), 1)
-        for c in range(len(asked.choices)):
-            def one(hidden):
-                logits = model.readout(hidden, columns)
-                return logits[:, c] - logits.mean(1)
-            found[c] += run_graph(model, ids, [("z", layer)], one).slopes([("z", layer)])["z", layer][:, -1, h].sum(0).float().cpu()
+        graph = run_graph(model, ids, [("z", layer)], lambda hidden: model.readout(hidden, columns))
+        with torch.enable_grad(): apart = (graph.metric - graph.metric.mean(1, keepdim=True)).sum(0)
+        at = {("z", layer): graph.acts["z", layer]}
+        for c, output in enumerate(apart): found[c] += slopes_of(output, at, again=True)["z", layer][:, -1, h].sum(0).float().cpu()
     return found / len(asked)
 
 
