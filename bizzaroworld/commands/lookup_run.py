@@ -21,12 +21,12 @@ from ..battery.tokens import continuation, encode
 from ..figures.run_figures import write_plates
 from ..files import write_json, write_table
 from ..lookup.asking import Asked, answers, ask, check_prompt, final_states, fitting
-from ..lookup.crossed import excess_of, lengths, most_halves, one_attribute, own_parts, parallelograms, renamed, with_shuffled_mlps
-from ..lookup.hypotheses import halves, predictions, verdicts
-from ..lookup.inside import fact_correlations, mlp_paths, neuron_estimates, neurons, resampled
+from ..lookup.crossed import lengths, one_attribute, own_parts, parallelograms, renamed, with_shuffled_mlps
+from ..lookup.hypotheses import evidence, predictions, verdicts
+from ..lookup.inside import fact_correlations, neuron_estimates, neurons, resampled
 from ..lookup.lookup_figures import lookup_plates
 from ..lookup.people import COLUMNS, FEWEST, PLANTED, PROMPTS, PeopleError, athletes, attributes, knowing, made_up, planted_people, two_tokens, whom
-from ..lookup.probes import first_step, probes
+from ..lookup.probes import probes
 from ..lookup.stages import Effective, components, curves, effective_model, stages, summed_up
 from ..model.hooked import Model
 from ..model.identity import sha256_files
@@ -170,13 +170,9 @@ def look_inside(run: Steps, parts: Effective, head: tuple[int, int]) -> dict[str
     "The tables of what goes on inside the lookup; those that the hypotheses read are given back, and are of people who were not searched."
     model, known, held, searched = run.model, run.known, run.held, run.some("searched")
     band = list(range(parts.lookup[0], parts.lookup[1] + 1))
-    layers, found = [l for l in band if l < head[0]], {}
-    k = most_halves(run.some("held").people, 8)
-    found["halves"] = run.table("halves", lambda: halves(model, held, run.seed))
+    layers = [l for l in band if l < head[0]]
+    found = {name: run.table(name, make) for name, make in evidence(model, held, parts, head, run.some("held"), run.seed, run.say).items()}
     run.table("probes", lambda: probes(model, known, head))
-    found["first_step"] = run.table("first_step", lambda: first_step(model, held, parts.lookup))
-    if "resid_mid" in model.sites: found["paths"] = run.table("paths", lambda: mlp_paths(model, held, band, told=run.say))
-    if k > 1: found["excess"] = run.table("excess", lambda: excess_of(model, run.some("held"), head, layers, k, run.seed))
     run.table("parallelograms", lambda: _parallelograms(run))
     run.table("lengths", lambda: _lengths(run))
     run.table("own_parts", lambda: own_parts(model, known))

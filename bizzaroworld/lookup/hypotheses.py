@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .asking import Asked, answers, final_states
-from .crossed import excess_of, other_halves, partners, renamed
+from .crossed import excess_of, most_halves, other_halves, partners, renamed
 from .inside import mlp_paths
 from .probes import first_step
 from .stages import Effective, Told, kept, summed_up
@@ -139,16 +139,12 @@ def halves(model: Model, asked: Asked, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame([*rows, {"half": "pair only", "kept": pair.value, "kept_low": pair.low, "kept_high": pair.high, "n": pair.n}])
 
 
-def evidence(model: Model, asked: Asked, parts: Effective, k: int = 8, seeds: int = 10, told: Told | None = None) -> dict[str, pd.DataFrame]:
-    "The tables that the verdicts are made of, but for `facts`, which take other prompts. `told` is called with the name of each before it is made."
-    layers = range(parts.lookup[0], parts.lookup[1] + 1)
-    def say(what):
-        if told: told(what)
-    say("paths between MLPs")
-    found = {"paths": mlp_paths(model, asked, layers)}
-    say("excess")
-    found["excess"] = excess_of(model, asked, parts.extraction[0], [l for l in layers if l < parts.extraction[0][0]], k)
-    say("probes")
-    found["first_step"] = first_step(model, asked, parts.lookup, seeds)
-    say("halves of names")
-    return found | {"halves": halves(model, asked)}
+def evidence(model: Model, asked: Asked, parts: Effective, head: tuple[int, int], few: Asked | None = None, seed: int = 0, told: Told | None = None) -> dict[str, Callable[[], pd.DataFrame]]:
+    """What makes each of the tables that the verdicts are made of, by its name, but for `facts`, which take other prompts; those that this model or these people do not allow are left out.
+
+    `head`: the one that reads after the lookup; `few`: the people for what takes longest (`asked`, unless given)."""
+    few, band = asked if few is None else few, range(parts.lookup[0], parts.lookup[1] + 1)
+    k, found = most_halves(few.people, 8), {"halves": lambda: halves(model, asked, seed), "first_step": lambda: first_step(model, asked, parts.lookup)}
+    if "resid_mid" in model.sites: found["paths"] = lambda: mlp_paths(model, asked, band, told=told)
+    if k > 1: found["excess"] = lambda: excess_of(model, few, head, [l for l in band if l < head[0]], k, seed)
+    return found
