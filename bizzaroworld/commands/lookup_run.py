@@ -23,7 +23,7 @@ from ..files import write_json, write_table
 from ..lookup.asking import Asked, answers, ask, check_prompt, final_states, fitting
 from ..lookup.crossed import lengths, one_attribute, own_parts, parallelograms, renamed, with_shuffled_mlps
 from ..lookup.hypotheses import evidence, predictions, verdicts
-from ..lookup.inside import fact_correlations, neuron_estimates, neurons, resampled
+from ..lookup.inside import every_neuron, fact_correlations, neuron_estimates, neurons, resampled
 from ..lookup.lookup_figures import lookup_plates
 from ..lookup.people import COLUMNS, FEWEST, PLANTED, PROMPTS, PeopleError, athletes, attributes, knowing, made_up, planted_people, two_tokens, whom
 from ..lookup.probes import probes
@@ -166,6 +166,11 @@ def _parallelograms(run: Steps) -> pd.DataFrame:
     return pd.concat([parallelograms(m, run.known, seed=run.seed).assign(model=name) for name, m in both.items()], ignore_index=True)
 
 # %% ../../nbs/library/commands/07_lookup_run.ipynb #ace50161
+def _few(known: Asked, each: int = 2) -> Asked:
+    "Of the known so many of each answer, those whom the run's table names first."
+    return known.only(np.sort(np.concatenate([np.flatnonzero(known.right.numpy() == i)[:each] for i in range(len(known.choices))])))
+
+
 def look_inside(run: Steps, parts: Effective, head: tuple[int, int]) -> dict[str, pd.DataFrame]:
     "The tables of what goes on inside the lookup; those that the hypotheses read are given back, and are of people who were not searched."
     model, known, held, searched = run.model, run.known, run.held, run.some("searched")
@@ -177,6 +182,7 @@ def look_inside(run: Steps, parts: Effective, head: tuple[int, int]) -> dict[str
     run.table("lengths", lambda: _lengths(run))
     run.table("own_parts", lambda: own_parts(model, known))
     single = run.table("neurons", lambda: neurons(model, searched, layers, seed=run.seed))
+    for l in layers: run.table(f"every_neuron_{l}", lambda: every_neuron(model, known, _few(known), l, run.seed))
     top = single[single.chosen == "largest"].sort_values("mean", key=abs, ascending=False).head(12)
     run.table("resampled", lambda: resampled(model, run.some("held", 12), list(zip(top.layer, top.neuron)), known, seed=run.seed))
     run.table("one_attribute", lambda: one_attribute(model, searched, held, head, layers, run.seed))

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..circuits.gradients import run_graph
-from .asking import Asked, Passes, answers, as_pairs, final_states, read
+from .asking import Asked, Passes, answers, as_pairs, donors_of, final_states, read
 from .probes import fitted, splits
 from .stages import Told, summed_up
 from ..model.hooked import Model
@@ -24,8 +24,8 @@ from ..patch.sweep import sweep
 from ..results.estimates import estimate, estimate_means
 
 # %% auto #0
-__all__ = ['MlpPaths', 'FactEffects', 'without_paths', 'mlp_paths', 'difference_of', 'neuron_estimates', 'neurons', 'resampled',
-           'told_by', 'fact_correlations']
+__all__ = ['MlpPaths', 'FactEffects', 'without_paths', 'mlp_paths', 'difference_of', 'neuron_estimates', 'neurons',
+           'every_neuron', 'resampled', 'told_by', 'fact_correlations']
 
 # %% ../../nbs/library/lookup/05_inside.ipynb #4300e8d6
 MlpPaths = Mapping[int, Iterable[int]]  # of each receiving layer, the layers whose MLPs it is not to read
@@ -102,26 +102,30 @@ def mlp_paths(model: Model, asked: Asked, layers: Iterable[int], seeds: int = 5,
     return pd.DataFrame(rows).assign(probe=scores)
 
 # %% ../../nbs/library/lookup/05_inside.ipynb #f64d176e
-def difference_of(model: Model, asked: Asked, rows: Int[Tensor, "row"]) -> Callable:
-    "What reads the logit of each person's answer less the mean of the other choices off final states."
+def difference_of(model: Model, asked: Asked, rows: Int[Tensor, "row"], against: np.ndarray | None = None) -> Callable:
+    "What reads the logit of each person's answer less the mean of the other choices off final states; or less that of another person's answer, where `against` has the number of another for each."
     ids, right = torch.tensor([asked.choice_ids] * len(rows), device=model.device), asked.right[rows].to(model.device)
+    other = None if against is None else asked.right[torch.from_numpy(against)[rows]].to(model.device)
     def difference(hidden):
         logits = model.readout(hidden, ids)
         own = logits.gather(1, right[:, None])[:, 0]
+        if other is not None: return own - logits.gather(1, other[:, None])[:, 0]
         return own - (logits.sum(1) - own) / max(1, logits.shape[1] - 1)
     return difference
 
 
-def neuron_estimates(model: Model, asked: Asked, layers: Iterable[int], at_once: int = 16) -> dict[int, Float[Tensor, "person neuron"]]:
-    "About what replacing each neuron at the name by its mean over the people changes in each person's logit difference, by layer: (mean - activation) times the gradient."
+def neuron_estimates(model: Model, asked: Asked, layers: Iterable[int], at_once: int = 16, against: np.ndarray | None = None, means: Mapping[int, Tensor] | None = None) -> dict[int, Float[Tensor, "person neuron"]]:
+    """About what replacing each neuron at the name by its mean over the people changes in each person's logit difference, by layer: (mean - activation) times the gradient.
+
+    `against`: as in `difference_of`. `means`: those of other people, by layer."""
     keys, acts, slopes, at = [("neurons", l) for l in layers], {}, {}, asked.at("last")
     for rows in torch.arange(len(asked)).split(at_once):
-        graph = run_graph(model, asked.ids[rows].to(model.device), keys, difference_of(model, asked, rows))
+        graph = run_graph(model, asked.ids[rows].to(model.device), keys, difference_of(model, asked, rows, against))
         for key, slope in graph.slopes(keys).items():
             slopes.setdefault(key, []).append(slope[:, at].detach().float().cpu())
             acts.setdefault(key, []).append(graph.acts[key][:, at].detach().float().cpu())
-    def estimate_of(act, slope): return (act.mean(0) - act) * slope
-    return {key[1]: estimate_of(torch.cat(acts[key]), torch.cat(slopes[key])) for key in keys}
+    def estimate_of(layer, act, slope): return ((act.mean(0) if means is None else means[layer]) - act) * slope
+    return {key[1]: estimate_of(key[1], torch.cat(acts[key]), torch.cat(slopes[key])) for key in keys}
 
 # %% ../../nbs/library/lookup/05_inside.ipynb #fe48fc0d
 def _chosen(estimates: Mapping[int, Tensor], top: int, seed: int) -> list[tuple[int, int, str]]:
@@ -146,6 +150,17 @@ def neurons(model: Model, asked: Asked, layers: Iterable[int], top: int = 48, se
     effects = found.patched[:, :, 0] - found.clean[:, :1]
     rows = pd.DataFrame([{"layer": l, "neuron": i, "chosen": why, "estimate": float(estimates[l][:, i].mean())} for l, i, why in chosen])
     return rows.assign(**estimate_means(effects), helps=(effects <= effects.min(0).clip(max=0) / 10).mean(0), n=len(asked))
+
+# %% ../../nbs/library/lookup/05_inside.ipynb #e7a1c0d2
+def every_neuron(model: Model, asked: Asked, few: Asked, layer: int, seed: int = 0) -> pd.DataFrame:
+    """Every neuron of a layer at the name replaced by its mean over the people `asked`, exactly, in the runs of a `few` of them: `layer`, `neuron`, the `estimate` and the exact `mean` over the few, and `spread`, its standard deviation over them (changes of the logit difference between each
+    person's answer and their donor's, in logits), `n`."""
+    means = read(model, asked, [("neurons", layer)])["neurons", layer].mean(0)
+    estimates = neuron_estimates(model, few, [layer], against=donors_of(few, seed), means={layer: means})[layer].mean(0)
+    edits = [Edit("neurons", layer, "entity", i, "given") for i in range(len(means))]
+    found = sweep(model, as_pairs(model, few, seed), edits, values=dict(zip(edits, means)), progress=False)
+    effects = found.patched[:, :, 0] - found.clean[:, :1]
+    return pd.DataFrame({"layer": layer, "neuron": range(len(means)), "estimate": estimates.double().numpy(), "mean": effects.mean(0), "spread": effects.std(0, ddof=1), "n": len(few)})
 
 # %% ../../nbs/library/lookup/05_inside.ipynb #f5ae852c
 def resampled(model: Model, asked: Asked, which: Sequence[tuple[int, int]], pool: Asked | None = None, donors: int = 64, seed: int = 0) -> pd.DataFrame:
