@@ -27,7 +27,7 @@ from .recipes import Parameters, Recipe, as_sae, features_while_training, first_
 from .saes import SAE, DictionaryError
 
 # %% auto #0
-__all__ = ['EVERY', 'Source', 'Held', 'Batches', 'Training', 'scale_of', 'train_sae']
+__all__ = ['EVERY', 'Source', 'Held', 'Batches', 'Training', 'renew', 'learn', 'scale_of', 'train_sae']
 
 # %% ../../nbs/library/dictionaries/05_learning.ipynb #38de812d
 class Source(Protocol):
@@ -101,25 +101,7 @@ class Training:
     @property
     def dead(self) -> Tensor: return self.step - self.last_fired > self.recipe.dead_after
 
-    def learn(self, x: Float[Tensor, "token d"]) -> None:
-        "One step, on one batch. Raises `DictionaryError` for a loss that is not a number."
-        recipe, made = self.recipe, self.made
-        for group in self.optimizer.param_groups: group["lr"] = recipe.rate(self.step)
-        f, pre = features_while_training(recipe, made, x)
-        residual = x - (f @ made["W_dec"] + made["b_dec"])
-        mse, dead = residual.pow(2).sum(1).mean(), self.dead
-        loss = mse + penalty(recipe, made, x, f, pre)
-        if recipe.revive == "ghost": loss = loss + ghost_loss(recipe, made, pre, residual, mse, torch.ones_like(dead) if self.step < recipe.ghost_all else dead)
-        self.optimizer.zero_grad()
-        if not math.isfinite(loss.item()): raise DictionaryError(f"The loss is {loss.item()} at step {self.step}: activations there are not finite, or lr {recipe.lr} is too high.")
-        loss.backward()
-        without_lengthening(made)
-        self.optimizer.step()
-        within_the_ball(made)
-        self._note(x, f.detach(), mse.detach(), loss.detach())
-        if recipe.revive == "resample" and self.step % recipe.dead_after == 0 and self.step < 0.8 * recipe.steps: self._resample(x)
-
-    def _note(self, x: Tensor, f: Tensor, mse: Tensor, loss: Tensor) -> None:
+    def note(self, x: Tensor, f: Tensor, mse: Tensor, loss: Tensor) -> None:
         "Count the step, what fired, and what was lost."
         fired, self.step = (f > 0).any(0), self.step + 1
         self.last_fired[fired] = self.step
@@ -129,26 +111,46 @@ class Training:
         variance = (x - x.mean(0)).pow(2).sum(1).mean().clamp_min(1e-12)
         self.recent.append({"loss": float(loss), "unexplained": float(mse / variance), "l0": float((f > 0).sum(1).float().mean()), "dead": float(self.dead.float().mean())})
 
-    @torch.no_grad()
-    def _resample(self, x: Tensor) -> None:
-        "Give the dead new directions, and let Adam forget them."
-        dead, rng = self.dead, torch.Generator().manual_seed(self.recipe.seed + self.step)
-        f, _ = features_while_training(self.recipe, self.made, x)
-        resample(self.recipe, self.made, x, x - f @ self.made["W_dec"] - self.made["b_dec"], dead, rng)
-        for name, part in self.made.items():
-            if name == "b_dec": continue
-            for key in ("exp_avg", "exp_avg_sq"):
-                moments = self.optimizer.state[part][key]
-                if name == "W_enc": moments[:, dead] = 0
-                else: moments[dead] = 0
-        self.last_fired[dead] = self.step
-
     def summed(self) -> dict:
         "Means over the steps since the last time; `dead` as it is now."
         row = {"step": self.step} | {key: float(np.mean([r[key] for r in self.recent])) for key in ("loss", "unexplained", "l0")} | {"dead": self.recent[-1]["dead"]}
         self.history.append(row)
         self.recent = []
         return row
+
+# %% ../../nbs/library/dictionaries/05_learning.ipynb #d014fa96
+@torch.no_grad()
+def renew(training: Training, x: Float[Tensor, "token d"]) -> None:
+    "Give the features that are dead new directions, by what is lost of a batch, and let Adam forget them."
+    recipe, made, dead = training.recipe, training.made, training.dead
+    f, _ = features_while_training(recipe, made, x)
+    resample(recipe, made, x, x - f @ made["W_dec"] - made["b_dec"], dead, torch.Generator().manual_seed(recipe.seed + training.step))
+    for name, part in made.items():
+        if name == "b_dec": continue
+        for key in ("exp_avg", "exp_avg_sq"):
+            moments = training.optimizer.state[part][key]
+            if name == "W_enc": moments[:, dead] = 0
+            else: moments[dead] = 0
+    training.last_fired[dead] = training.step
+
+# %% ../../nbs/library/dictionaries/05_learning.ipynb #42871ab2
+def learn(training: Training, x: Float[Tensor, "token d"]) -> None:
+    "One step, on one batch. Raises `DictionaryError` for a loss that is not a number."
+    recipe, made = training.recipe, training.made
+    for group in training.optimizer.param_groups: group["lr"] = recipe.rate(training.step)
+    f, pre = features_while_training(recipe, made, x)
+    residual = x - (f @ made["W_dec"] + made["b_dec"])
+    mse, dead = residual.pow(2).sum(1).mean(), training.dead
+    loss = mse + penalty(recipe, made, x, f, pre)
+    if recipe.revive == "ghost": loss = loss + ghost_loss(recipe, made, pre, residual, mse, torch.ones_like(dead) if training.step < recipe.ghost_all else dead)
+    training.optimizer.zero_grad()
+    if not math.isfinite(loss.item()): raise DictionaryError(f"The loss is {loss.item()} at step {training.step}: activations there are not finite, or lr {recipe.lr} is too high.")
+    loss.backward()
+    without_lengthening(made)
+    training.optimizer.step()
+    within_the_ball(made)
+    training.note(x, f.detach(), mse.detach(), loss.detach())
+    if recipe.revive == "resample" and training.step % recipe.dead_after == 0 and training.step < 0.8 * recipe.steps: renew(training, x)
 
 # %% ../../nbs/library/dictionaries/05_learning.ipynb #0e0740e9
 def _identity(source: Source, recipe: Recipe, scale: float) -> dict:
@@ -186,7 +188,7 @@ def _resumed(training: Training, path: Path, identity: dict) -> float:
     training.history, training.recent = json.loads(about["history"]), json.loads(about["recent"])
     return float(about["scale"])
 
-# %% ../../nbs/library/dictionaries/05_learning.ipynb #0c99a2fd
+# %% ../../nbs/library/dictionaries/05_learning.ipynb #2074f311
 EVERY = 50
 
 
@@ -209,7 +211,7 @@ def train_sae(source: Source, recipe: Recipe | None = None, folder: str | Path |
     batches = Batches(source, recipe, scale).starting_at(training.step)
     with tqdm(total=recipe.steps, initial=training.step, disable=None if progress else True, desc=f"{recipe.kind} {recipe.n_features:,}", unit="step") as bar:
         while training.step < recipe.steps:
-            training.learn(next(batches).to(device))
+            learn(training, next(batches).to(device))
             bar.update()
             if training.step % EVERY == 0 or training.step == recipe.steps:
                 row = training.summed()

@@ -116,7 +116,7 @@ class _Jump(torch.autograd.Function):
         near = ((pre - threshold).abs() < ctx.bandwidth / 2).to(grad.dtype)
         return grad * (pre > threshold), -(near * grad * threshold).sum(0) / ctx.bandwidth, None
 
-
+# %% ../../nbs/library/dictionaries/04_recipes.ipynb #51b892ff
 def _kept(pre: Tensor, k: int) -> Tensor:
     "The largest of a whole batch, `k` for each token on average."
     cut = pre.flatten().topk(k * len(pre)).values[-1]

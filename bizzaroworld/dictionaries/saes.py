@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['KINDS', 'NORMS', 'NEEDS', 'DictionaryError', 'SAE', 'shift_and_scale', 'pre_activations', 'features_of', 'written',
-           'directions', 'error', 'perfect']
+__all__ = ['KINDS', 'NORMS', 'NEEDS', 'DictionaryError', 'SAEFacts', 'SAE', 'shift_and_scale', 'pre_activations', 'features_of',
+           'written', 'directions', 'error', 'perfect']
 
 # %% ../../nbs/library/dictionaries/01_saes.ipynb #8cac15ef
 KINDS = ("relu", "jumprelu", "topk", "batchtopk", "gated")
@@ -24,9 +24,30 @@ NORMS = ("none", "scale", "token_norm", "layer_norm")
 class DictionaryError(ValueError):
     "A dictionary, or a file of one, that cannot be used; the message names what was found and what to do."
 
+# %% ../../nbs/library/dictionaries/01_saes.ipynb #0b4ea175
+class SAEFacts:
+    "Read-only facts about an `SAE`, derived from its fields, and copies of it elsewhere."
+    @property
+    def d_in(self) -> int: return self.W_enc.shape[0]
+    @property
+    def n_features(self) -> int: return self.W_enc.shape[1]
+    @property
+    def d_out(self) -> int: return self.W_dec.shape[1]
+    @property
+    def is_transcoder(self) -> bool: return self.reads != self.writes
 
+    def __repr__(self) -> str:
+        what, at = "transcoder" if self.is_transcoder else "SAE", " to ".join(f"{s} of layer {l}" for s, l in dict.fromkeys((self.reads, self.writes)))
+        return f"{what}({self.kind}, {self.n_features:,} features of {self.d_in} dimensions, {at}{f', {self.model}' if self.model else ''})"
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> SAE:
+        "The same on another device, or in another precision."
+        moved = {f.name: getattr(self, f.name).to(device=device, dtype=dtype) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **moved)
+
+# %% ../../nbs/library/dictionaries/01_saes.ipynb #011fdd9b
 @dataclass(frozen=True, eq=False, repr=False)
-class SAE:
+class SAE(SAEFacts):
     """A sparse autoencoder, or a transcoder where `writes` is another place than `reads`.
 
     `reads`, `writes`: site and layer. `b_in`: taken off the input before the encoder. `threshold`: for `jumprelu` and `batchtopk`, one number for each feature. `k`: for `topk`. `r_mag`, `b_mag`: for `gated`, whose
@@ -54,24 +75,6 @@ class SAE:
 
     def __post_init__(self):
         _check(self)
-
-    @property
-    def d_in(self) -> int: return self.W_enc.shape[0]
-    @property
-    def n_features(self) -> int: return self.W_enc.shape[1]
-    @property
-    def d_out(self) -> int: return self.W_dec.shape[1]
-    @property
-    def is_transcoder(self) -> bool: return self.reads != self.writes
-
-    def __repr__(self) -> str:
-        what, at = "transcoder" if self.is_transcoder else "SAE", " to ".join(f"{s} of layer {l}" for s, l in dict.fromkeys((self.reads, self.writes)))
-        return f"{what}({self.kind}, {self.n_features:,} features of {self.d_in} dimensions, {at}{f', {self.model}' if self.model else ''})"
-
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> SAE:
-        "The same on another device, or in another precision."
-        moved = {f.name: getattr(self, f.name).to(device=device, dtype=dtype) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, **moved)
 
     def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... feature"]:
         "The features of each token, none negative."
