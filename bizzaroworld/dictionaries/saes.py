@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from einops import einsum
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 # %% auto #0
@@ -102,6 +102,7 @@ def _check(sae: SAE) -> None:
         part = getattr(sae, name)
         if part is not None and tuple(part.shape) != shape:
             raise DictionaryError(f"{name} is {' x '.join(map(str, part.shape))}, where W_enc ({d_in} x {n}) and W_dec ask for {' x '.join(map(str, shape))}.")
+    if n < 1 or d_in < 1: raise DictionaryError(f"W_enc is {d_in} x {n}: a dictionary has features, and dimensions to read.")
     if sae.k is not None and not 1 <= sae.k <= n: raise DictionaryError(f"k is {sae.k}, of {n} features: give 1 to {n}.")
     if sae.heads < 1 or d_in % sae.heads: raise DictionaryError(f"{d_in} dimensions cannot be {sae.heads} heads of one size.")
     if not sae.scale > 0: raise DictionaryError(f"The input's scale is {sae.scale}: it must be positive.")
@@ -140,14 +141,15 @@ def features_of(sae: SAE, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... fe
 
 
 def written(sae: SAE, f: Float[Tensor, "... feature"], x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
-    "What features stand for, with the shift and scale of the input that they were read from put back."
+    "What features stand for, with the shift and scale of the input that they were read from put back. Raises `DictionaryError` for another number of features."
+    if f.shape[-1] != sae.n_features: raise DictionaryError(f"{f.shape[-1]} features cannot be written by a dictionary of {sae.n_features}.")
     shift, scale = shift_and_scale(sae, x)
     out = f @ sae.W_dec + sae.b_dec
     if sae.W_skip is not None: out = out + (x - shift) / scale @ sae.W_skip
     return out * scale + shift
 
 # %% ../../nbs/library/dictionaries/01_saes.ipynb #cbcb5c38
-def directions(sae: SAE, x: Float[Tensor, "token d_in"], which: Float[Tensor, "token"] | None = None) -> Float[Tensor, "token ..."]:
+def directions(sae: SAE, x: Float[Tensor, "token d_in"], which: Int[Tensor, "token"] | None = None) -> Float[Tensor, "token ..."]:
     """What one unit of a feature adds to the activation of each token: `token d_out` for the feature `which` of each, or `token feature d_out` for all."""
     _, scale = shift_and_scale(sae, x)
     if which is not None: return sae.W_dec[which] * scale
