@@ -24,16 +24,16 @@ from ..files import quoted, replacing, write_json
 from ..model.hooked import HEAD_SITES, SITES
 
 # %% auto #0
-__all__ = ['MLP_IN', 'MLP_NORMALIZED', 'ARCHITECTURES', 'LAYOUTS', 'PICKLES', 'load_sae', 'as_saelens', 'save_sae']
+__all__ = ['MLP_IN', 'MLP_NORMED', 'ARCHITECTURES', 'LAYOUTS', 'PICKLES', 'load_sae', 'as_saelens', 'save_sae']
 
-# %% ../../nbs/library/dictionaries/02_sae_files.ipynb #2ad96e18
-MLP_IN, MLP_NORMALIZED = "mlp_in", "mlp_normalized"
+# %% ../../nbs/library/dictionaries/02_sae_files.ipynb #263de47f
+MLP_IN, MLP_NORMED = "mlp_in", "mlp_normed"
 _BLOCK, _LAYER = re.compile(r"blocks\.(\d+)\.(.+)"), re.compile(r"(?:\w+\.)*layers\.(\d+)\.(.+)")
 _READ = {hook.replace("hook_", ""): site for site, hook in SITES.items() if site == "z" or site not in HEAD_SITES} | {
-    "mlp.post": "neurons", "mlp_in": MLP_IN, "mlp.in": MLP_IN, "ln2.normalized": MLP_NORMALIZED}
+    "mlp.post": "neurons", "mlp_in": MLP_IN, "mlp.in": MLP_IN, "ln2.normalized": MLP_NORMED}
 _READ_HF = {"output": "resid_post", "self_attn.o_proj.input": "z", "pre_feedforward_layernorm.output": MLP_IN, "post_feedforward_layernorm.output": "mlp_out"}
 _WRITTEN = {site: SITES[site] for site in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "z")} | {
-    "neurons": "mlp.hook_post", MLP_IN: "hook_" + "mlp_in", MLP_NORMALIZED: "ln2.hook_normalized"}
+    "neurons": "mlp.hook_post", MLP_IN: "hook_" + "mlp_in", MLP_NORMED: "ln2.hook_normalized"}
 
 # %% ../../nbs/library/dictionaries/02_sae_files.ipynb #485d8764
 def hook_place(name: str) -> tuple[str, int]:
@@ -80,7 +80,7 @@ def _only(found: Mapping[str, Tensor], file: Path, needed: tuple[str, ...], allo
     if more := sorted(set(found) - {*needed, *allowed}):
         raise DictionaryError(f"{file} has {', '.join(more)} besides {', '.join(needed)}: what that does is not known here, and leaving it out may change the dictionary.")
 
-# %% ../../nbs/library/dictionaries/02_sae_files.ipynb #2a07e7af
+# %% ../../nbs/library/dictionaries/02_sae_files.ipynb #bf95b74c
 @dataclass(frozen=True)
 class _Asked:
     "What the caller says of a file."
@@ -101,11 +101,11 @@ class _Asked:
 
 def _writes(reads: tuple[str, int]) -> tuple[str, int]:
     "Where a dictionary writes that reads here, if nothing else is said: what enters an MLP is read to write what comes out."
-    return ("mlp_out", reads[1]) if reads[0] in (MLP_IN, MLP_NORMALIZED) else reads
+    return ("mlp_out", reads[1]) if reads[0] in (MLP_IN, MLP_NORMED) else reads
 
-# %% ../../nbs/library/dictionaries/02_sae_files.ipynb #3f2988e5
+# %% ../../nbs/library/dictionaries/02_sae_files.ipynb #9cd00707
 _SCOPE = ("w_enc", "w_dec", "b_enc", "b_dec", "threshold")
-_SCOPE_SITES = {"res": "resid_post", "mlp": "mlp_out", "att": "z", "transcoders": MLP_NORMALIZED}
+_SCOPE_SITES = {"res": "resid_post", "mlp": "mlp_out", "att": "z", "transcoders": MLP_NORMED}
 _SCOPE_2_SITES = {"resid_post": "resid_post", "attn_out": "z", "mlp_out": "mlp_out", "transcoder": MLP_IN}
 
 def _scope_parts(found: Mapping[str, Tensor], reads: tuple[str, int], writes: tuple[str, int], model: str) -> dict:
@@ -254,7 +254,7 @@ def load_sae(path: str | Path, *, place: tuple[str, int] | None = None, layer: i
     try: return SAE(**parts | {"model": model or parts["model"], "source": str(path)}).to(device, dtype)
     except (DictionaryError, ValueError, IndexError) as e: raise DictionaryError(f"{file}: {e}") from e
 
-# %% ../../nbs/library/dictionaries/02_sae_files.ipynb #bdb685b6
+# %% ../../nbs/library/dictionaries/02_sae_files.ipynb #7f76ba76
 def as_saelens(sae: SAE) -> SAE:
     "The same dictionary as far as SAELens' layout can say it: no number that activations are divided by, and nothing taken off the input but the decoder's bias."
     parts = {name: getattr(sae, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec", "b_in", "b_mag")}
@@ -272,7 +272,7 @@ def _architecture(sae: SAE) -> str:
     "SAELens' name for a kind. Raises `DictionaryError` where it has none."
     if unknown := [site for site, _ in (sae.reads, sae.writes) if site not in _WRITTEN]: raise DictionaryError(f"SAELens has no name for the site {unknown[0]}: it has one for {', '.join(_WRITTEN)}.")
     if not sae.is_transcoder:
-        if sae.W_skip is not None or sae.reads[0] in (MLP_IN, MLP_NORMALIZED): raise DictionaryError("SAELens' layout cannot say an SAE with a linear part, or of what enters an MLP.")
+        if sae.W_skip is not None or sae.reads[0] in (MLP_IN, MLP_NORMED): raise DictionaryError("SAELens' layout cannot say an SAE with a linear part, or of what enters an MLP.")
         return _PLAIN.get(sae.kind, sae.kind)
     if sae.kind not in _ACROSS or sae.norm not in ("none", "scale"): raise DictionaryError(f"SAELens' layout cannot say a {sae.kind} transcoder with norm {sae.norm}: it has relu and jumprelu, without one for each token.")
     return _ACROSS[sae.kind] + "skip_" * (sae.W_skip is not None) + "transcoder"

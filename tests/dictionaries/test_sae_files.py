@@ -44,7 +44,7 @@ def test_names_of_hooks():
     assert hook_place("blocks.0.hook_resid_mid") == ("resid_mid", 0) and hook_place("blocks.11.hook_mlp_out") == ("mlp_out", 11)
     assert hook_place("blocks.11.hook_attn_out") == ("attn_out", 11) and hook_place("blocks.2.attn.hook_z") == ("z", 2) and hook_place("blocks.2.mlp.hook_post") == ("neurons", 2)
     assert {hook_place(f"blocks.4.{hook}") for hook in ("hook_mlp_in", "mlp.hook_in")} == {("mlp_in", 4)} == {hook_place("model.layers.4.pre_feedforward_layernorm.output")}
-    assert hook_place("blocks.4.ln2.hook_normalized") == ("mlp_normalized", 4)  # before the gain: another place
+    assert hook_place("blocks.4.ln2.hook_normalized") == ("mlp_normed", 4)  # before the gain: another place
     assert hook_place("model.layers.9.output") == ("resid_post", 9) and hook_place("model.language_model.layers.9.self_attn.o_proj.input") == ("z", 9)
     assert hook_place("model.layers.9.post_feedforward_layernorm.output") == ("mlp_out", 9)
     for name in ("hook_embed", "blocks.1.attn.hook_q", "blocks.x.hook_resid_pre", "model.layers.1.mlp.down_proj", "", None):
@@ -124,7 +124,7 @@ def test_transcoders(tmp_path, jump, skip):
     pre = pre_of(w, X)
     f = pre.relu() * (pre > threshold) if jump else pre.relu()
     agree(sae, f, f @ w["W_dec"] + w["b_dec"] + (X @ W_skip.T if skip else 0))
-    assert sae.reads == ("mlp_normalized", 3) and sae.writes == ("mlp_out", 3) and sae.is_transcoder
+    assert sae.reads == ("mlp_normed", 3) and sae.writes == ("mlp_out", 3) and sae.is_transcoder
 
 
 @pytest.mark.parametrize("norm", ["layer_norm", "constant_norm_rescale"])
@@ -181,7 +181,7 @@ def scope(file, skip=None, dtype=torch.float32, **shapes):
 @pytest.mark.parametrize("name, reads, writes, model", [
     ("gemma-scope-2b-pt-res", ("resid_post", 12), ("resid_post", 12), "gemma-2-2b"), ("gemma-scope-9b-it-res", ("resid_post", 12), ("resid_post", 12), "gemma-2-9b-it"),
     ("models--google--gemma-scope-2b-pt-mlp", ("mlp_out", 12), ("mlp_out", 12), "gemma-2-2b"), ("gemma-scope-2b-pt-att", ("z", 12), ("z", 12), "gemma-2-2b"),
-    ("gemma-scope-2b-pt-transcoders", ("mlp_normalized", 12), ("mlp_out", 12), "gemma-2-2b")])
+    ("gemma-scope-2b-pt-transcoders", ("mlp_normed", 12), ("mlp_out", 12), "gemma-2-2b")])
 def test_gemma_scope(tmp_path, name, reads, writes, model):
     file = tmp_path / name / "snapshots" / "0" / "layer_12" / "width_16k" / "average_l0_41" / "params.npz"
     f, out = scope(file)
@@ -196,7 +196,7 @@ def test_gemma_scope_out_of_its_folders(tmp_path):
     with pytest.raises(DictionaryError, match=r"params\.npz nor its path says for which site and layer"): load_sae(tmp_path)
     with pytest.raises(DictionaryError, match="for which site it is: give site="): load_sae(tmp_path, layer=3)
     agree(load_sae(tmp_path, place=("mlp_out", 3)), f, out)
-    assert load_sae(tmp_path, site="mlp_normalized", layer=3, model="gemma-2-2b").writes == ("mlp_out", 3)
+    assert load_sae(tmp_path, site="mlp_normed", layer=3, model="gemma-2-2b").writes == ("mlp_out", 3)
     scope(tmp_path / "gemma-scope-2b-pt-res" / "embedding" / "width_4k" / "params.npz")
     with pytest.raises(DictionaryError, match="token embeddings"): load_sae(tmp_path / "gemma-scope-2b-pt-res" / "embedding" / "width_4k", layer=0)
     scope(tmp_path / "gemma-scope-2b-pt-res" / "layer_2" / "params.npz")
@@ -310,7 +310,7 @@ def test_saving_and_loading_changes_no_bit(tmp_path, kind, more):
 
 
 @pytest.mark.parametrize("kind", ["relu", "jumprelu", "batchtopk"])
-@pytest.mark.parametrize("reads", [("mlp_in", 3), ("mlp_normalized", 3), ("resid_mid", 2)])
+@pytest.mark.parametrize("reads", [("mlp_in", 3), ("mlp_normed", 3), ("resid_mid", 2)])
 def test_transcoders_are_saved_and_loaded(tmp_path, kind, reads):
     for skip in (None, drawn(D, OUT, seed=5)):
         sae = made(kind, reads, ("mlp_out", 3), OUT, W_skip=skip)
