@@ -167,7 +167,7 @@ def test_axes_and_random_directions_are_told_apart():
     table = neuron_basis(sae).set_index("directions")
     assert table.on_axes.tolist() == [1, 0, 0] and table.beyond["decoder"] == 1 and table.beyond[["encoder", "random"]].max() < 0.1
     turned = replace(sae, W_dec=sae.W_dec @ torch.linalg.qr(torch.randn(d, d, generator=g)).Q)
-    assert neuron_basis(turned).set_index("directions").kurtosis["decoder"] == pytest.approx(3, abs=0.3)
+    assert neuron_basis(turned).set_index("directions")["kurtosis"]["decoder"] == pytest.approx(3, abs=0.3)
     assert neuron_basis(replace(sae, W_dec=torch.eye(d)[:50] * (torch.arange(50) < 20)[:, None])).n.tolist() == [20, 50, 50]
 
 
