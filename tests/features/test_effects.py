@@ -181,13 +181,22 @@ def test_a_pair_alone_and_among_others(model, pairs):
     assert together.feature.tolist() == alone.feature.tolist() and np.allclose(together.effect, alone.effect, atol=2e-4) and np.allclose(together.attribution, alone.attribution, atol=1e-4)
 
 
-def test_attribution_is_the_limit_of_small_steps(model, pairs):
+def test_empty_slots_are_not_numbers(model, pairs):
+    values = feature_values(model, replace(tied(128), kind="jumprelu", k=None, threshold=torch.full((300,), 0.9)), pairs)
+    steps = steps_of(values)
+    which, there = slots_of(values, steps)
+    found = exact_effects(model, values, steps, which, there)
+    assert np.array_equal(np.isnan(changes(found)), ~there.numpy()) and not there.all() and len(found.interventions) == which.shape[1]
+
+
+@pytest.mark.parametrize("direction", ["noising", "denoising"])
+def test_attribution_is_the_limit_of_small_steps(model, pairs, direction):
     values = feature_values(model, tied(128), pairs)
-    steps, errors = steps_of(values, "patch"), []
+    steps, errors = steps_of(values, "patch", direction), []
     for size in (1, 0.1, 0.01):
         which, there = slots_of(values, steps, 10)
-        exact = changes(exact_effects(model, values, size * steps, which, there))
-        guess = attributed(model, values, size * steps).gather(1, which).numpy()
+        exact = changes(exact_effects(model, values, size * steps, which, there, direction))
+        guess = attributed(model, values, size * steps, direction).gather(1, which).numpy()
         errors.append(np.abs(guess - exact).sum() / np.abs(exact).sum())
     assert errors[0] > 0.1 and errors[1] < errors[0] / 3 and errors[2] < 0.02
 
