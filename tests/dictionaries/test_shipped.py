@@ -43,7 +43,7 @@ def test_one_that_is_not_there_is_refused_with_those_that_are():
 
 @pytest.mark.slow
 def test_they_can_be_made_again(tmp_path):
-    table = make("bizzaro-nano-local", [("resid_post", 4)], tmp_path, Recipe("topk", 64, k=4, steps=40, batch=256), progress=False)
+    table = make("bizzaro-nano-local", tmp_path, [("resid_post", 4)], Recipe("topk", 64, k=4, steps=40, batch=256), progress=False)
     sae = load_sae(tmp_path / "bizzaro-nano-local" / "resid_post-4")
     assert sae.n_features == 64 and table.step.tolist() == [40] and table.layer.tolist() == [4]
     check_fit(sae, load_model("bizzaro-nano-local"))
