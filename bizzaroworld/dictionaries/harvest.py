@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from ..battery.facts import load_facts
 from ..battery.formats import load_battery, load_spares
 from ..battery.tokens import encode
 from ..files import replacing, write_json
-from ..model.hooked import Model
+from ..model.hooked import PATTERN_SITES, Model
 from ..patch.interventions import check_site
 from ..words.local import load_texts
 from ..zoo.corpus import generate, split
@@ -66,10 +66,12 @@ class Blocks:
 def blocks(model: Model, texts: Sequence[str], n_tokens: int | None = None, context: int = 128, held: float = 0.02, seed: int = 0) -> Blocks:
     """Cut texts into blocks of `context` tokens: `n_tokens` of them in all (else as many as there are), and a share that is held out. Short texts follow each other, a new line between them.
 
-    Raises `DictionaryError` for a text that is shorter than two blocks, or a context that the model has no room for."""
+    Raises `DictionaryError` for a text that is shorter than two blocks, a context that the model has no room for, and a share that leaves nothing to train on."""
     bos, most = model.tokenizer.bos_token_id, model.positions
     lead = int(bos is not None)
     if context <= lead + 1 or (most is not None and context > most): raise DictionaryError(f"A block of {context} tokens: give at least {lead + 2}{f', at most {most}' if most else ''}.")
+    if not 0 <= held < 1 or (n_tokens is not None and n_tokens < 1): raise DictionaryError(f"{n_tokens} tokens, of which a share of {held} is held out: give 1 or more tokens, and a share from 0 to less than 1.")
+    if isinstance(texts, str): raise DictionaryError("One text is given where several are expected: give a list of texts.")
     texts = list(texts)
     random.Random(seed).shuffle(texts)
     size, rows, rest, wanted = context - lead, [], [], None if n_tokens is None else n_tokens * (1 + held) + 2 * context
@@ -82,7 +84,7 @@ def blocks(model: Model, texts: Sequence[str], n_tokens: int | None = None, cont
     if len(rows) < 2: raise DictionaryError(f"The text has {len(rest) + len(rows) * size} tokens: give at least two blocks of {size}.")
     random.Random(seed + 1).shuffle(rows)
     ids = torch.tensor([([] if bos is None else [bos]) + row for row in rows])
-    n_held = max(1, round(held * len(ids)))
+    n_held = min(len(ids) - 1, max(1, round(held * len(ids))))
     stop = len(ids) - n_held if n_tokens is None else min(len(ids) - n_held, -(-n_tokens // size))
     return Blocks(ids[:stop], ids[len(ids) - n_held:], lead)
 
@@ -93,10 +95,14 @@ class _Enough(Exception):
 
 @torch.no_grad()
 def activations(model: Model, ids: Int[Tensor, "row pos"], places: Iterable[tuple[str, int]], lead: int = 1, at_once: int = 16) -> dict[tuple[str, int], Float[Tensor, "row pos d"]]:
-    "What is there at every token after the first `lead`, by site and layer, in fp32 on the processor; the outputs of heads (`z`) one behind the other. Raises `ValueError` for a site that the model does not have."
+    """What is there at every token after the first `lead`, by site and layer, in fp32 on the processor; the outputs of heads (`z`) one behind the other.
+
+    Raises `ValueError` for a site that the model does not have, `DictionaryError` for a layer that it does not have, and for attention patterns, which are no vectors of tokens."""
     places, found = list(dict.fromkeys(places)), {}
+    if not places: raise DictionaryError("No place is named where activations are to be read: give site and layer.")
     for site, layer in places:
         check_site(model, site)
+        if site in PATTERN_SITES: raise DictionaryError(f"{site} has no vector for each token that a dictionary could read: use z, or one of the residual stream's sites.")
         if (site, layer) not in model.points: raise DictionaryError(f"{model.name} has no {site} in layer {layer}: its layers are 0 to {model.n_layers - 1}.")
     depth = max(layer for _, layer in places)
     def keep(key): return lambda act: found.setdefault(key, []).append(act[:, lead:].detach().flatten(2).float().cpu().clone())
@@ -124,6 +130,7 @@ class Streamed:
     @property
     def heads(self) -> int: return self.model.shape.heads(self.place[0]) or 1
     def __len__(self) -> int: return -(-len(self.text.ids) // self.rows)
+    def tokens(self, i: int) -> int: return len(self.text.ids[i * self.rows:(i + 1) * self.rows]) * (self.text.ids.shape[1] - self.text.lead)
 
     def chunk(self, i: int) -> Float[Tensor, "token d"]:
         return activations(self.model, self.text.ids[i * self.rows:(i + 1) * self.rows], [self.place], self.text.lead)[self.place].flatten(0, 1)
@@ -145,6 +152,9 @@ class Stored:
     def heads(self) -> int: return self.about["heads"].get(self.place[0], 1)
     def __len__(self) -> int: return self.about["chunks"]
 
+    def tokens(self, i: int) -> int:
+        with safe_open(str(_shard(self.folder, i)), "pt") as file: return file.get_slice(_key(self.place)).get_shape()[0]
+
     def chunk(self, i: int) -> Float[Tensor, "token d"]:
         with safe_open(str(_shard(self.folder, i)), "pt") as file: return file.get_tensor(_key(self.place)).float()
 
@@ -153,11 +163,12 @@ def _key(place: tuple[str, int]) -> str: return f"{place[0]}.{place[1]}"
 def _shard(folder: Path, i: int) -> Path: return folder / f"chunk-{i:05d}.safetensors"
 
 # %% ../../nbs/library/dictionaries/03_harvest.ipynb #50a46131
-def store(model: Model, text: Blocks, places: Iterable[tuple[str, int]], folder: str | Path, rows: int = 64, told=None) -> dict[tuple[str, int], Stored]:
+def store(model: Model, text: Blocks, places: Iterable[tuple[str, int]], folder: str | Path, rows: int = 64, told: Callable[[int, int], None] | None = None) -> dict[tuple[str, int], Stored]:
     """Write the activations at places into a folder, chunk by chunk, and give back what reads them. Started again on the same folder, it writes only what is missing. `told(done, of)` is called after each chunk.
 
     Raises `DictionaryError` for a folder that holds activations of another model, text or place."""
     folder, places = Path(folder), list(dict.fromkeys(places))
+    if not places: raise DictionaryError("No place is named whose activations are to be stored: give site and layer.")
     folder.mkdir(parents=True, exist_ok=True)
     streams = {place: Streamed(model, text, place, rows) for place in places}
     n = len(streams[places[0]])

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Protocol
 
@@ -15,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -25,15 +27,16 @@ from .recipes import Parameters, Recipe, as_sae, features_while_training, first_
 from .saes import SAE, DictionaryError
 
 # %% auto #0
-__all__ = ['EVERY', 'Source', 'Held', 'Batches', 'Training', 'scale_of', 'train_sae']
+__all__ = ['EVERY', 'Source', 'Held', 'Batches', 'Training', 'renew', 'learn', 'scale_of', 'train_sae']
 
 # %% ../../nbs/library/dictionaries/05_learning.ipynb #38de812d
 class Source(Protocol):
-    "Chunks of activations by number."
+    "Chunks of activations by number; `tokens`: how many a chunk has, without making it."
     place: tuple[str, int]
     name: str
     heads: int
     def __len__(self) -> int: ...
+    def tokens(self, i: int) -> int: ...
     def chunk(self, i: int) -> Float[Tensor, "token d"]: ...
 
 
@@ -45,6 +48,7 @@ class Held:
     name: str = ""
     heads: int = 1
     def __len__(self) -> int: return 1
+    def tokens(self, i: int) -> int: return len(self.x)
     def chunk(self, i: int) -> Float[Tensor, "token d"]: return self.x
 
 # %% ../../nbs/library/dictionaries/05_learning.ipynb #aa3f75e2
@@ -52,35 +56,30 @@ class Batches:
     "Batches of tokens, in an order that seed and step decide."
     def __init__(self, source: Source, recipe: Recipe, scale: float):
         self.source, self.recipe, self.scale = source, recipe, scale
-        self.group: tuple[int, int] | None = None
-        self.rows = torch.empty(0)
 
     def _groups(self, round_: int) -> list[list[int]]:
         "The chunks of a round, by twos, in its order."
         order = np.random.default_rng([self.recipe.seed, round_]).permutation(len(self.source)).tolist()
         return [order[i:i + 2] for i in range(0, len(order), 2)]
 
-    def _load(self, round_: int, group: int) -> None:
-        "Read the chunks of a group and shuffle their tokens."
-        if self.group == (round_, group): return
-        rows = torch.cat([self.source.chunk(i) for i in self._groups(round_)[group]]) / self.scale
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(int(np.random.default_rng([self.recipe.seed, round_, group]).integers(2**31))))
-        self.rows, self.group = rows[order], (round_, group)
+    def _rows(self, round_: int, group: int, chunks: list[int]) -> Float[Tensor, "token d"]:
+        "The tokens of a group of chunks, scaled, in a random order."
+        rows = torch.cat([self.source.chunk(i) for i in chunks]) / self.scale
+        seed = int(np.random.default_rng([self.recipe.seed, round_, group]).integers(2**31))
+        return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))]
 
     def starting_at(self, step: int) -> Iterator[Float[Tensor, "token d"]]:
-        "Batches from a step on. A rest of a group that is smaller than a batch is left out, unless it is all there is."
+        "Batches from a step on; what comes before it is counted, not made. A rest of a group that is smaller than a batch is left out, unless it is all there is."
         n, size = 0, self.recipe.batch
-        for round_ in range(10 ** 9):
-            for group in range(len(self._groups(round_))):
-                self._load(round_, group)
-                whole = max(1, len(self.rows) // size)
-                if n + whole <= step: n += whole; continue
-                for i in range(whole):
-                    if n >= step: yield self.rows[i * size:(i + 1) * size]
-                    n += 1
-                    self._load(round_, group)
+        for round_ in count():
+            for group, chunks in enumerate(self._groups(round_)):
+                whole = max(1, sum(map(self.source.tokens, chunks)) // size)
+                if n + whole > step:
+                    rows = self._rows(round_, group, chunks)
+                    for i in range(max(0, step - n), whole): yield rows[i * size:(i + 1) * size]
+                n += whole
 
-# %% ../../nbs/library/dictionaries/05_learning.ipynb #001b7e73
+# %% ../../nbs/library/dictionaries/05_learning.ipynb #6bcfc9c4
 @dataclass(eq=False)
 class Training:
     "A dictionary on its way. `last_fired`: for each feature the step at which it last fired. `threshold`: of a `batchtopk`, the smallest feature that was kept, averaged."
@@ -94,53 +93,23 @@ class Training:
     recent: list[dict] = field(default_factory=list)
 
     @classmethod
-    def fresh(cls, recipe: Recipe, x: Float[Tensor, "token d"]) -> Training:
-        made = first_parameters(recipe, x)
-        return cls(recipe, made, torch.optim.Adam(list(made.values()), lr=recipe.lr, betas=(0.0, 0.999), foreach=True), torch.zeros(recipe.n_features, dtype=torch.long))
+    def fresh(cls, recipe: Recipe, x: Float[Tensor, "token d"], device: str | torch.device = "cpu") -> Training:
+        made = {name: part.detach().to(device).requires_grad_() for name, part in first_parameters(recipe, x).items()}
+        adam = torch.optim.Adam(list(made.values()), lr=recipe.lr, betas=(0.0, 0.999), foreach=True)
+        return cls(recipe, made, adam, torch.zeros(recipe.n_features, dtype=torch.long, device=device))
 
     @property
     def dead(self) -> Tensor: return self.step - self.last_fired > self.recipe.dead_after
 
-    def learn(self, x: Float[Tensor, "token d"]) -> None:
-        "One step, on one batch."
-        recipe, made = self.recipe, self.made
-        for group in self.optimizer.param_groups: group["lr"] = recipe.rate(self.step)
-        f, pre = features_while_training(recipe, made, x)
-        residual = x - (f @ made["W_dec"] + made["b_dec"])
-        mse, dead = residual.pow(2).sum(1).mean(), self.dead
-        loss = mse + penalty(recipe, made, x, f, pre)
-        if recipe.revive == "ghost": loss = loss + ghost_loss(recipe, made, pre, residual, mse, torch.ones_like(dead) if self.step < recipe.ghost_all else dead)
-        self.optimizer.zero_grad()
-        loss.backward()
-        without_lengthening(made)
-        self.optimizer.step()
-        within_the_ball(made)
-        self._note(x, f.detach(), mse.detach(), loss.detach())
-        if recipe.revive == "resample" and self.step % recipe.dead_after == 0 and self.step < 0.8 * recipe.steps: self._resample(x)
-
-    def _note(self, x: Tensor, f: Tensor, mse: Tensor, loss: Tensor) -> None:
+    def note(self, x: Tensor, f: Tensor, mse: Tensor, loss: Tensor) -> None:
         "Count the step, what fired, and what was lost."
         fired, self.step = (f > 0).any(0), self.step + 1
         self.last_fired[fired] = self.step
         if self.recipe.kind == "batchtopk" and fired.any():
             least = float(f[f > 0].min())
             self.threshold = least if self.step == 1 else 0.99 * self.threshold + 0.01 * least
-        variance = (x - x.mean(0)).pow(2).sum(1).mean()
+        variance = (x - x.mean(0)).pow(2).sum(1).mean().clamp_min(1e-12)
         self.recent.append({"loss": float(loss), "unexplained": float(mse / variance), "l0": float((f > 0).sum(1).float().mean()), "dead": float(self.dead.float().mean())})
-
-    @torch.no_grad()
-    def _resample(self, x: Tensor) -> None:
-        "Give the dead new directions, and let Adam forget them."
-        dead, rng = self.dead, torch.Generator().manual_seed(self.recipe.seed + self.step)
-        f, _ = features_while_training(self.recipe, self.made, x)
-        resample(self.recipe, self.made, x, x - f @ self.made["W_dec"] - self.made["b_dec"], dead, rng)
-        for name, part in self.made.items():
-            if name == "b_dec": continue
-            for key in ("exp_avg", "exp_avg_sq"):
-                moments = self.optimizer.state[part][key]
-                if name == "W_enc": moments[:, dead] = 0
-                else: moments[dead] = 0
-        self.last_fired[dead] = self.step
 
     def summed(self) -> dict:
         "Means over the steps since the last time; `dead` as it is now."
@@ -149,34 +118,77 @@ class Training:
         self.recent = []
         return row
 
-# %% ../../nbs/library/dictionaries/05_learning.ipynb #fb23fbe4
+# %% ../../nbs/library/dictionaries/05_learning.ipynb #d014fa96
+@torch.no_grad()
+def renew(training: Training, x: Float[Tensor, "token d"]) -> None:
+    "Give the features that are dead new directions, by what is lost of a batch, and let Adam forget them."
+    recipe, made, dead = training.recipe, training.made, training.dead
+    f, _ = features_while_training(recipe, made, x)
+    resample(recipe, made, x, x - f @ made["W_dec"] - made["b_dec"], dead, torch.Generator().manual_seed(recipe.seed + training.step))
+    for name, part in made.items():
+        if name == "b_dec": continue
+        for key in ("exp_avg", "exp_avg_sq"):
+            moments = training.optimizer.state[part][key]
+            if name == "W_enc": moments[:, dead] = 0
+            else: moments[dead] = 0
+    training.last_fired[dead] = training.step
+
+# %% ../../nbs/library/dictionaries/05_learning.ipynb #42871ab2
+def learn(training: Training, x: Float[Tensor, "token d"]) -> None:
+    "One step, on one batch. Raises `DictionaryError` for a loss that is not a number."
+    recipe, made = training.recipe, training.made
+    for group in training.optimizer.param_groups: group["lr"] = recipe.rate(training.step)
+    f, pre = features_while_training(recipe, made, x)
+    residual = x - (f @ made["W_dec"] + made["b_dec"])
+    mse, dead = residual.pow(2).sum(1).mean(), training.dead
+    loss = mse + penalty(recipe, made, x, f, pre)
+    if recipe.revive == "ghost": loss = loss + ghost_loss(recipe, made, pre, residual, mse, torch.ones_like(dead) if training.step < recipe.ghost_all else dead)
+    training.optimizer.zero_grad()
+    if not math.isfinite(loss.item()): raise DictionaryError(f"The loss is {loss.item()} at step {training.step}: activations there are not finite, or lr {recipe.lr} is too high.")
+    loss.backward()
+    without_lengthening(made)
+    training.optimizer.step()
+    within_the_ball(made)
+    training.note(x, f.detach(), mse.detach(), loss.detach())
+    if recipe.revive == "resample" and training.step % recipe.dead_after == 0 and training.step < 0.8 * recipe.steps: renew(training, x)
+
+# %% ../../nbs/library/dictionaries/05_learning.ipynb #0e0740e9
 def _identity(source: Source, recipe: Recipe, scale: float) -> dict:
     "What a checkpoint belongs to."
-    return {"recipe": asdict(recipe), "place": list(source.place), "model": source.name, "chunks": len(source), "scale": scale}
+    return {"recipe": asdict(recipe), "place": list(source.place), "model": source.name, "chunks": len(source), "tokens": source.tokens(len(source) - 1), "scale": f"{scale:.4g}"}
 
 
-def _save(training: Training, path: Path, identity: dict) -> None:
+def _save(training: Training, path: Path, identity: dict, scale: float) -> None:
     "Write a checkpoint whole."
     state = training.optimizer.state
     parts = {f"made.{name}": part.detach() for name, part in training.made.items()}
     parts |= {f"{key}.{name}": state[part][key] for name, part in training.made.items() for key in ("exp_avg", "exp_avg_sq", "step") if part in state}
-    about = {"identity": json.dumps(identity), "step": str(training.step), "threshold": repr(training.threshold), "history": json.dumps(training.history), "recent": json.dumps(training.recent)}
+    about = {"identity": json.dumps(identity), "scale": repr(scale), "step": str(training.step), "threshold": repr(training.threshold), "history": json.dumps(training.history), "recent": json.dumps(training.recent)}
     with replacing(path) as temporary: save_file({**{k: v.contiguous() for k, v in parts.items()}, "last_fired": training.last_fired}, str(temporary), metadata=about)
 
 
-def _resumed(training: Training, path: Path, identity: dict) -> None:
-    "Put a checkpoint into a fresh training. Raises `DictionaryError` for another's."
-    with safe_open(str(path), "pt") as file:
-        about = file.metadata()
-        if json.loads(about["identity"]) != json.loads(json.dumps(identity)): raise DictionaryError(f"{path.parent} holds the training of another dictionary: give another folder, or delete this one.")
-        for name, part in training.made.items():
-            with torch.no_grad(): part.copy_(file.get_tensor(f"made.{name}"))
-            training.optimizer.state[part] = {key: file.get_tensor(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-        training.last_fired = file.get_tensor("last_fired")
+def _differs(one: dict, other: dict) -> str:
+    "In what two identities differ."
+    if one["recipe"] != other["recipe"]: return "recipe: " + ", ".join(f"{key} {other['recipe'].get(key)}" for key in one["recipe"] if one["recipe"][key] != other["recipe"].get(key))
+    return ", ".join(f"{key} {other.get(key)}" for key in one if one[key] != other.get(key))
+
+
+def _resumed(training: Training, path: Path, identity: dict) -> float:
+    "Put a checkpoint into a fresh training; gives the scale of its inputs. Raises `DictionaryError` for another's, and for a file that is damaged."
+    try:
+        with safe_open(str(path), "pt") as file: about, parts = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as e: raise DictionaryError(f"The checkpoint in {path.parent} is damaged ({e}): delete it, and training begins anew.") from e
+    there = json.loads(about["identity"])
+    if there != identity: raise DictionaryError(f"{path.parent} holds the training of another dictionary ({_differs(identity, there)}): give another folder, or delete this one.")
+    for name, part in training.made.items():
+        with torch.no_grad(): part.copy_(parts[f"made.{name}"])
+        training.optimizer.state[part] = {"step": parts[f"step.{name}"]} | {key: parts[f"{key}.{name}"].to(part.device) for key in ("exp_avg", "exp_avg_sq")}
+    training.last_fired = parts["last_fired"].to(training.last_fired.device)
     training.step, training.threshold = int(about["step"]), float(about["threshold"])
     training.history, training.recent = json.loads(about["history"]), json.loads(about["recent"])
+    return float(about["scale"])
 
-# %% ../../nbs/library/dictionaries/05_learning.ipynb #52f8eb82
+# %% ../../nbs/library/dictionaries/05_learning.ipynb #2074f311
 EVERY = 50
 
 
@@ -185,25 +197,25 @@ def scale_of(x: Float[Tensor, "token d"]) -> float:
     return float(x.norm(dim=1).mean() / x.shape[1] ** 0.5) or 1.0
 
 
-def train_sae(source: Source, recipe: Recipe | None = None, folder: str | Path | None = None, *, checkpoint_every: int = 200, progress: bool = True) -> tuple[SAE, pd.DataFrame]:
+def train_sae(source: Source, recipe: Recipe | None = None, folder: str | Path | None = None, *, checkpoint_every: int = 200, device: str | torch.device = "cpu", progress: bool = True) -> tuple[SAE, pd.DataFrame]:
     """Train a dictionary on activations; returns it, and a table of every 50 steps: `step`, `loss`, `unexplained` (squared error as a share of the variance), `l0` (features for each token), `dead` (share of features that have not fired for `dead_after` steps).
 
-    `folder`: where a checkpoint is kept; started again on it, training goes on. Raises `DictionaryError` for a folder that holds another training, and for activations that are not numbers."""
+    `folder`: where a checkpoint is kept; started again on it, training goes on. `device`: where it is trained; the dictionary is given back on the processor. Raises `DictionaryError` for a folder that holds another training, and for activations that are not numbers."""
     recipe = recipe or Recipe()
     first = source.chunk(0)
     if not first.isfinite().all(): raise DictionaryError(f"Activations of {source.name or 'the source'} at {source.place} are not all finite.")
     scale = scale_of(first)
-    training, identity = Training.fresh(recipe, first / scale), _identity(source, recipe, scale)
+    training, identity = Training.fresh(recipe, first / scale, device), _identity(source, recipe, scale)
     path = None if folder is None else Path(folder) / "checkpoint.safetensors"
-    if path is not None and path.exists(): _resumed(training, path, identity)
+    if path is not None and path.exists(): scale = _resumed(training, path, identity)
+    batches = Batches(source, recipe, scale).starting_at(training.step)
     with tqdm(total=recipe.steps, initial=training.step, disable=None if progress else True, desc=f"{recipe.kind} {recipe.n_features:,}", unit="step") as bar:
-        batches = Batches(source, recipe, scale).starting_at(training.step)
         while training.step < recipe.steps:
-            training.learn(next(batches))
+            learn(training, next(batches).to(device))
             bar.update()
             if training.step % EVERY == 0 or training.step == recipe.steps:
                 row = training.summed()
                 bar.set_postfix_str(f"loss {row['loss']:.3g}, unexplained {row['unexplained']:.3f}, L0 {row['l0']:.1f}, dead {row['dead']:.1%}")
-            if path is not None and (training.step % checkpoint_every == 0 or training.step == recipe.steps): _save(training, path, identity)
-    sae = as_sae(recipe, training.made, tuple(source.place), scale, training.threshold, source.heads, source.name)
-    return sae, pd.DataFrame(training.history)
+            if path is not None and (training.step % checkpoint_every == 0 or training.step == recipe.steps): _save(training, path, identity, scale)
+    made = {name: part.cpu() for name, part in training.made.items()}
+    return as_sae(recipe, made, tuple(source.place), scale, training.threshold, source.heads, source.name), pd.DataFrame(training.history)

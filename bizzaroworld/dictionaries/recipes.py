@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
@@ -54,6 +54,7 @@ class Recipe:
         for name in ("lr", "bandwidth"):
             if not getattr(self, name) > 0: raise DictionaryError(f"{name} is {getattr(self, name)}: give a positive number.")
         if self.kind in ("topk", "batchtopk") and self.k > self.n_features: raise DictionaryError(f"k is {self.k}, of {self.n_features} features.")
+        if self.warmup < 0 or self.ghost_all < 0: raise DictionaryError(f"warmup is {self.warmup} and ghost_all {self.ghost_all}: give 0 or more steps.")
         if self.sparsity < 0: raise DictionaryError(f"sparsity is {self.sparsity}: give 0 or more.")
 
     def rate(self, step: int) -> float:
@@ -115,7 +116,7 @@ class _Jump(torch.autograd.Function):
         near = ((pre - threshold).abs() < ctx.bandwidth / 2).to(grad.dtype)
         return grad * (pre > threshold), -(near * grad * threshold).sum(0) / ctx.bandwidth, None
 
-
+# %% ../../nbs/library/dictionaries/04_recipes.ipynb #51b892ff
 def _kept(pre: Tensor, k: int) -> Tensor:
     "The largest of a whole batch, `k` for each token on average."
     cut = pre.flatten().topk(k * len(pre)).values[-1]
@@ -155,17 +156,18 @@ def ghost_loss(recipe: Recipe, made: Parameters, pre: Float[Tensor, "token featu
     if recipe.ghost_scaled: loss = loss * (mse / (loss + 1e-6)).detach()
     return loss * dead.float().mean()
 
-
+# %% ../../nbs/library/dictionaries/04_recipes.ipynb #8985b7bf
 @torch.no_grad()
 def resample(recipe: Recipe, made: Parameters, x: Float[Tensor, "token d"], residual: Float[Tensor, "token d"], dead: Bool[Tensor, "feature"], rng: torch.Generator) -> None:
     """Give dead features new directions in place: those of tokens that are reconstructed badly, drawn in proportion to the square of their loss (Bricken et al. 2023). The encoder gets a fifth of the mean norm of the others'."""
     n = int(dead.sum())
     if not n: return
-    weight = residual.pow(2).sum(1).pow(2)
+    weight = residual.pow(2).sum(1).pow(2).cpu()
+    if not weight.sum() > 0: return  # nothing is left over that a new direction could explain
     drawn = torch.multinomial(weight / weight.sum(), n, replacement=n > int((weight > 0).sum()), generator=rng)
-    new = x[drawn] - made["b_dec"]
+    new = x[drawn.to(x.device)] - made["b_dec"]
     new = new / new.norm(dim=1, keepdim=True).clamp_min(1e-6)
-    alive = made["W_enc"][:, ~dead].norm(dim=0).mean() if (~dead).any() else torch.tensor(1.0)
+    alive = made["W_enc"][:, ~dead].norm(dim=0).mean() if (~dead).any() else 1.0
     made["W_dec"][dead] = new
     made["W_enc"][:, dead] = 0.2 * alive * new.T
     made["b_enc"][dead] = 0

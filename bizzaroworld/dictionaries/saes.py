@@ -9,12 +9,12 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from einops import einsum
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['KINDS', 'NORMS', 'NEEDS', 'DictionaryError', 'SAE', 'shift_and_scale', 'pre_activations', 'features_of', 'written',
-           'directions', 'error', 'perfect']
+__all__ = ['KINDS', 'NORMS', 'NEEDS', 'DictionaryError', 'SAEFacts', 'SAE', 'shift_and_scale', 'pre_activations', 'features_of',
+           'written', 'directions', 'error', 'perfect']
 
 # %% ../../nbs/library/dictionaries/01_saes.ipynb #8cac15ef
 KINDS = ("relu", "jumprelu", "topk", "batchtopk", "gated")
@@ -24,9 +24,30 @@ NORMS = ("none", "scale", "token_norm", "layer_norm")
 class DictionaryError(ValueError):
     "A dictionary, or a file of one, that cannot be used; the message names what was found and what to do."
 
+# %% ../../nbs/library/dictionaries/01_saes.ipynb #0b4ea175
+class SAEFacts:
+    "Read-only facts about an `SAE`, derived from its fields, and copies of it elsewhere."
+    @property
+    def d_in(self) -> int: return self.W_enc.shape[0]
+    @property
+    def n_features(self) -> int: return self.W_enc.shape[1]
+    @property
+    def d_out(self) -> int: return self.W_dec.shape[1]
+    @property
+    def is_transcoder(self) -> bool: return self.reads != self.writes
 
+    def __repr__(self) -> str:
+        what, at = "transcoder" if self.is_transcoder else "SAE", " to ".join(f"{s} of layer {l}" for s, l in dict.fromkeys((self.reads, self.writes)))
+        return f"{what}({self.kind}, {self.n_features:,} features of {self.d_in} dimensions, {at}{f', {self.model}' if self.model else ''})"
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> SAE:
+        "The same on another device, or in another precision."
+        moved = {f.name: getattr(self, f.name).to(device=device, dtype=dtype) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, **moved)
+
+# %% ../../nbs/library/dictionaries/01_saes.ipynb #011fdd9b
 @dataclass(frozen=True, eq=False, repr=False)
-class SAE:
+class SAE(SAEFacts):
     """A sparse autoencoder, or a transcoder where `writes` is another place than `reads`.
 
     `reads`, `writes`: site and layer. `b_in`: taken off the input before the encoder. `threshold`: for `jumprelu` and `batchtopk`, one number for each feature. `k`: for `topk`. `r_mag`, `b_mag`: for `gated`, whose
@@ -54,24 +75,6 @@ class SAE:
 
     def __post_init__(self):
         _check(self)
-
-    @property
-    def d_in(self) -> int: return self.W_enc.shape[0]
-    @property
-    def n_features(self) -> int: return self.W_enc.shape[1]
-    @property
-    def d_out(self) -> int: return self.W_dec.shape[1]
-    @property
-    def is_transcoder(self) -> bool: return self.reads != self.writes
-
-    def __repr__(self) -> str:
-        what, at = "transcoder" if self.is_transcoder else "SAE", " to ".join(f"{s} of layer {l}" for s, l in dict.fromkeys((self.reads, self.writes)))
-        return f"{what}({self.kind}, {self.n_features:,} features of {self.d_in} dimensions, {at}{f', {self.model}' if self.model else ''})"
-
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> SAE:
-        "The same on another device, or in another precision."
-        moved = {f.name: getattr(self, f.name).to(device=device, dtype=dtype) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, **moved)
 
     def encode(self, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... feature"]:
         "The features of each token, none negative."
@@ -102,6 +105,7 @@ def _check(sae: SAE) -> None:
         part = getattr(sae, name)
         if part is not None and tuple(part.shape) != shape:
             raise DictionaryError(f"{name} is {' x '.join(map(str, part.shape))}, where W_enc ({d_in} x {n}) and W_dec ask for {' x '.join(map(str, shape))}.")
+    if n < 1 or d_in < 1: raise DictionaryError(f"W_enc is {d_in} x {n}: a dictionary has features, and dimensions to read.")
     if sae.k is not None and not 1 <= sae.k <= n: raise DictionaryError(f"k is {sae.k}, of {n} features: give 1 to {n}.")
     if sae.heads < 1 or d_in % sae.heads: raise DictionaryError(f"{d_in} dimensions cannot be {sae.heads} heads of one size.")
     if not sae.scale > 0: raise DictionaryError(f"The input's scale is {sae.scale}: it must be positive.")
@@ -110,7 +114,7 @@ def _check(sae: SAE) -> None:
 def shift_and_scale(sae: SAE, x: Float[Tensor, "... d_in"]) -> tuple[Float[Tensor, "... 1"], Float[Tensor, "... 1"]]:
     "What is taken off each token and what it is divided by, before the encoder: `(x - shift) / scale`."
     none, one = torch.zeros_like(x[..., :1]), torch.ones_like(x[..., :1])
-    if sae.norm == "layer_norm": return x.mean(-1, keepdim=True), (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+    if sae.norm == "layer_norm": return x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + 1e-5  # as the files have it that say so (Gao et al. 2024): the unbiased deviation
     if sae.norm == "token_norm": return none, x.norm(dim=-1, keepdim=True).clamp_min(1e-12) / sae.d_in ** 0.5
     return none, one * sae.scale if sae.norm == "scale" else one
 
@@ -140,14 +144,15 @@ def features_of(sae: SAE, x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... fe
 
 
 def written(sae: SAE, f: Float[Tensor, "... feature"], x: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
-    "What features stand for, with the shift and scale of the input that they were read from put back."
+    "What features stand for, with the shift and scale of the input that they were read from put back. Raises `DictionaryError` for another number of features."
+    if f.shape[-1] != sae.n_features: raise DictionaryError(f"{f.shape[-1]} features cannot be written by a dictionary of {sae.n_features}.")
     shift, scale = shift_and_scale(sae, x)
     out = f @ sae.W_dec + sae.b_dec
     if sae.W_skip is not None: out = out + (x - shift) / scale @ sae.W_skip
     return out * scale + shift
 
 # %% ../../nbs/library/dictionaries/01_saes.ipynb #cbcb5c38
-def directions(sae: SAE, x: Float[Tensor, "token d_in"], which: Float[Tensor, "token"] | None = None) -> Float[Tensor, "token ..."]:
+def directions(sae: SAE, x: Float[Tensor, "token d_in"], which: Int[Tensor, "token"] | None = None) -> Float[Tensor, "token ..."]:
     """What one unit of a feature adds to the activation of each token: `token d_out` for the feature `which` of each, or `token feature d_out` for all."""
     _, scale = shift_and_scale(sae, x)
     if which is not None: return sae.W_dec[which] * scale
