@@ -19,9 +19,10 @@ from ..battery.pairs import PromptPair
 from ..battery.tokens import TokenPair
 from ..circuits.gradients import DIFFERENTIABLE, graph_batches, ids_of, reader_of, recorded, run_graph
 from ..dictionaries.saes import SAE, DictionaryError, error, shift_and_scale
+from ..dictionaries.splicing import BEHIND_NORM, check_fit, mlp_entrance, seat_of
 from ..model.hooked import Model
 from ..patch.forecast import DIRECTIONS
-from ..patch.interventions import Edit, check_site, positions_of
+from ..patch.interventions import Edit, positions_of
 from ..patch.passes import as_token_pairs, batches_of, check_pairs
 from ..patch.sweep import Sweep, sweep, tidy
 from ..results.estimates import Estimate, estimate
@@ -72,25 +73,15 @@ def tokens_at(pairs: Sequence[TokenPair], position: str | int) -> list[int]:
     return [at[0] for at in found]
 
 
-def _checked(model: Model, sae: SAE, pairs) -> list[TokenPair]:
-    "The pairs, aligned. Raises `DictionaryError` for a dictionary that does not fit the model, or for two pairs of one id."
-    for (site, layer), d in ((sae.reads, sae.d_in), (sae.writes, sae.d_out)):
-        check_site(model, site)
-        if not 0 <= layer < model.n_layers: raise DictionaryError(f"{sae} is for layer {layer}, and {model.name} has layers 0 to {model.n_layers - 1}.")
-        here = model.shape.n_heads * model.d_head if site == "z" else model.d_model
-        if d != here: raise DictionaryError(f"{sae}: {site} of {model.name} has {here} dimensions, and the dictionary {d}.")
-    pairs = as_token_pairs(model, pairs)
-    check_pairs(model, pairs)
-    if len({tp.id for tp in pairs}) < len(pairs): raise DictionaryError("Two pairs have one id: give each its own, since values are handed over by id.")
-    return pairs
-
-
 @torch.no_grad()
 def feature_values(model: Model, sae: SAE, pairs: PromptPair | TokenPair | Iterable[PromptPair | TokenPair], position: str | int = "entity", *, max_pairs: int = 32) -> FeatureValues:
     """Run both prompts of every pair and read the dictionary at one token: `entity`, `final`, an index, or a place that the pairs name. Prompts may be of several lengths.
 
-    Raises `DictionaryError` for a dictionary that does not fit the model, and for a position of several tokens; `AlignmentError` as `align` does."""
-    pairs, places = _checked(model, sae, pairs), list(dict.fromkeys((sae.reads, sae.writes)))
+    Raises `DictionaryError` as `check_fit` does, for a position of several tokens, and for two pairs of one id; `AlignmentError` as `align` does."""
+    check_fit(sae, model)
+    pairs, places = as_token_pairs(model, pairs), list(dict.fromkeys(map(seat_of, (sae.reads, sae.writes))))
+    check_pairs(model, pairs)
+    if len({tp.id for tp in pairs}) < len(pairs): raise DictionaryError("Two pairs have one id: give each its own, since values are handed over by id.")
     at, kept = tokens_at(pairs, position), {(side, place): [None] * len(pairs) for side in SIDES for place in places}
     for index in batches_of(pairs, pairs, max_pairs, one_length=True):
         for side in SIDES:
@@ -98,7 +89,8 @@ def feature_values(model: Model, sae: SAE, pairs: PromptPair | TokenPair | Itera
             for place in places:
                 for row, i in enumerate(index): kept[side, place][i] = acts[place][row, at[i]].flatten().float().cpu()
     sae = sae.to("cpu", torch.float32)
-    reads, there = ({side: torch.stack(kept[side, place]) for side in SIDES} for place in (sae.reads, sae.writes))
+    reads, there = ({side: torch.stack(kept[side, seat_of(place)]) for side in SIDES} for place in (sae.reads, sae.writes))
+    if sae.reads[0] in BEHIND_NORM: reads = {side: mlp_entrance(model, sae.reads)(x.to(model.device)).float().cpu() for side, x in reads.items()}
     return FeatureValues(tuple(pairs), sae, position, reads, there, {side: sae.encode(x) for side, x in reads.items()})
 
 # %% ../../nbs/library/features/01_effects.ipynb #21a24720

@@ -155,6 +155,16 @@ def test_a_transcoder_is_read_at_one_place_and_changed_at_another(model, pairs):
     torch.testing.assert_close(wholes(values)["without error"][0], sae(read[None])[0] - there, rtol=0, atol=1e-4)
 
 
+def test_a_transcoder_that_reads_behind_the_norm(model, pairs):
+    "What its MLP reads is made of the stream before the norm."
+    sae, tp, got = tied(128, site="mlp_in", writes=("mlp_out", LAYER)), pairs[2], []
+    handle = model.bridge.blocks[LAYER].mlp.original_component.register_forward_pre_hook(lambda mlp, args: got.append(args[0][0, tp.entity].clone()))
+    with torch.no_grad(): model.run(torch.tensor([tp.clean_ids]))
+    handle.remove()
+    row = feature_effects(model, sae, [tp], most=1).iloc[0]
+    assert row.value == pytest.approx(float(sae.encode(got[0][None])[0, row.feature]), abs=1e-4) and row.value > 0.1
+
+
 @pytest.mark.parametrize("how", ["ablate", "patch"])
 def test_slots_are_one_sweep_for_each_feature(model, pairs, how, monkeypatch):
     "Also where a pair has fewer features than another, and slots come in several sweeps."
@@ -270,8 +280,8 @@ def test_features_are_summed_over_pairs():
 
 def test_what_cannot_be_used_is_refused(model, pairs):
     good = perfect(128, "resid_post", LAYER)
-    with pytest.raises(DictionaryError, match="has 128 dimensions, and the dictionary 64"): feature_values(model, perfect(64), pairs)
-    with pytest.raises(DictionaryError, match="layers 0 to 7"): feature_values(model, perfect(128, "resid_post", 8), pairs)
+    with pytest.raises(DictionaryError, match="It reads 64 dimensions, and resid_post of layer 0 in bizzaro-nano has 128"): feature_values(model, perfect(64), pairs)
+    with pytest.raises(DictionaryError, match="layer 8|0 to 7"): feature_values(model, perfect(128, "resid_post", 8), pairs)
     with pytest.raises(DictionaryError, match="features are changed at one token"): feature_values(model, good, pairs, "all")
     with pytest.raises(DictionaryError, match="Two pairs have one id"): feature_values(model, good, [pairs[0], pairs[0]])
     with pytest.raises(DictionaryError, match="use ablate or patch"): feature_effects(model, good, pairs[:1], how="kill")
