@@ -112,7 +112,7 @@ def measure(run: Features) -> None:
 
 def _frontier(run: Features) -> pd.DataFrame:
     "The frontier, with what each reconstruction costs in the next token's loss (`loss_change` in nats, with its interval over blocks)."
-    ks = [k for k in (8, 16, 32, 64) if k <= run.sae.n_features]
+    ks = [k for k in (8, 16, 32) if k <= run.sae.n_features]
     found = frontier(run.sae, run.read, ks, run.seed)
     cost = frontier_with_loss(run.model, run.sae, reconstructions(run.sae, ks, run.seed), run.text.held[:HELD], run.text.lead, seed=run.seed).query("score == 'change'")
     cost = cost[["reconstruction", "value", "low", "high"]].set_axis(["reconstruction", "loss_change", "low", "high"], axis=1)
