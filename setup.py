@@ -53,7 +53,7 @@ setup(
     package_data={
         "bizzaroworld": ["__init__.pyi", "py.typed"],
         "bizzaroworld.data": ["*.json", "facts/*", "models/*", "models/*/*", "benchmarks/*", "published/*", "drift/*", "explorer/*", "architectures/*",
-                              "methods/*", "methods/*/*", "circuits/*", "circuits/*/*", "words/*", "words/*/*", "people/*", "lookup/*", "lookup/*/*", "runs/*/*", "runs/seeds/*/*"],
+                              "methods/*", "methods/*/*", "circuits/*", "circuits/*/*", "words/*", "words/*/*", "people/*", "lookup/*", "lookup/*/*", "dictionaries/*", "dictionaries/*/*/*", "features/*", "features/*/*", "runs/*/*", "runs/seeds/*/*"],
         "bizzaroworld.data.paper": ["study/*.ipynb", "references.bib"],
     },
     zip_safe=False,

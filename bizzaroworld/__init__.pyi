@@ -8,8 +8,16 @@ from .circuits.interactions import interactions as interactions, shapley as shap
 from .circuits.knockout import knockout as knockout
 from .circuits.paths import edges as edges, path_effects as path_effects
 from .commands.circuits_run import run_attribution as run_attribution, run_circuit as run_circuit, run_paths as run_paths
+from .commands.features_run import run_features as run_features
 from .commands.lookup_run import run_lookup as run_lookup
 from .commands.methods_run import run_methods as run_methods
+from .dictionaries.learning import train_sae as train_sae
+from .dictionaries.sae_files import load_sae as load_sae, save_sae as save_sae
+from .dictionaries.saes import SAE as SAE
+from .dictionaries.shipped import shipped as shipped
+from .dictionaries.splicing import splice as splice
+from .features.effects import feature_effects as feature_effects
+from .features.steering import steer as steer
 from .lookup.asking import ask as ask
 from .methods.attention import attention_to as attention_to
 from .methods.cross_model import cross_patch as cross_patch

@@ -15,6 +15,7 @@ import typer
 from . import __version__
 from .commands.circuits_command import attribute, circuit, paths
 from .console import count_words, print_frame, print_table, progress, reported, save
+from .commands.features_command import features
 from .commands.lookup_command import lookup
 from .commands.methods_command import methods
 from .options import (Anyway, BatteryFile, Bos, Chat, Debug, Device, Direction, Dtype, ModelName, MultiToken, Revision,
@@ -151,7 +152,7 @@ def audit(names: Annotated[list[str], typer.Argument(metavar="NAME...", help=(
         if out: save(report.table, out)
 
 # %% ../nbs/library/05_cli.ipynb #6b1d0b02
-for command in (plan, battery, methods, paths, attribute, circuit, lookup): app.command()(command)
+for command in (plan, battery, methods, paths, attribute, circuit, lookup, features): app.command()(command)
 app.command(context_settings={"allow_interspersed_args": False})(slurm)
 
 # %% ../nbs/library/05_cli.ipynb #d8bdcfc4

@@ -10,8 +10,9 @@ import pytest
 
 import bizzaroworld as bw
 
-NAMES = ("Desideratum Edit Intervention Noise PromptPair Task ability align ask attention_to audit claims compare cross_patch detection_table detections edge_sets edges embedding_report forecast grid interactions knockout load_battery load_model local_processing make_task "
-         "mean_values multiverse only_right open_run path_effects report run_attribution run_circuit run_lookup run_methods run_paths run_study shapley sweep train_mask triage variance_explained warnings_of").split()
+NAMES = ("Desideratum Edit Intervention Noise PromptPair SAE Task ability align ask attention_to audit claims compare cross_patch detection_table detections edge_sets edges embedding_report feature_effects forecast grid interactions "
+         "knockout load_battery load_model load_sae local_processing make_task mean_values multiverse only_right open_run path_effects report run_attribution run_circuit run_features run_lookup run_methods run_paths run_study "
+         "save_sae shapley shipped splice steer sweep train_mask train_sae triage variance_explained warnings_of").split()
 
 
 def test_the_names():

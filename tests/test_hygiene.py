@@ -32,14 +32,14 @@ WINGS = {wing: rooms.split() for wing, rooms in {
     "words": "local embeddings words_figures",
     "paper": "chapters pages report",
     "zoo": "corpus training nano micro changed people",
-    "dictionaries": "saes sae_files harvest recipes learning toys pursuit splicing scores",
+    "dictionaries": "saes sae_files harvest recipes learning toys pursuit splicing scores shipped",
     "features": "effects phases steering features_figures feature_page",
     "hall": "pipeline console options",
     "commands": "methods_run methods_command circuits_folder circuits_run circuits_command plan_command lookup_run lookup_command features_run features_command",
     "top": "cli"}.items()}
 FLOW = [room if wing in ("ground", "hall", "top") else f"{wing}.{room}" for wing, rooms in WINGS.items() for room in rooms]
 # What `--help` and a reader of the battery wait for; and all that reads a run, which needs no model.
-TORCHLESS = {"files", "scale.folders", "scale.workers", "console", "options", "commands.methods_command", "commands.circuits_command", "commands.plan_command", "commands.lookup_command", "cli", "battery.pairs", "battery.layouts", "battery.formats", "battery.knowing", "battery.facts", "model.names", "methods.detections", "methods.multiverse", "study.runs", "paper.pages", "views.explorer", "words.words_figures", "lookup.lookup_figures", "features.features_figures", "features.feature_page", "commands.features_command",
+TORCHLESS = {"files", "scale.folders", "scale.workers", "console", "options", "commands.methods_command", "commands.circuits_command", "commands.plan_command", "commands.lookup_command", "cli", "battery.pairs", "battery.layouts", "battery.formats", "battery.knowing", "battery.facts", "model.names", "methods.detections", "methods.multiverse", "study.runs", "paper.pages", "views.explorer", "words.words_figures", "lookup.lookup_figures", "features.features_figures", "commands.features_command",
              *(name for name in FLOW if name.partition(".")[0] in ("results", "replication", "figures"))}
 # The one exception to the flow: `Sweep.plot` draws when it is called, as pandas does.
 UPWARD = {("patch.sweep", "figures.sweeps")}

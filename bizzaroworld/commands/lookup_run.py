@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -29,11 +28,10 @@ from ..lookup.people import COLUMNS, FEWEST, PLANTED, PROMPTS, PeopleError, athl
 from ..lookup.probes import probes
 from ..lookup.stages import Effective, components, curves, effective_model, stages, summed_up
 from ..model.hooked import Model
-from ..model.identity import sha256_files
 from ..model.load import load_model
 from ..model.names import called
 from ..pipeline import describe
-from ..scale.folders import held
+from ..scale.folders import Tables, held
 from ..scale.units import Advance
 from ..study.runs import claim
 from ..words.embeddings import embedding_report
@@ -45,7 +43,7 @@ __all__ = ['WORDS', 'STEPS', 'NEEDED', 'FILES', 'Steps', 'find_stages', 'several
 
 # %% ../../nbs/library/commands/07_lookup_run.ipynb #3e3eba4c
 @dataclass(eq=False)
-class Steps:
+class Steps(Tables):
     "A run of the lookup on its way. `most`: so many people at most in what takes longest."
     model: Model
     folder: Path
@@ -56,20 +54,6 @@ class Steps:
     advance: Advance | None = None
     steps: int = 1
     done: int = 0
-
-    def say(self, what: str) -> None:
-        if self.advance: self.advance(self.done, self.steps, what)
-
-    def table(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-        "A table from its file; made and written where that is missing."
-        path, whole = self.folder / f"{name}.csv", self.folder / "whole.json"
-        sums = json.loads(whole.read_text("utf-8")) if whole.exists() else {}
-        if not path.exists() or sums.get(name) != sha256_files([path]):  # a file that something else has changed is made again
-            self.say(name)
-            write_table(path, make())
-            write_json(whole, sums | {name: sha256_files([path])})
-        self.done += 1
-        return pd.read_csv(path, keep_default_na=False, na_values=[""])
 
     @cached_property
     def known(self) -> Asked:
@@ -182,6 +166,7 @@ def look_inside(run: Steps, parts: Effective, head: tuple[int, int]) -> dict[str
     run.table("lengths", lambda: _lengths(run))
     run.table("own_parts", lambda: own_parts(model, known))
     single = run.table("neurons", lambda: neurons(model, searched, layers, seed=run.seed))
+    run.steps += len(layers)
     for l in layers: run.table(f"every_neuron_{l}", lambda: every_neuron(model, known, _few(known), l, run.seed))
     top = single[single.chosen == "largest"].sort_values("mean", key=abs, ascending=False).head(12)
     run.table("resampled", lambda: resampled(model, run.some("held", 12), list(zip(top.layer, top.neuron)), known, seed=run.seed))

@@ -114,7 +114,7 @@ def _check(sae: SAE) -> None:
 def shift_and_scale(sae: SAE, x: Float[Tensor, "... d_in"]) -> tuple[Float[Tensor, "... 1"], Float[Tensor, "... 1"]]:
     "What is taken off each token and what it is divided by, before the encoder: `(x - shift) / scale`."
     none, one = torch.zeros_like(x[..., :1]), torch.ones_like(x[..., :1])
-    if sae.norm == "layer_norm": return x.mean(-1, keepdim=True), (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+    if sae.norm == "layer_norm": return x.mean(-1, keepdim=True), x.std(-1, keepdim=True) + 1e-5  # as the files have it that say so (Gao et al. 2024): the unbiased deviation
     if sae.norm == "token_norm": return none, x.norm(dim=-1, keepdim=True).clamp_min(1e-12) / sae.d_in ** 0.5
     return none, one * sae.scale if sae.norm == "scale" else one
 

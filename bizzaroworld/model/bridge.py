@@ -22,8 +22,8 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 from .names import ModelError
 
 # %% auto #0
-__all__ = ['BRIDGE', 'BEFORE', 'attach_bridge', 'bridge_of', 'bare_state', 'bridge_in_memory', 'forget_lengths', 'forward',
-           'hooks_at', 'lean', 'growing', 'sparing', 'remember', 'detach_bridge', 'alone']
+__all__ = ['BRIDGE', 'BEFORE', 'attach_bridge', 'bridge_of', 'bare_state', 'bridge_in_memory', 'forget_lengths', 'decoder_of',
+           'forward', 'hooks_at', 'lean', 'growing', 'sparing', 'remember', 'detach_bridge', 'alone']
 
 # %% ../../nbs/library/model/02_bridge.ipynb #1290a501
 BRIDGE = "_bizzaroworld_bridge"
@@ -89,13 +89,17 @@ def forget_lengths(hf_model) -> None:
             module.inv_freq = module.original_inv_freq.to(module.inv_freq.device, copy=True)
 
 
+def decoder_of(hf_model):
+    "The module between token ids and the unembedding."
+    return hf_model.base_model if hf_model.base_model is not hf_model else hf_model.model  # Llama 4 misnames its base
+
+
 def forward(hf_model, ids, cache, start: int, mask, grad: bool = False):
     "Run the decoder without its unembedding; with `grad`, autograd follows."
     if mask is None: positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
     else: positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, start:]
-    decoder = hf_model.base_model if hf_model.base_model is not hf_model else hf_model.model  # Llama 4 misnames its base
     with torch.set_grad_enabled(grad):
-        out = decoder(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
+        out = decoder_of(hf_model)(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
     return out.last_hidden_state[:, -1]
 
 

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -15,11 +16,11 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from ..files import read_table, write_table
+from ..files import read_table, write_json, write_table
 
 # %% auto #0
-__all__ = ['NUMBERS', 'LEFT_OUT', 'OURS', 'LEFT', 'ENTERING', 'pair_file', 'read_pair', 'is_done', 'not_finite', 'note_left_out',
-           'BusyError', 'held']
+__all__ = ['NUMBERS', 'LEFT_OUT', 'OURS', 'LEFT', 'ENTERING', 'pair_file', 'read_pair', 'is_done', 'not_finite', 'Tables',
+           'note_left_out', 'BusyError', 'held']
 
 # %% ../../nbs/library/scale/01_folders.ipynb #7a8dbeac
 _FILE = re.compile(r"(?!(?:con|prn|aux|nul|com\d|lpt\d)(?:\.|$))[a-z0-9_][a-z0-9 ,_.+=()-]{0,119}(?<![ .])")
@@ -57,6 +58,31 @@ def not_finite(rows: pd.DataFrame) -> str:
     first, names = rows[bad].iloc[0], [name for name in ("intervention", "path", "part", "site", "layer", "position") if name in rows]
     where = first[names[0]] if names and names[0] in ("intervention", "path", "part") else " ".join(f"{name} {first[name]}" for name in names)
     return f"not finite in {bad.sum()} of {len(rows)} rows, first {where}: a number overflowed (half precision ends at 65,504: use --dtype float32 or bfloat16)"
+
+# %% ../../nbs/library/scale/01_folders.ipynb #5ab1e002
+class Tables:
+    "A run that leaves one table after another in its folder; who uses it has the four fields. `advance` is told how many of the `steps` are done."
+    folder: Path
+    advance: Callable[[int, int, str], None] | None
+    steps: int
+    done: int
+
+    def say(self, what: str) -> None:
+        if self.advance: self.advance(self.done, self.steps, what)
+
+    def table(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        "A table from its file; made and written where that is missing, or has been changed."
+        path, whole = self.folder / f"{name}.csv", self.folder / "whole.json"
+        sums = json.loads(whole.read_text("utf-8")) if whole.exists() else {}
+        if not path.exists() or sums.get(name) != _sha256(path):
+            self.say(name)
+            write_table(path, make())
+            write_json(whole, sums | {name: _sha256(path)})
+        self.done += 1
+        return pd.read_csv(path, keep_default_na=False, na_values=[""])
+
+
+def _sha256(path: Path) -> str: return hashlib.sha256(path.read_bytes()).hexdigest()
 
 # %% ../../nbs/library/scale/01_folders.ipynb #4d2ba632
 LEFT_OUT = "left_out.csv"
