@@ -26,7 +26,7 @@ def by_hand(sae, x):
     "Features of one token, in numpy."
     x, W, b = x.numpy(), sae.W_enc.numpy(), sae.b_enc.numpy()
     shift = {"layer_norm": x.mean()}.get(sae.norm, 0)
-    scale = {"none": 1, "scale": 2.5, "token_norm": np.sqrt((x ** 2).mean()), "layer_norm": np.sqrt(x.var() + 1e-5)}[sae.norm]
+    scale = {"none": 1, "scale": 2.5, "token_norm": np.sqrt((x ** 2).mean()), "layer_norm": x.std(ddof=1) + 1e-5}[sae.norm]
     read = ((x - shift) / scale - sae.b_in.numpy()) @ W
     pre = read + b
     if sae.kind == "relu": f = np.maximum(pre, 0)
