@@ -23,19 +23,19 @@ from ..battery.tokens import TokenPair
 from ..battery.triage import triage
 from ..dictionaries.harvest import Blocks, Streamed, blocks, documents
 from ..dictionaries.learning import train_sae
-from ..dictionaries.pursuit import frontier
+from ..dictionaries.pursuit import frontier, reconstructions
 from ..dictionaries.recipes import Recipe
 from ..dictionaries.sae_files import load_sae, save_sae
 from ..dictionaries.saes import SAE
-from ..dictionaries.scores import frequencies, frequency_histogram, neuron_basis, one_direction, score
+from ..dictionaries.scores import frequencies, frequency_histogram, frontier_with_loss, neuron_basis, one_direction, score
 from ..dictionaries.shipped import shipped, shipped_for
 from ..dictionaries.splicing import check_fit, read_for
 from ..features.effects import agreement, by_feature, carried, controls_of, feature_effects, flips, joint
 from ..features.feature_page import feature_records, neuronpedia, write_feature_page
-from ..features.features_figures import features_plates
+from ..features.features_figures import feature_plates
 from ..features.phases import enough_table, phase_table, phases
 from ..features.steering import Steering, answer_differences, as_long_as, each, feature_direction, held_out, nearest_feature, pareto, random_like, steer
-from ..figures.run_figures import write_plates
+from ..figures.run_figures import Plate, write_plates
 from ..files import write_json, write_table
 from ..model.hooked import Model
 from ..model.load import load_model
@@ -50,7 +50,7 @@ from ..tasks.registry import make_task
 
 # %% auto #0
 __all__ = ['HELD', 'POSITIONS', 'FEWEST', 'STRENGTHS', 'FILES', 'Features', 'dictionary_for', 'known_facts', 'measure',
-           'ask_facts', 'steering', 'chosen_features', 'write_page', 'run_features', 'place_of', 'about',
+           'ask_facts', 'steering', 'chosen_features', 'write_page', 'plates_of', 'run_features', 'place_of', 'about',
            'features_lines']
 
 # %% ../../nbs/library/commands/09_features_run.ipynb #236219c6
@@ -74,7 +74,7 @@ class Features(Tables):
         return read_for(self.model, self.sae, self.text.held[:HELD], self.text.lead)[0].flatten(0, 1)
 
 
-HELD, POSITIONS, FEWEST = 48, ("entity", "final"), 6
+HELD, POSITIONS, FEWEST = 32, ("entity", "final"), 6
 
 # %% ../../nbs/library/commands/09_features_run.ipynb #cefce1b0
 def dictionary_for(model: Model, folder: Path, text: Blocks, place: tuple[str, int], sae: SAE | str | Path | None, recipe: Recipe, train: bool, advance: Advance | None = None) -> tuple[SAE, pd.DataFrame | None]:
@@ -106,14 +106,17 @@ def measure(run: Features) -> None:
     often = frequencies(sae, run.read)
     run.table("frequency", lambda: frequency_histogram(often))
     run.table("one_direction", lambda: one_direction(sae, often, seed=run.seed))
-    if not sae.is_transcoder: run.table("axes", lambda: neuron_basis(sae, run.seed))
-    run.table("frontier", lambda: _frontier(run))
+    run.table("axes", lambda: neuron_basis(sae, run.seed))
+    if not sae.is_transcoder: run.table("frontier", lambda: _frontier(run))
 
 
 def _frontier(run: Features) -> pd.DataFrame:
-    "The frontier, with what each reconstruction costs in the next token's loss."
-    ks = sorted({k for k in (4, 8, 16, 32, 64) if k <= run.sae.n_features})
-    return frontier(run.sae, run.read, ks, run.seed)
+    "The frontier, with what each reconstruction costs in the next token's loss (`loss_change` in nats, with its interval over blocks)."
+    ks = [k for k in (8, 16, 32, 64) if k <= run.sae.n_features]
+    found = frontier(run.sae, run.read, ks, run.seed)
+    cost = frontier_with_loss(run.model, run.sae, reconstructions(run.sae, ks, run.seed), run.text.held[:HELD], run.text.lead, seed=run.seed).query("score == 'change'")
+    cost = cost[["reconstruction", "value", "low", "high"]].set_axis(["reconstruction", "loss_change", "low", "high"], axis=1)
+    return found.assign(reconstruction=found.method + " " + found.k.astype(str)).merge(cost, on="reconstruction", validate="1:1").drop(columns="reconstruction")
 
 
 def ask_facts(run: Features) -> None:
@@ -166,7 +169,15 @@ def write_page(run: Features, about: str, public: str = "") -> None:
     records = feature_records(run.model, run.sae, run.text.held, list(effects), effects, lead=run.text.lead)
     write_feature_page(run.folder / "features.html", run.sae, records, about, public)
 
-# %% ../../nbs/library/commands/09_features_run.ipynb #5ba53803
+# %% ../../nbs/library/commands/09_features_run.ipynb #5b319348
+def plates_of(folder: str | Path, model: str) -> list[Plate]:
+    "The figures of a run folder that its tables are there for, each with caption and the text in its place; `model` is what it is called."
+    folder = Path(folder)
+    def there(**names): return {title.replace("_", " "): pd.read_csv(folder / f"{name}.csv") for title, name in names.items() if (folder / f"{name}.csv").exists()}
+    tables = {"training": there(training="history"), "frequencies": there(held_out_text="frequency"), "effects": there(**{f"taken_away,_{p}_token": f"ablate_{p}" for p in POSITIONS}), **there(frontier="frontier", phases="phases", steering="steering")}
+    return feature_plates({name: table for name, table in tables.items() if len(table)}, model)
+
+# %% ../../nbs/library/commands/09_features_run.ipynb #39ea51c2
 def run_features(model: str | Model, *, sae: SAE | str | Path | None = None, also: Iterable[SAE | str | Path] = (), site: str = "resid_post", layer: int | None = None, recipe: Recipe = Recipe(n_features=1024, k=16, steps=500), train: bool = False, text: str | Path | Iterable[str] = "facts", tokens: int | None = 400_000,
                  context: int = 64, pairs: str | Path | Sequence[PromptPair] | None = None, most: int = 60, public: str = "", out: str | Path | None = None, seed: int = 0, device: str | None = None, dtype: str = "float32", revision: str | None = None, progress: Advance | None = None) -> Path:
     """What the features of a dictionary do in a model; returns the folder (else `features/MODEL/SITE-LAYER`).
@@ -193,7 +204,7 @@ def run_features(model: str | Model, *, sae: SAE | str | Path | None = None, als
             ask_facts(run)
             write_json(folder / "about.json", about(run, asked) | {"not_steered": _steered(run)})
             write_page(run, f"Read: {len(read.held):,} blocks of {context} tokens that it was not trained on.", public)
-        write_plates(features_plates(folder, model.name), folder / "figures")
+        write_plates(plates_of(folder, model.name), folder / "figures")
     return folder
 
 

@@ -182,7 +182,7 @@ def splice(model: Model, sae: SAE, pairs: PromptPair | TokenPair | Iterable[Prom
     intervention, values = splice_edits(sae, model, position, keep_error=keep_error, transform=transform)
     return sweep(model, after_bos(model, pairs), intervention, direction, metrics=metrics, values=values, max_rows=max_rows, memory=memory, progress=progress)
 
-# %% ../../nbs/library/dictionaries/08_splicing.ipynb #5afdd212
+# %% ../../nbs/library/dictionaries/08_splicing.ipynb #cafd1d5a
 @torch.no_grad()
 def hidden_states(model: Model, ids: Int[Tensor, "row pos"], hooks: Iterable[tuple[str, int, Callable]] = ()) -> Float[Tensor, "row pos d_model"]:
     "Final hidden states (after the last norm) at every position, with hooks attached."
@@ -199,7 +199,7 @@ def hooks_in_text(changes: Iterable[Change], lead: int) -> list[tuple[str, int, 
     def of(function):
         def hook(act):
             there = act[:, lead:]
-            act[:, lead:] = function(there.flatten(2)).reshape(there.shape)
+            act[:, lead:] = function(there.flatten(2).clone()).reshape(there.shape)
             return act
         return hook
     return [(site, layer, of(function)) for site, layer, function in changes]

@@ -130,7 +130,7 @@ def test_frequencies_are_counted():
 def test_rare_features_that_are_one_direction_are_found():
     g = torch.Generator().manual_seed(0)
     sae = random_sae(64, "resid_post", n=300)
-    frequency = np.r_[np.zeros(10), np.full(20, 1e-6), np.full(270, 0.01)]
+    frequency = np.r_[np.zeros(10), np.full(20, 1e-6), 1e-4, np.full(269, 0.01)]
     plain = one_direction(sae, frequency).set_index("side")
     assert plain.rare.tolist() == [30, 30] and (plain.cosine.abs() < 0.05).all() and (plain.along_one < 0.2).all()
     W = sae.W_enc.clone()

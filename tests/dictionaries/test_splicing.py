@@ -180,7 +180,7 @@ def test_a_transcoder_that_is_the_mlp_changes_nothing(name):
             assert np.abs(done.patched[:, 0] - done.clean).max() < 1e-5
             np.testing.assert_allclose(done.patched[:, 1:4], done.patched[:, 4:], atol=1e-5)
             assert (np.abs(done.patched[:, 4:, 0] - done.clean).max(0) > 1e-3).all()
-        plain, spliced = (text_loss(model, ids, 1, change, positions=None) for change in (None, changes_of(mlp_of(name, model, layer), model)))
+        plain, spliced = (text_loss(model, ids, 1, change, positions=None, at_once=1 + layer) for change in (None, changes_of(mlp_of(name, model, layer), model)))
         assert (plain - spliced).abs().max() < 1e-5
 
 
@@ -254,6 +254,15 @@ def test_final_hidden_states_are_those_of_the_logits(name):
     with torch.no_grad(): wanted = hf(input_ids=ids).logits
     found = model.readout(hidden_states(model, ids).flatten(0, 1)).view(2, 10, -1)
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_change_that_gives_back_the_same_tensor_or_writes_into_it(model, text):
+    "Alone in its batch, where a slice of an activation can look like another tensor than itself."
+    plain = text_loss(model, text.held, text.lead)
+    for n in (1, 3): assert torch.allclose(text_loss(model, text.held, text.lead, ("resid_mid", LAYER, lambda x: x), at_once=n), plain, atol=1e-5)
+    sae = random_sae(128, "resid_post")
+    assert torch.allclose(text_loss(model, text.held, text.lead, changes_of(sae, model, keep_error=True), at_once=1), plain, atol=1e-5)
+    assert torch.equal(text_loss(model, text.held, text.lead, ("resid_post", LAYER, lambda x: x.zero_())), text_loss(model, text.held, text.lead, ("resid_post", LAYER, torch.zeros_like)))
 
 
 def test_a_change_is_gone_when_its_run_is_over(model, text):
