@@ -87,7 +87,8 @@ def target_of(sae: SAE, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token 
 
 def random_dictionary(sae: SAE, seed: int = 0) -> SAE:
     "The dictionary with random directions, each as long as the one in whose place it is."
-    drawn = torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(seed)).to(sae.W_dec)
+    rng = torch.Generator().manual_seed(0xDA7A + seed)  # a number that no toy and no training begins with: their directions would be these
+    drawn = torch.randn(sae.W_dec.shape, generator=rng).to(sae.W_dec)
     return replace(sae, W_dec=_unit(drawn) * sae.W_dec.norm(dim=1, keepdim=True))
 
 

@@ -29,7 +29,7 @@ class Recipe:
 
     `k`: features for each token (`topk`, `batchtopk`). `sparsity`: the weight of the penalty (`relu`, `gated`: on the sum of the features; `jumprelu`: on their number). `steps` of `batch` tokens; `lr` rises over `warmup` steps and
     falls to zero over the last fifth. `revive`: what becomes of a feature that has not fired for `dead_after` steps: `ghost` gradients, `resample`, or `none`. `ghost_scaled`: bring the ghost loss to the size of the reconstruction's.
-    `ghost_all`: for so many first steps all features get ghost gradients. `bandwidth`: of the kernel through which a `jumprelu` learns its thresholds. Inputs are scaled so that their mean norm is sqrt(d).
+    `ghost_all`: for so many first steps all features get ghost gradients. `bandwidth`: of the kernel through which a `jumprelu` learns its thresholds, and where they begin. Inputs are scaled so that their mean norm is sqrt(d), so that what a random direction reads has a size of about 1.
     Raises `DictionaryError` for numbers that nothing can be trained with."""
     kind: str = "topk"
     n_features: int = 4096
@@ -43,7 +43,7 @@ class Recipe:
     dead_after: int = 100
     ghost_scaled: bool = True
     ghost_all: int = 0
-    bandwidth: float = 0.1
+    bandwidth: float = 1.0
     seed: int = 0
 
     def __post_init__(self):
@@ -68,10 +68,10 @@ Parameters = dict[str, Tensor]
 
 def first_parameters(recipe: Recipe, x: Float[Tensor, "token d"]) -> Parameters:
     "The parameters that training starts from; `x`: some of the data, scaled."
-    rng = torch.Generator().manual_seed(recipe.seed)
+    rng = torch.Generator().manual_seed(0x5AE + recipe.seed)  # else a toy whose directions are drawn with the same seed begins at its answer
     directions = torch.randn(recipe.n_features, x.shape[1], generator=rng)
     directions /= directions.norm(dim=1, keepdim=True)
-    made = {"W_enc": directions.T.clone(), "W_dec": directions.clone(), "b_enc": torch.zeros(recipe.n_features), "b_dec": x.mean(0)}
+    made = {"W_enc": directions.T.contiguous(), "W_dec": directions.clone(), "b_enc": torch.zeros(recipe.n_features), "b_dec": x.mean(0)}
     if recipe.kind == "jumprelu": made["log_threshold"] = torch.full((recipe.n_features,), math.log(recipe.bandwidth))
     if recipe.kind == "gated": made |= {"r_mag": torch.zeros(recipe.n_features), "b_mag": torch.zeros(recipe.n_features)}
     return {name: part.requires_grad_() for name, part in made.items()}

@@ -7,7 +7,7 @@ from scipy.optimize import minimize_scalar, nnls
 
 from bizzaroworld.dictionaries.learning import Held, train_sae
 from bizzaroworld.dictionaries.pursuit import WAYS, _stepped, coders, frontier, gradient_pursuit, matching_pursuit, random_dictionary, reconstructions, target_of
-from bizzaroworld.dictionaries.recipes import Recipe
+from bizzaroworld.dictionaries.recipes import Recipe, first_parameters
 from bizzaroworld.dictionaries.saes import DictionaryError, perfect
 
 
@@ -71,6 +71,13 @@ def test_more_features_lose_less_and_the_first_choice_is_the_same():
     assert all(left(x, gradient_pursuit(x, D, k), D) < left(x, matching_pursuit(x, D, k), D) for k in (4, 8, 16))
 
 
+def test_the_first_two_steps_of_both_pursuits_are_the_same():
+    "After the first, nothing of the first direction is left over, so its size has no gradient; after the second it has."
+    D, _, x = planted(60, k=6)
+    for k in (1, 2): torch.testing.assert_close(gradient_pursuit(x, D, k), matching_pursuit(x, D, k), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(gradient_pursuit(x, D, 3), matching_pursuit(x, D, 3), atol=0.01)
+
+
 def test_nothing_is_made_of_nothing():
     D = torch.eye(4)
     assert gradient_pursuit(-torch.ones(2, 4), D, 3).eq(0).all() and matching_pursuit(torch.zeros(2, 4), D, 2).eq(0).all()
@@ -110,6 +117,15 @@ def test_random_directions_are_as_long(trained):
     other = random_dictionary(sae, 1)
     torch.testing.assert_close(other.W_dec.norm(dim=1), sae.W_dec.norm(dim=1))
     assert (torch.nn.functional.cosine_similarity(other.W_dec, sae.W_dec).abs() < 0.6).all() and not torch.equal(other.W_dec, random_dictionary(sae, 2).W_dec)
+
+
+def test_random_directions_are_not_those_that_a_toy_or_a_training_begins_with():
+    "A toy and a training that draw with the same seed must not have drawn the control."
+    D, _, x = planted(features=60, d=48)
+    sae = replace(perfect(48), W_enc=D.T.contiguous(), W_dec=D, b_enc=torch.zeros(60))
+    for others in (D, first_parameters(Recipe("topk", n_features=60, k=4), x)["W_dec"].detach()):
+        assert torch.nn.functional.cosine_similarity(random_dictionary(sae, 0).W_dec, others).abs().max() < 0.7
+    assert torch.nn.functional.cosine_similarity(first_parameters(Recipe("topk", n_features=60, k=4), x)["W_dec"].detach(), D).abs().max() < 0.7
 
 
 def test_what_cannot_be_pursued_is_refused():
