@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..battery.facts import is_prompt, load_facts, placeholders, templates_of
 from ..battery.pairs import PromptPair
-from ..battery.tokens import TokenPair
+from ..battery.tokens import AlignmentError, TokenPair, align
 from ..battery.triage import batches_by_length
 from ..dictionaries.harvest import Blocks, activations, blocks, documents
 from ..dictionaries.saes import SAE, DictionaryError
@@ -32,9 +33,9 @@ from ..tasks.ability import ability
 from ..tasks.recipes import Task
 
 # %% auto #0
-__all__ = ['Vectors', 'STRENGTHS', 'held_out', 'at_place', 'activation_difference', 'answer_differences', 'feature_direction',
-           'nearest_feature', 'each', 'as_long_as', 'random_like', 'project_out', 'Steering', 'turned_round',
-           'steered_answers', 'added_loss', 'require_ability', 'steer', 'pareto', 'at_cost']
+__all__ = ['Vectors', 'STRENGTHS', 'held_out', 'other_wordings', 'at_place', 'activation_difference', 'answer_differences',
+           'feature_direction', 'nearest_feature', 'each', 'as_long_as', 'random_like', 'project_out', 'Steering',
+           'turned_round', 'steered_answers', 'added_loss', 'require_ability', 'steer', 'pareto', 'at_cost']
 
 # %% ../../nbs/library/features/03_steering.ipynb #c0e807f4
 def _sides(tp: TokenPair) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
@@ -54,10 +55,25 @@ def held_out(pairs: Iterable[TokenPair], n: int = 30, seed: int = 0) -> tuple[li
         if tp not in rest(tried): continue  # it shares a prompt with one that is tried: the same fact twice
         told = {answer for other in rest([*tried, tp]) for _, answer in _sides(other)}
         if len(tried) < n and all(answer in told for other in [*tried, tp] for _, answer in _sides(other)): tried.append(tp)
-    if not tried: raise ValueError(f"None of {len(pairs)} pairs has both its answers in other prompts as well, so no vector can be made without the prompts that it is tried on. Give more pairs, with several prompts for each answer.")
+    if not tried: raise ValueError(f"None of {len(pairs)} pairs has both its answers in other prompts as well, so no vector can be made without the prompts that it is tried on. Give more pairs, with several prompts for each answer, or make vectors of `other_wordings`.")
     return rest(tried), tried
 
-# %% ../../nbs/library/features/03_steering.ipynb #7d4918ed
+# %% ../../nbs/library/features/03_steering.ipynb #c7d74ed7
+def other_wordings(model: Model, pairs: Iterable[PromptPair | TokenPair], most: int = 4) -> list[TokenPair]:
+    "The same pairs of facts in other wordings that the package's tables have for their relation, at most so many for each: those that the tokenizer aligns to the same answers, and whose prompts are none of `pairs`. A pair of no relation in the tables has none."
+    pairs, tables, found = as_token_pairs(model, pairs), load_facts(), []
+    relations, seen = {relation.name: relation for relation in tables.relations}, {prompt for tp in pairs for prompt, _ in _sides(tp)}
+    for tp in pairs:
+        start = len(found)
+        for wording in templates_of(tables, relations[tp.pair.relation]) if tp.pair.relation in relations else ():
+            if not is_prompt(wording) or placeholders(wording) != {"e"} or len(found) - start == most: continue
+            clean, corrupt = (wording.replace("{e}", entity) for entity in (tp.pair.clean_entity, tp.pair.corrupt_entity))
+            try: other = align(model, replace(tp.pair, clean_prompt=clean, corrupt_prompt=corrupt, id=""))
+            except AlignmentError: continue
+            if other.answers == tp.answers and not seen & {prompt for prompt, _ in _sides(other)}: found.append(other)
+    return found
+
+# %% ../../nbs/library/features/03_steering.ipynb #e7d859c0
 @torch.no_grad()
 def at_place(model: Model, prompts: Sequence[tuple[TokenPair, tuple[int, ...]]], place: tuple[str, int], position: str | int = "final") -> Float[Tensor, "prompt d"]:
     "What is at a place in each prompt of a pair: the mean over the tokens of its position, in fp32 on the processor."
@@ -88,7 +104,7 @@ def answer_differences(model: Model, made_of: Iterable[PromptPair | TokenPair], 
     for act, (_, answer) in zip(acts, runs.values()): by_answer[answer].append(act)
     means, vectors = {answer: torch.stack(some).mean(0) for answer, some in by_answer.items()}, {}
     for tp in as_token_pairs(model, tried):
-        if missing := [answer for _, answer in _sides(tp) if answer not in means]: raise ValueError(f"{tp.id}: no other prompt has the answer of token ids {missing[0]}. `held_out` chooses pairs that can be tried.")
+        if missing := [answer for _, answer in _sides(tp) if answer not in means]: raise ValueError(f"{tp.id}: no other prompt has the answer of token ids {missing[0]}. `held_out` chooses pairs that can be tried, `other_wordings` makes prompts with their answers.")
         vectors[tp.id] = means[tp.answers[1]] - means[tp.answers[0]]
     return vectors
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from bizzaroworld.dictionaries.harvest import blocks, documents
 from bizzaroworld.dictionaries.saes import SAE, DictionaryError, perfect
-from bizzaroworld.features.steering import (Steering, activation_difference, added_loss, answer_differences, as_long_as, at_cost, at_place, each, feature_direction, held_out, nearest_feature, pareto, project_out, random_like,
+from bizzaroworld.features.steering import (Steering, activation_difference, added_loss, answer_differences, as_long_as, at_cost, at_place, each, feature_direction, held_out, nearest_feature, other_wordings, pareto, project_out, random_like,
                                             require_ability, steer, steered_answers, turned_round)
 from bizzaroworld.model.load import load_model
 from bizzaroworld.model.names import embedded_models
@@ -55,6 +55,19 @@ def test_pairs_that_are_tried_share_no_prompt_with_any_other(model, split):
     assert all(answer in told for tp in tried for answer in tp.answers)
     assert held_out([*made_of, *tried], 5) == held_out([*made_of, *tried], 5) and len(held_out([*made_of, *tried], 5)[1]) == 5
     with pytest.raises(ValueError, match="None of 1 pairs"): held_out(tried[:1])
+
+
+def test_other_wordings_are_of_the_same_facts_and_no_prompt_that_is_tried(model, split):
+    tried = split[1]
+    found, by_facts = other_wordings(model, tried), {(tp.pair.clean_entity, tp.pair.corrupt_entity): tp for tp in tried}
+    seen = {ids for tp in tried for ids in (tp.clean_ids, tp.corrupt_ids)}
+    assert len(found) > 2 * len(tried) and len(other_wordings(model, tried[:1], most=1)) == 1 and not seen & {ids for tp in found for ids in (tp.clean_ids, tp.corrupt_ids)}
+    for tp in found:
+        assert tp.answers == by_facts[tp.pair.clean_entity, tp.pair.corrupt_entity].answers and tp.pair.clean_entity in tp.pair.clean_prompt and tp.pair.corrupt_entity in tp.pair.corrupt_prompt
+    told = {answer for tp in found for answer in tp.answers}
+    some = [tp for tp in tried if all(answer in told for answer in tp.answers)]  # a relation may have one wording that fits both entities
+    assert len(some) > 0.8 * len(tried) and set(answer_differences(model, found, some, PLACE)) == {tp.id for tp in some}
+    assert other_wordings(model, [replace(tried[0], pair=replace(tried[0].pair, relation="none"))]) == []
 
 
 def test_strength_0_changes_nothing_at_all(model, split, text):
@@ -131,6 +144,12 @@ def test_vectors_are_what_averages_by_hand_are(model, split):
     torch.testing.assert_close(answer_differences(model, made_of, tried, PLACE)[tp.id], mean(tp.answers[1]) - mean(tp.answers[0]), rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="no other prompt has the answer"): answer_differences(model, made_of[:1], tried, PLACE)
     with pytest.raises(ValueError, match="cancel at resid_post of layer 5"): activation_difference(model, [tp, turned_round(tp)], PLACE)
+
+
+def test_pairs_turned_round_answer_with_the_other_set(model):
+    tp = make_task("greater_than", model, n=4).pairs[0]  # sets of answers
+    there = turned_round(tp)
+    assert len(tp.answers[0]) > 1 and there.answers == tp.answers[::-1] and (there.clean_ids, there.corrupt_ids) == (tp.corrupt_ids, tp.clean_ids) and turned_round(there) == tp
 
 
 def test_controls_have_the_length_and_not_the_direction():
