@@ -29,7 +29,7 @@ __all__ = ['RECIPE', 'SHIPPED', 'TOKENS', 'CONTEXT', 'text_of', 'folder_of', 'sh
 RECIPE = Recipe("topk", n_features=1024, k=16, steps=1000, batch=1024, lr=2e-3)
 SHIPPED = {"bizzaro-nano": [*(("resid_post", l) for l in range(8)), *(("attn_out", l) for l in range(2, 8))],
            "bizzaro-nano-local": [("resid_post", l) for l in (1, 4, 6)],
-           "untrained": [("resid_post", l) for l in (1, 4)]}
+           "untrained": [("resid_post", 1)]}
 TOKENS, CONTEXT = 300_000, 64
 
 
