@@ -75,13 +75,13 @@ def query_effects(pattern: Float[Tensor, "row head query key"], patched: Float[T
 def key_effects(scores: Float[Tensor, "row head query key"], patched: Float[Tensor, "row head query key"], slope: Float[Tensor, "row head query key"],
                 n_kv_heads: int) -> Float[Tensor, "row key kv_head"]:
     "The QK fix for keys (section 3.1.1): one key at a time, summed over the queries that see it and the heads that share it."
-    s, g = scores.float(), slope.float()
+    (s, new), g = (x.float().clamp_min(torch.finfo(torch.float32).min) for x in (scores, patched)), slope.float()  # what is masked in float64 has no size here
     top, p = s.argmax(-1, keepdim=True), s.softmax(-1)
     without = s.scatter(-1, top, float("-inf"))
     others = (s.logsumexp(-1, keepdim=True) + torch.log1p(-p.clamp_max(0.5))).scatter(-1, top, without.logsumexp(-1, keepdim=True))
     rest = ((p * g).sum(-1, keepdim=True) - p * g) / (1 - p.clamp_max(0.5))
     rest = rest.scatter(-1, top, (without.softmax(-1) * g).sum(-1, keepdim=True))
-    each = (torch.sigmoid(patched.float() - others) - p) * (g - rest)
+    each = (torch.sigmoid(new - others) - p) * (g - rest)
     return each.sum(-2).unflatten(1, (n_kv_heads, -1)).sum(2).transpose(1, 2)
 
 # %% ../../nbs/library/circuits/02_atp_star.ipynb #39bfda6d

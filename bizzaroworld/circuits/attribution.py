@@ -171,8 +171,9 @@ def relevant(model: Model, ends: Ends) -> tuple[Tensor, dict[Key, Tensor]]:
 def attributed(model: Model, pairs, direction: str, metric: str, sites, max_pairs: int, method: str, estimate, signed: bool = True, also: Iterable[str] = ()) -> Attribution:
     """Run `estimate` (of a model and the ends of a batch, to base values and effects) on all batches. `also`: sites whose donors' values it needs.
 
-    Raises `ValueError` for an unknown direction, site or metric."""
+    Raises `ValueError` for no pairs, and for an unknown direction, site or metric."""
     pairs, sites = as_token_pairs(model, pairs), nodes_of(model, sites)
+    if not pairs: raise ValueError("No pairs: give one or more.")
     check_pairs(model, pairs)
     if direction not in DIRECTIONS: raise ValueError(f"Unknown direction {direction!r}: use {' or '.join(DIRECTIONS)}.")
     values, estimates = {"clean": np.empty(len(pairs)), "corrupt": np.empty(len(pairs))}, [None] * len(pairs)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..battery.pairs import PromptPair
 from ..battery.tokens import TokenPair
+from .paths import as_paths, name_of
 from ..model.hooked import Model
 from ..patch.engine import PrefixCache
 from ..patch.hops import Node, Path, TwoRuns, as_path, end_of, two_runs
@@ -44,7 +45,9 @@ def as_wires(model: Model, edges: Iterable[str | Path]) -> Wires:
     for edge in edges:
         sender, *between, receiver = as_path(model, edge)
         if between or end_of(model, receiver)[0] == "z":
-            raise ValueError(f"{edge}: a set is of edges, from a component to queries, keys or values (of a key-value head: L3KV0.k), an MLP or the logits.")
+            shared = receiver._replace(head=receiver.head * model.n_kv_heads // model.n_heads, shared=True) if receiver.kind in ("k", "v") else None
+            raise ValueError(f"{name_of((sender, *between, receiver))}: a set is of edges, from a component to queries, keys or values, an MLP or the logits."
+                             + (f" Here heads share keys and values, which `edges` names by the key-value head: {shared}." if shared else ""))
         reads.setdefault(receiver, {}).setdefault((sender.kind, sender.layer), set()).add(-1 if sender.head is None else sender.head)
     return {receiver: frozenset(Bundle(*key, frozenset(heads - {-1})) for key, heads in some.items()) for receiver, some in reads.items()}
 
@@ -151,19 +154,20 @@ def _at_once(model: Model, two: TwoRuns, wires: Sequence[Wires], tokens: int) ->
 
 # %% ../../nbs/library/circuits/07_edge_sets.ipynb #e00ca100
 @torch.no_grad()
-def edge_sets(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPair | TokenPair], sets: Mapping[str, Iterable[str | Path]], direction: str = "noising", *,
+def edge_sets(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPair | TokenPair], sets: Mapping[str, str | Path | Iterable[str | Path]], direction: str = "noising", *,
               metrics: Sequence[str] = ("ld",), donors: Iterable[PromptPair | TokenPair] | None = None, at_once: int = 4096) -> pd.DataFrame:
     """What it changes if all edges of a set carry the other run's message, for each set and pair, exactly.
 
-    `sets`: edges by the name of the set, as `edges(model)` gives them or by name. `direction`: `noising` (the edges of a set are corrupted, all others are as they are) or
+    `sets`: edges by the name of the set, as `edges(model)` gives them or by name (one, or several). `direction`: `noising` (the edges of a set are corrupted, all others are as they are) or
     `denoising`. `donors`: pairs whose messages are sent instead (a control), one for each pair, of as many tokens. `at_once`: about how many tokens a block runs. Returns a row per pair x set x metric: `edges` (how many), `clean`, `corrupt`, `patched`, `effect` and `recovery`, as
-    everywhere. Raises `ValueError` for what is no edge of the model, and donors that do not fit."""
+    everywhere. Raises `ValueError` for no pairs or sets, what is no edge of the model, and donors that do not fit."""
     token_pairs, metrics = as_token_pairs(model, pairs), (metrics,) if isinstance(metrics, str) else tuple(metrics)
     check_metrics(metrics)
     if direction not in ("noising", "denoising"): raise ValueError(f"Unknown direction {direction!r}: use noising or denoising.")
     donors = token_pairs if donors is None else as_token_pairs(model, donors)
     if len(donors) != len(token_pairs): raise ValueError(f"{len(donors)} donors for {len(token_pairs)} pairs: give one for each, in the same order.")
-    sets = {name: list(dict.fromkeys(as_path(model, e) for e in some)) for name, some in sets.items()}
+    if not token_pairs or not sets: raise ValueError(f"No {'sets' if token_pairs else 'pairs'}: give one or more.")
+    sets = {name: list(dict.fromkeys(as_paths(model, some))) for name, some in sets.items()}
     wires, rows = [as_wires(model, some) for some in sets.values()], []
     for tp, donor in zip(token_pairs, donors):
         base, end, other = (tp.clean_ids, tp.corrupt_ids, donor.corrupt_ids) if direction == "noising" else (tp.corrupt_ids, tp.clean_ids, donor.clean_ids)

@@ -30,8 +30,8 @@ from ..patch.sweep import sweep
 
 # %% auto #0
 __all__ = ['Part', 'Circuit', 'ABLATIONS', 'STAGES', 'SHARES', 'Means', 'Circuits', 'name', 'ratios', 'Measured', 'nodes_at',
-           'NodeCircuits', 'wires_of', 'read_sets', 'EdgeCircuits', 'draw_halves', 'completeness', 'minimality',
-           'curve', 'areas', 'worth']
+           'check_places', 'NodeCircuits', 'wires_of', 'read_sets', 'EdgeCircuits', 'draw_halves', 'completeness',
+           'minimality', 'curve', 'areas', 'worth']
 
 # %% ../../nbs/library/circuits/08_faithfulness.ipynb #65c1ee08
 class Means:
@@ -145,9 +145,21 @@ def nodes_at(model: Model, position: str | int | Iterable[str | int] = "all", si
     return [i.edits[0] for i in grid(model, sites, position)]
 
 
+def check_places(pairs: Iterable[TokenPair], places: Collection[str | int]) -> None:
+    "That pairs have these places, and no token is at two of them: nodes there would be one node. Raises `ValueError`, which names the pair and the places."
+    for tp in pairs:
+        at: dict[int, str | int] = {}
+        for place in dict.fromkeys(places):
+            for token in positions_of(place, tp):
+                if (other := at.setdefault(token, place)) != place: raise ValueError(f"{tp.id}: token {token} is at {other!r} and at {place!r}. Give one of them, or leave out the pair.")
+
+
 class NodeCircuits(Measured):
     "Circuits of nodes. `parts`: edits, as `nodes_at` gives them. `reference`: pairs whose prompts the means are over (else the same pairs)."
     def ready(self) -> None:
+        at: dict[tuple, list] = {}
+        for e in self.parts: at.setdefault((e.site, e.layer, e.head), []).append(e.position)
+        for places in dict.fromkeys(map(tuple, at.values())): check_places(self.pairs, places)
         if self.ablation == "noising":
             self.edits, self.given = {e: e for e in self.parts}, {}
             return

@@ -29,11 +29,15 @@ DIFFERENTIABLE = tuple(name for name in METRICS if name != "rank")
 Key = tuple[str, int]  # site and layer
 
 
-def nodes_of(model: Model, sites: Iterable[str] | None = None) -> tuple[str, ...]:
-    "The sites asked for, or all of `NODES` that a model has. Raises `ValueError` for one that it does not have."
-    if sites is None: return tuple(s for s in NODES if s in model.all_sites)
+def nodes_of(model: Model, sites: Iterable[str] | None = None, also: Iterable[str] = ()) -> tuple[str, ...]:
+    "The sites asked for, or all of `NODES` that a model has. `also`: sites that may be asked for beside these. Raises `ValueError` for another one, one that the model does not have, or none."
+    known = tuple(s for s in NODES if s in model.all_sites)
+    if sites is None: return known
     sites = (sites,) if isinstance(sites, str) else tuple(sites)
-    for site in sites: check_site(model, site)
+    if not sites: raise ValueError(f"Give one site or more: {', '.join(known)}.")
+    for site in sites:
+        check_site(model, site)
+        if site not in (*known, *also): raise ValueError(f"{site} is no site of nodes, which are vectors or neurons: use {', '.join(known)}.")
     return sites
 
 
@@ -131,10 +135,11 @@ def gradients(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPair 
               sites: Iterable[str] | None = None, max_pairs: int = 8) -> Gradients:
     """The gradient of a metric at every node of runs, in every layer and position: one forward and one backward pass for a batch.
 
-    `side`: the prompt that is run, `clean` or `corrupt`. `sites`: some of `NODES`; all that the model has, unless given. `max_pairs`: how many
-    run together at most. Raises `ValueError` for pairs of several lengths, for a site that the model does not have, and for a metric
+    `side`: the prompt that is run, `clean` or `corrupt`. `sites`: some of `NODES` (all that the model has, unless given), and `pattern` and `scores`
+    (`pair head query key`). `max_pairs`: how many run together at most. Raises `ValueError` for no pairs or pairs of several lengths, for a site that the model does not have, and for a metric
     without a gradient."""
-    pairs, sites = as_token_pairs(model, pairs), nodes_of(model, sites)
+    pairs, sites = as_token_pairs(model, pairs), nodes_of(model, sites, PATTERN_SITES)
+    if not pairs: raise ValueError("No pairs: give one or more.")
     check_pairs(model, pairs)
     if side not in ("clean", "corrupt"): raise ValueError(f"Unknown side {side!r}: use clean or corrupt.")
     if len(lengths := {len(tp.clean_ids) for tp in pairs}) != 1:

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from ..battery.pairs import PromptPair
 from ..battery.tokens import TokenPair
 from ..model.hooked import Model
+from ..patch.forecast import DIRECTIONS
 from ..patch.hops import Node, as_node
 from ..patch.interventions import Edit, Intervention
 from ..patch.passes import as_token_pairs
@@ -161,7 +162,8 @@ def shapley(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPair | 
     """The Shapley values of components and of everything else, which add up to the change from one run to the other.
 
     `orders`: how many are drawn (an even number, each with its reverse); `None` for all of them, by way of all coalitions, exactly. `direction` decides the sign only.
-    Raises `ValueError` for edits whose value does not come from the other run."""
+    Raises `ValueError` for an unknown direction, and for edits whose value does not come from the other run."""
+    if direction not in DIRECTIONS: raise ValueError(f"Unknown direction {direction!r}: use {' or '.join(DIRECTIONS)}.")
     parts, metrics, token_pairs = as_components(components, position), (metrics,) if isinstance(metrics, str) else tuple(metrics), as_token_pairs(model, pairs)
     if any(e.source != "donor" for part in parts.values() for e in part.edits): raise ValueError("Shapley values are of components that are clean or corrupted: use edits with source donor.")
     if orders is not None and (orders < 2 or orders % 2): raise ValueError(f"{orders} orders: give an even number, for each comes with its reverse.")

@@ -10,12 +10,15 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from ..battery.pairs import PromptPair
 from ..battery.tokens import TokenPair
+from ..model.checks import is_masked
 from ..model.hooked import Model
 from ..patch.interventions import Edit, Intervention, check_site, positions_of
-from ..patch.passes import as_token_pairs
+from ..patch.passes import as_token_pairs, check_pairs
 from ..patch.sweep import sweep
 
 # %% auto #0
@@ -43,8 +46,8 @@ def cuts_of(model: Model, width: int = 1, by_head: bool = False) -> list[Cut]:
     "One cut for every window of layers, and with `by_head` for every head (of the same number in each layer of the window)."
     return [Cut(layers, head, l) for l, layers in enumerate(windows_of(model.n_layers, width)) for head in (range(model.n_heads) if by_head else [None])]
 
-# %% ../../nbs/library/circuits/06_knockout.ipynb #ded37352
-def _blocked(model: Model, tp: TokenPair, looks: str | int, seen: Sequence[str | int]) -> tuple[tuple[int, ...], torch.Tensor]:
+# %% ../../nbs/library/circuits/06_knockout.ipynb #ded37350
+def _blocked(tp: TokenPair, looks: str | int, seen: Sequence[str | int]) -> tuple[tuple[int, ...], torch.Tensor]:
     "Of a pair the tokens that look, and what is added to their scores."
     tokens, keys = positions_of(looks, tp), sorted({p for place in seen for p in positions_of(place, tp)})
     added = torch.zeros(len(tp.clean_ids))
@@ -53,7 +56,26 @@ def _blocked(model: Model, tp: TokenPair, looks: str | int, seen: Sequence[str |
         raise ValueError(f"{tp.id}: token {blind[0]} would see nothing at all. Leave it something, such as the first token.")
     return tuple(t - len(tp.clean_ids) for t in tokens), added
 
+# %% ../../nbs/library/circuits/06_knockout.ipynb #ded37353
+def _blind(model: Model, ids: Sequence[int], tokens: Sequence[int], layers: Sequence[int], added: Float[Tensor, "case key"]) -> Bool[Tensor, "case layer head query"]:
+    "Whether these tokens of a prompt would see nothing in these layers, in each case of what is added to their scores."
+    seen: dict[int, Tensor] = {}
+    def keep(l): return lambda act: seen.__setitem__(l, ~is_masked(act[0, :, list(tokens), :len(ids)]).cpu())
+    with model.hooked([("scores", l, keep(l)) for l in layers]): model.run(torch.tensor([ids]))
+    sight = torch.stack([seen[l] for l in layers])
+    return torch.stack([~(sight & torch.isfinite(one)).any(-1) for one in added])
 
+
+def _check_sight(model: Model, token_pairs: Sequence[TokenPair], tokens: Sequence[int], added: Float[Tensor, "pair key"], cuts: Sequence[Cut]) -> None:
+    "That in every layer that is cut something is left for each token to see, in pairs of one length. Raises `ValueError`."
+    layers = sorted({*range(model.n_layers)} & {l for cut in cuts for l in cut.layers})
+    if not layers: return
+    for k, i, head, t in _blind(model, token_pairs[0].clean_ids, tokens, layers, added).nonzero().tolist():
+        if any(layers[i] in cut.layers and cut.head in (None, head) for cut in cuts):
+            raise ValueError(f"{token_pairs[k].id}: token {tokens[t] + added.shape[1]} would see nothing at all in layer {layers[i]}, whose window ends before what is left: "
+                             "leave it a token nearby, or choose other layers.")
+
+# %% ../../nbs/library/circuits/06_knockout.ipynb #ded37352
 @torch.no_grad()
 def knockout(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPair | TokenPair], cuts: Iterable[Cut] | None = None, *, looks: str | int = "final",
              seen: str | int | Sequence[str | int] = "entity_span", side: str = "clean", metrics: Sequence[str] = ("ld", "prob"), max_rows: int = 8192,
@@ -61,17 +83,20 @@ def knockout(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPair |
     """Cut attention from the tokens at `looks` to those at `seen`, in each of `cuts` (else every layer alone), exactly (Geva et al. 2023).
 
     `side`: the prompt that is run, `clean` or `corrupt`. Returns a row per pair x cut x metric: `layers`, the `layer` that the window stands around, `head`, `base` and `patched` in the unit of the metric, `effect` (patched minus base) and `relative` (effect / base: the paper's change in probability, for `prob`).
-    Raises `ValueError` for a model whose scores cannot be changed, or where a token would see nothing at all."""
+    Raises `ValueError` for no pairs, for a model whose scores cannot be changed, or where a token would see nothing at all in some layer."""
     check_site(model, "scores")
     token_pairs, seen = as_token_pairs(model, pairs), [seen] if isinstance(seen, (str, int)) else list(seen)
     cuts, metrics, tables = [Cut(*cut) for cut in (cuts_of(model) if cuts is None else cuts)], (metrics,) if isinstance(metrics, str) else tuple(metrics), {}
     if side not in ("clean", "corrupt"): raise ValueError(f"Unknown side {side!r}: use clean or corrupt.")
+    if not token_pairs or not cuts: raise ValueError(f"No {'cuts' if token_pairs else 'pairs'}: give one or more.")
+    check_pairs(model, token_pairs)
     groups: dict[tuple, list[int]] = {}
-    blocked = [_blocked(model, tp, looks, seen) for tp in token_pairs]
+    blocked = [_blocked(tp, looks, seen) for tp in token_pairs]
     for i, (tp, (tokens, _)) in enumerate(zip(token_pairs, blocked)): groups.setdefault((len(tp.clean_ids), tokens), []).append(i)
     for (_, tokens), index in groups.items():
         asked, added = [cut.edits(tokens) for cut in cuts], {token_pairs[i].id: blocked[i][1] for i in index}
         if len(added) < len(index): raise ValueError("Two pairs have the same id. Give each its own.")
+        _check_sight(model, [token_pairs[i] for i in index], tokens, torch.stack([blocked[i][1] for i in index]), cuts)
         found = sweep(model, [token_pairs[i] for i in index], asked, "noising" if side == "clean" else "denoising", metrics=metrics, values={e: added for one in asked for e in one.edits}, max_rows=max_rows,
                       memory=memory, progress=False)
         base = getattr(found, side)

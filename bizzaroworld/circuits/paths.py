@@ -26,7 +26,8 @@ from ..scale.units import Sweeper
 from ..patch.sweep import sweep, tidy
 
 # %% auto #0
-__all__ = ['CHANGED', 'senders_of', 'receivers_of', 'edges', 'edit_of', 'name_of', 'PathEffects', 'path_effects', 'sweep_paths']
+__all__ = ['CHANGED', 'senders_of', 'receivers_of', 'edges', 'edit_of', 'name_of', 'as_paths', 'PathEffects', 'path_effects',
+           'sweep_paths']
 
 # %% ../../nbs/library/circuits/04_paths.ipynb #751d26d0
 def senders_of(model: Model) -> list[Node]:
@@ -41,9 +42,9 @@ def receivers_of(model: Model) -> list[Node]:
     return [*(n for l in range(model.n_layers) for n in block(l)), Node("logits")]
 
 
-def edges(model: Model, senders: Iterable[str | Node] | None = None, receivers: Iterable[str | Node] | None = None) -> list[Path]:
+def edges(model: Model, senders: str | Node | Iterable[str | Node] | None = None, receivers: str | Node | Iterable[str | Node] | None = None) -> list[Path]:
     "Every path of one hop from a sender to a receiver that reads after it. Raises `ValueError` for a component that the model does not have."
-    senders, receivers = (list(map(as_node, asked)) if asked is not None else every(model)
+    senders, receivers = (list(map(as_node, [asked] if isinstance(asked, (str, Node)) else asked)) if asked is not None else every(model)
                           for asked, every in ((senders, senders_of), (receivers, receivers_of)))
     for asked, reads in ((senders, False), (receivers, True)):
         for node in asked: check_node(model, node, reads)
@@ -61,6 +62,12 @@ def edit_of(model: Model, path: Path) -> Edit:
 
 
 def name_of(path: Path) -> str: return " -> ".join(map(str, path))
+
+
+def as_paths(model: Model, paths: str | Path | Iterable[str | Path]) -> list[Path]:
+    "One path, by its name or its nodes, or several. Raises `ValueError` for one that the model does not have."
+    single = isinstance(paths, str) or (isinstance(paths, tuple) and bool(paths) and isinstance(paths[0], Node))
+    return [as_path(model, path) for path in ([paths] if single else paths)]
 
 
 def _chunks(paths: Sequence[Path], most: int) -> Iterator[list[Path]]:
@@ -100,7 +107,8 @@ class PathEffects:
     def __repr__(self) -> str: return f"PathEffects({len(self.pair_ids)} pair{'s' * (len(self.pair_ids) != 1)} x {len(self.paths)} paths, {', '.join(self.metrics)}, {self.direction})"
 
     def effects(self, metric: str | None = None) -> Float[np.ndarray, "pair path"]:
-        "Patched minus unpatched, of a metric that was asked for (else the first)."
+        "Patched minus unpatched, of a metric that was asked for (else the first). Raises `ValueError` for another."
+        if metric is not None and metric not in self.metrics: raise ValueError(f"{metric!r} was not asked for: use {', '.join(self.metrics)}.")
         m = self.metrics.index(metric or self.metrics[0])
         return effect(self.patched[:, :, m], (self.clean if self.direction == "noising" else self.corrupt)[:, None, m])
 
@@ -111,7 +119,8 @@ class PathEffects:
         return tidy(pd.DataFrame(what, columns=["path", "sender", "receiver", "hops"]), self)
 
     def matrix(self, pair_id: str | None = None, metric: str | None = None) -> pd.DataFrame:
-        "Effects of edges as senders x receivers, of one pair or the mean over all; not a number where there is no edge."
+        "Effects of edges as senders x receivers, of one pair or the mean over all; not a number where there is no edge. Raises `ValueError` for another metric or pair."
+        if pair_id is not None and pair_id not in self.pair_ids: raise ValueError(f"{pair_id!r} is none of the pairs: {', '.join(self.pair_ids[:5])}{', …' * (len(self.pair_ids) > 5)}.")
         rows = self.effects(metric) if pair_id is None else self.effects(metric)[[self.pair_ids.index(pair_id)]]
         one = list({p: i for i, p in enumerate(self.paths) if len(p) == 2}.values())
         names = [dict.fromkeys(str(self.paths[i][end]) for i in one) for end in (0, 1)]
@@ -130,11 +139,11 @@ def path_effects(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPa
     last receiver (named, or an index). `norms`: `exact` runs a norm after attention anew; `frozen` scales what a head writes, `(z' - z) W_O`, as the norm scaled the base run
     (an approximation). `max_rows` and `memory` as in `sweep`.
 
-    Raises `ValueError` for a path that the model does not have, or pairs of which nothing can change."""
+    Raises `ValueError` for no pairs or paths, a path that the model does not have, or pairs of which nothing can change."""
     token_pairs, metrics = as_token_pairs(model, pairs), (metrics,) if isinstance(metrics, str) else tuple(metrics)
     donors = token_pairs if donors is None else as_token_pairs(model, donors)
-    single = isinstance(paths, str) or (isinstance(paths, tuple) and isinstance(paths[0], Node))
-    paths = tuple(as_path(model, path) for path in ([paths] if single else paths))
+    paths = tuple(as_paths(model, paths))
+    if not token_pairs or not paths: raise ValueError(f"No {'paths' if token_pairs else 'pairs'}: give one or more.")
     check_metrics(metrics)
     if norms not in ("exact", "frozen"): raise ValueError(f"Unknown norms {norms!r}: use exact or frozen.")
     if direction not in DIRECTIONS: raise ValueError(f"Unknown direction {direction!r}: use {' or '.join(DIRECTIONS)}.")

@@ -68,7 +68,7 @@ def prune(circuits: Measured, threshold: float = 0.01, rounds: int = 1, *, withi
 
     `threshold`: of the distance, a share of that of the empty circuit. `rounds`: how often all parts are visited, until none goes. `within`: the circuit to begin
     with; parts outside of it are ablated from the start. `at_once`: how many runs share a pass at most. Raises `ValueError` for a threshold that is not above 0."""
-    if threshold <= 0: raise ValueError(f"A threshold of {threshold}: give one above 0, or nothing is ever pruned.")
+    if not 0 < threshold < np.inf: raise ValueError(f"A threshold of {threshold}: give one above 0, or nothing is ever pruned.")
     kept = set(circuits.parts if within is None else within)
     steps, runs, (distance,) = [], circuits.runs, circuits.distance([kept])
     for number in range(rounds):

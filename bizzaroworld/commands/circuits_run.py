@@ -18,7 +18,7 @@ from scipy import stats
 from ..battery.tokens import TokenPair
 from ..circuits.atp_star import atp_star
 from ..circuits.attribution import Attribution, attribution
-from ..circuits.faithfulness import ABLATIONS, EdgeCircuits, Measured, NodeCircuits, completeness, curve, draw_halves, minimality, name, nodes_at, worth
+from ..circuits.faithfulness import ABLATIONS, EdgeCircuits, Measured, NodeCircuits, check_places, completeness, curve, draw_halves, minimality, name, nodes_at, worth
 from ..circuits.gradients import DIFFERENTIABLE, nodes_of
 from ..circuits.paths import edges, sweep_paths
 from ..circuits.search import Pruned, by_category, clusters, membership, prune, ranked, scores_of
@@ -27,7 +27,7 @@ from ..console import count_words
 from .circuits_folder import CircuitsError, Opened, chosen_line, file_lines, mean_words, named, opened, over_pairs
 from ..files import write_json, write_table
 from ..model.hooked import Model
-from ..patch.hops import as_path
+from ..patch.hops import Node, as_path
 from ..patch.interventions import Intervention, grid, positions_of
 from ..patch.metrics import check_metrics
 from ..patch.sweep import sweep
@@ -47,6 +47,7 @@ def run_paths(model: str | Model, *, paths: Sequence[str] = (), senders: Sequenc
     `paths`: paths by name; else all edges between `senders` and `receivers` (all, unless given). Positions, `norms`, `metrics` and `max_rows` as in `path_effects`; other arguments
     and errors as in `opened`. The folder gets `paths.parquet` (each path of each pair) and `paths.csv` (means over pairs with intervals, the largest first)."""
     metrics, wanted = tuple(dict.fromkeys([metrics] if isinstance(metrics, str) else metrics)), []
+    paths, senders, receivers = ([one] if isinstance(one, (str, Node)) else one for one in (paths, senders, receivers))
     settings = {"paths": list(map(str, paths)), "senders": senders and list(map(str, senders)), "receivers": receivers and list(map(str, receivers)),
                 "sender_at": sender_at, "receiver_at": receiver_at, "norms": norms, "metrics": metrics}
 
@@ -77,11 +78,9 @@ def _reach(tp: TokenPair, sender_at: str | int, receiver_at: str | int) -> None:
 # %% ../../nbs/library/commands/04_circuits_run.ipynb #cf032083
 def paths_lines(folder: str | Path, top: int = 10) -> list[str]:
     "What a run of paths found, in a few lines."
-    folder = Path(folder)
-    table = pd.read_csv(folder / "paths.csv")
+    folder, table = Path(folder), pd.read_csv(Path(folder) / "paths.csv")
     rows = table[table.metric == table.metric.iloc[0]]
-    told = [f"{row.path}: {mean_words(row)}" for row in rows.head(top).itertuples()]
-    return [chosen_line(folder), f"The largest of {count_words(len(rows), 'path')} ({rows.metric.iloc[0]}):", *told,
+    return [chosen_line(folder), f"The largest of {count_words(len(rows), 'path')} ({rows.metric.iloc[0]}):", *(f"{row.path}: {mean_words(row)}" for row in rows.head(top).itertuples()),
             *file_lines(folder, {"paths.csv": "each path: its mean effect over pairs, with an interval", "paths.parquet": "each path of each pair", "triage.csv": "every pair, ranked by TotalSwing"})]
 
 # %% ../../nbs/library/commands/04_circuits_run.ipynb #20a51039
@@ -115,9 +114,9 @@ def run_attribution(model: str | Model, *, methods: Sequence[str] = ("atp", "atp
     """Estimated effects of every node at every token; returns the folder.
 
     `methods`: some of `METHODS`. `sites`: of nodes, those of them that the model has; `None` for all, neurons included. `exact`: sweep the same nodes, too, and hold the estimates against
-    them, by rank correlation of sizes and by which of the `top` largest are missed. Methods and `exact` may be asked for later. Other arguments and errors as in `opened`.
+    them, by rank correlation of sizes and by which of the `top` largest are missed. Methods and `exact` may be asked for later, beside what the folder has. Other arguments and errors as in `opened`.
     The folder gets `attribution.parquet` (each node of each pair) and `attribution.csv` (means over pairs), with `exact` also `audit.csv` and `missed.csv`."""
-    methods, chosen = tuple(dict.fromkeys([methods] if isinstance(methods, str) else methods)), []
+    methods, sites, chosen = tuple(dict.fromkeys([methods] if isinstance(methods, str) else methods)), [sites] if isinstance(sites, str) else sites, []
 
     def check(model, pairs):
         if wrong := [m for m in methods if m not in METHODS] or [""] * (not methods): raise CircuitsError(f"Unknown method {wrong[0]!r}: use {', '.join(METHODS)}.")
@@ -126,7 +125,7 @@ def run_attribution(model: str | Model, *, methods: Sequence[str] = ("atp", "atp
         chosen.extend(nodes_of(model, None if sites is None else [s for s in sites if sites != SITES or s in model.all_sites]))
     with opened("attribute", model, {"sites": None if sites is None else list(sites), "metric": metric}, check, **asked) as run:
         how, exact = {"direction": run.direction, "metric": metric, "sites": chosen}, exact or run.has("exact")
-        for m in methods: run.sweep(f"estimates/{m}", partial(sweep_estimates, method=m, **how), 8)
+        for m in (methods := [m for m in METHODS if m in methods or run.has(f"estimates/{m}")]): run.sweep(f"estimates/{m}", partial(sweep_estimates, method=m, **how), 8)
         if exact: run.sweep("exact", partial(sweep_nodes, max_rows=max_rows, **how))
         parts = {part.rpartition("/")[2]: run.table(part) for part in [*(f"estimates/{m}" for m in methods), *["exact"] * exact]}
         table = parts[methods[0]][["category", "place", *NODE]]
@@ -208,24 +207,24 @@ def run_circuit(model: str | Model, *, of: str = "nodes", at: Sequence[str | int
     `of`: `nodes` (heads and MLPs, at the places in `at`) or `edges`. `ablation`: what is outside a circuit is that of the corrupted run (`noising`), or a `mean` over both prompts of all
     pairs that could be asked. `threshold`, `rounds`: as in `prune`. `each`: find the circuit of each pair alone, too; may be asked for later. `held_out`: measure on so many of the next pairs, too. Other arguments and errors as in `opened`; `direction` is that of the effects by which parts are ranked. The folder gets `circuit.json`, `circuit.csv` (a row for each part), `curve.csv` and `steps.csv`, with `each` also
     `circuits.csv` (how many pairs have a part in theirs) and `clusters.csv`."""
-    at, parts, others = ([at] if isinstance(at, (str, int)) else list(at)), [], []
+    at, parts, others = ([at] if isinstance(at, (str, int)) else list(dict.fromkeys(at))), [], []
 
     def check(model, pairs):
         if not at: raise CircuitsError("Give one place or more: all, entity, final.")
         parts.extend(parts_of(model, of, at))
-        for place in at: [positions_of(place, tp) for tp in pairs]
+        check_places(pairs if of == "nodes" else [], at)
         if ablation not in ABLATIONS: raise CircuitsError(f"Unknown ablation {ablation!r}: use {' or '.join(ABLATIONS)}.")
-        if threshold <= 0 or rounds < 1 or held_out < 0: raise CircuitsError(f"A threshold of {threshold:g} and {count_words(rounds, 'round')}: give a threshold above 0 and one round or more, and hold out no pair or more.")
+        if not 0 < threshold < np.inf or rounds < 1 or held_out < 0: raise CircuitsError(f"A threshold of {threshold:g} and {count_words(rounds, 'round')}: give a threshold above 0 and one round or more, and hold out no pair or more.")
         check_metrics([metric])
     settings = {"of": of, "at": at if of == "nodes" else [], "ablation": ablation, "metric": metric, "threshold": threshold, "rounds": rounds}
     with opened("circuit", model, settings, check, **asked) as run:
         if held_out and not (others := run.known[len(run.pairs):][:held_out]): raise CircuitsError(f"All {len(run.known)} pairs are searched, and none is left to hold out. Ask for fewer (--pairs).")
         effects, done, each = effects_of(run, parts, of, metric, max_rows), _whole(run, others), each or run.has("circuits")
+        if done and "each" not in done: run.write(dict.fromkeys(("circuits.csv", "clusters.csv")))  # else they are of other pairs
         if done and not each: return run.folder
         with named():
             circuits = (NodeCircuits if of == "nodes" else EdgeCircuits)(run.model, run.there, parts, ablation, metric, run.known)
             told = done or _joint(run, circuits, effects, threshold, rounds, others)
-            if not each: run.write(dict.fromkeys(("circuits.csv", "clusters.csv")))
             if not done: write_json(run.folder / "circuit.json", told)
             if each: write_json(run.folder / "circuit.json", told | {"each": _each(run, circuits, threshold, rounds)})
     return run.folder
@@ -254,6 +253,7 @@ def _joint(run: Opened, circuits: Measured, effects: pd.DataFrame, threshold: fl
     _telling(run, circuits)
     on = {"searched": circuits} | ({"held out": circuits.only(*others)} if others else {})
     curves = {pairs: {way: curve(some, ranking) for way, ranking in ways.items()} for pairs, some in on.items()}
+    run.write(dict.fromkeys(("circuit.json", "circuits.csv", "clusters.csv")))  # what says that a run is whole goes first
     write_table(run.folder / "curve.csv", pd.concat([found.assign(ranking=way, pairs=pairs) for pairs, some in curves.items() for way, found in some.items()], ignore_index=True))
     found = prune(circuits, threshold, rounds)
     write_table(run.folder / "steps.csv", found.steps)

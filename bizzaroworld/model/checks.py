@@ -183,8 +183,9 @@ def _of_joined(model: Model, ids, seen: Seen) -> dict[str, str]:
         raise ModelError(f"{model.name!r} ({type(model.hf).__name__}) cannot run rows that join between its blocks "
                          f"({type(error).__name__}: {error}), as where a layer shares the keys and values of an earlier one.") from error
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
-    def follows(act, alone): return len(act) == 3 and act.shape[1:] == alone.shape[1:] and gap_of(act[2:], alone) < tolerance
-    return {s: "its hook does not follow rows that join in a later block" for (s, l), act in found.items() if not follows(act, seen[s, l])}
+    def seen_of(site, act): return act.masked_fill(is_masked(act), 0) if site == "scores" else act  # beside what is masked any gap is small, and in float64 it has no size
+    def follows(site, act, alone): return len(act) == 3 and act.shape[1:] == alone.shape[1:] and gap_of(seen_of(site, act[2:]), seen_of(site, alone)) < tolerance
+    return {s: "its hook does not follow rows that join in a later block" for (s, l), act in found.items() if not follows(s, act, seen[s, l])}
 
 # %% ../../nbs/library/model/07_checks.ipynb #c4ec0017
 def _sums(seen: Mapping, n_layers: int) -> dict[str, float]:

@@ -184,7 +184,7 @@ def _mapped(act: Tensor, where: tuple, values: Tensor, functions: Iterable[tuple
 
 # %% ../../nbs/library/patch/05_engine.ipynb #5e1f0c02
 def _overwrite(site: str, writes: list[tuple[int, Write]], banked, device):
-    """A hook that puts the values where they belong, or on top of what is there; of scores, masked ones that become zero stay masked.
+    """A hook that puts the values where they belong, or on top of what is there; of scores, masked ones stay masked (with all others cut as well, what comes out is no number).
 
     What it looks up lies on the device before the run: a copy during the run would make a GPU wait."""
     places = _index(site, [(i, w.position, w.head) for i, w in writes], device)
@@ -203,7 +203,8 @@ def _overwrite(site: str, writes: list[tuple[int, Write]], banked, device):
             raise ValueError(f"{site} in layer {writes[0][1].layer}: given as a vector of {values.shape[-1]}, where one of {act.shape[-1]} is needed.")
         if functions: values = _mapped(act, where, values, functions.values(), f"{site} in layer {writes[0][1].layer}")
         if len(zeroed): values = torch.where((zeroed.to(act.device)[:, None]) & is_masked(act[where]), act[where], values)
-        act[where] = torch.where(on_top.to(act.device)[:, None], act[where] + values, values) if on_top.any() else values
+        there = torch.where(is_masked(act[where]), -torch.inf, act[where]) if site == "scores" and on_top.any() else act[where]
+        act[where] = torch.where(on_top.to(act.device)[:, None], there + values, values) if on_top.any() else values
         return whole
     return hook
 

@@ -8,6 +8,7 @@ from families import bare
 from linear import linear_hf
 from tiny import LAYERS, random_pair, tiny_model
 
+from bizzaroworld.circuits.atp_star import atp_star
 from bizzaroworld.circuits.attribution import attribution, beside, relevance
 from bizzaroworld.circuits.gradients import NODES, gradients, nodes_of
 from bizzaroworld.model.hooked import by_head
@@ -95,6 +96,10 @@ def test_kl_and_what_is_refused():
     for wrong, text in ((dict(direction="both"), "Unknown direction"), (dict(sites="heads"), "Unknown site"), (dict(metric="rank"), "no gradient"),
                         (dict(method="ig", steps=0), "0 steps"), (dict(method="eap"), "Unknown method")):
         with pytest.raises(ValueError, match=text): attribution(model, tp, **wrong)
+    for how in (attribution, atp_star):
+        for wrong, text in ((dict(sites=["pattern"]), "pattern is no site of nodes"), (dict(sites=["z", "scores"]), "scores is no site of nodes"), (dict(sites=[]), "Give one site or more")):
+            with pytest.raises(ValueError, match=text): how(model, tp, **wrong)
+        with pytest.raises(ValueError, match="No pairs: give one or more"): how(model, [])
     with pytest.raises(ValueError, match="is in the sweep"): beside(sweep(model, tp, grid(model, "z", "final"), progress=False), attribution(model, tp, sites="z"))
     with pytest.raises(ValueError, match="column 'atp' already"): beside(sweep(model, tp, grid(model, "z", range(9)), progress=False), *[attribution(model, tp, sites="z")] * 2)
 

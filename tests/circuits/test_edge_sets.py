@@ -102,9 +102,13 @@ def test_sets_do_not_see_each_other():
 
 def test_what_is_refused():
     model, tp = MODELS["gemma3"], random_pair(1)
-    for some, why in ((["L0H0 -> L1H2.k"], "L3KV0.k"), (["embed -> L1H0"], "a set is of edges"), (["embed -> L0.mlp -> logits"], "a set is of edges"), (["L2H0 -> L0.mlp"], "no path")):
+    for some, why in ((["L0H0 -> L1H2.k"], r"^L0H0 -> L1H2.k: a set .* names by the key-value head: L1KV1.k.$"), ([(as_node("embed"), as_node("L1H0.v"))], "^embed -> L1H0.v: .* L1KV0.v.$"), (["embed -> L1H0"], "a set is of edges"), (["embed -> L0.mlp -> logits"], "a set is of edges"), (["L2H0 -> L0.mlp"], "no path")):
         with pytest.raises(ValueError, match=why): edge_sets(model, tp, {"": some})
     with pytest.raises(ValueError, match="Unknown direction"): edge_sets(model, tp, {}, "up")
+    with pytest.raises(ValueError, match="No sets: give one or more"): edge_sets(model, tp, {})
+    with pytest.raises(ValueError, match="No pairs: give one or more"): edge_sets(model, [], {"": ["embed -> logits"]})
+    one, (path,) = edge_sets(model, tp, {"one": ["embed -> L1KV1.k"]}), edges(model, "embed", "L1KV1.k")
+    for alone in ("embed -> L1KV1.k", path): assert edge_sets(model, tp, {"one": alone}).equals(one), "one edge is a set of one"
     assert str(as_node("L1KV0.k")) == "L1KV0.k" and edge_sets(MODELS["gpt2"], tp, {"one": ["L0H0 -> L1H2.k"]}).edges.tolist() == [1]
 
 

@@ -290,6 +290,8 @@ def test_what_is_refused():
                          (dict(parts=[Edit("z", 0, 0, 0)]), "nothing to explain"), (dict(ablation="mean", reference=PAIRS[:1]), "no two reference pairs"),
                          (dict(ablation="mean", reference=[random_pair(1, 11), random_pair(2, 11)]), "Give more pairs of this length")):
         with pytest.raises(ValueError, match=why): NodeCircuits(**dict(model=model, pairs=PAIRS, parts=nodes) | options)
+    with pytest.raises(ValueError, match=f"{PAIRS[0].id}: token 8 is at 'all' and at 'final'"): NodeCircuits(model, PAIRS, nodes_at(model, ["all", "final"]))
+    assert NodeCircuits(model, PAIRS[:1], [Edit("z", 0, "all", 0), Edit("mlp_out", 1, "final")]).runs == 2, "other nodes may share a token"
     found = NodeCircuits(model, PAIRS, nodes[:-1])
     with pytest.raises(ValueError, match="L2 mlp_out @all is not among the"): found.faithfulness([nodes])
     with pytest.raises(ValueError, match="is not in the circuit"): completeness(found, nodes[:2], [nodes[3:4]])

@@ -115,6 +115,11 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="one length, and these have 9, 12"): gradients(model, [random_pair(1), random_pair(2, 12)])
     with pytest.raises(ValueError, match="Unknown side"): gradients(model, random_pair(1), side="both")
     with pytest.raises(ValueError, match="Unknown site"): gradients(model, random_pair(1), sites="heads")
+    with pytest.raises(ValueError, match="Give one site or more: resid_pre, attn_out"): gradients(model, random_pair(1), sites=[])
+    with pytest.raises(ValueError, match="No pairs: give one or more"): gradients(model, [])
+    for site in ("pattern", "scores"):
+        with pytest.raises(ValueError, match=f"{site} is no site of nodes, .* use resid_pre, .*z, q, k, v, neurons"): nodes_of(model, ["z", site])
+        assert gradients(model, random_pair(1), sites=[site]).slopes[site, 0].shape == (1, 4, 9, 9), "a gradient has its own axes"
 
 
 @pytest.mark.slow

@@ -134,6 +134,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="two components or more"): as_components([])
     with pytest.raises(ValueError, match="give a head"): as_components(["embed", "L0.mlp"])
     with pytest.raises(ValueError, match="even number"): shapley(model, tp, ["L0.mlp", "L1.mlp"], orders=3)
+    with pytest.raises(ValueError, match="Unknown direction 'noise': use noising or denoising"): shapley(model, tp, ["L0.mlp", "L1.mlp"], "noise")
     with pytest.raises(ValueError, match="source donor"): shapley(model, tp, [Edit("mlp_out", 0, source="zero"), "L1.mlp"])
 
 

@@ -72,6 +72,22 @@ def test_what_is_not_seen_anyway_cannot_be_cut():
     assert later.effect.abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("name, blind", [("gemma3", 0), ("gemma2", 0), ("mistral", 0), ("gemma3-multimodal", 0), ("llama", None)])
+def test_a_window_is_not_cut_whole(name, blind):
+    """What is masked is not minus infinity: with all else cut, a softmax would spread over it, the future included."""
+    model, pairs = tiny_model(name), [random_pair(2, 12, (8, 9)), random_pair(1)]  # the second is the shorter
+    whole = dict(seen=[5, 6, 7, 8], metrics="ld")
+    if blind is None: return np.testing.assert_array_less(1e-4, knockout(model, pairs[1], **whole).effect.abs())
+    for some in (pairs, pairs[1]):
+        with pytest.raises(ValueError, match=f"pair-1: token 8 would see nothing at all in layer {blind}, whose window ends before what is left: leave it a token nearby, or choose other layers"):
+            knockout(model, some, **whole)
+    with pytest.raises(ValueError, match="in layer 2, whose window"): knockout(model, pairs[1], [Cut((2,), 3)], **whole)
+    if name.startswith("gemma3"): assert abs(knockout(model, pairs[1], [Cut((1,))], **whole).effect.item()) > 1e-4, "the layer between sees the whole prompt"
+    with pytest.raises(ValueError, match="token 6 would see nothing at all in layer 0"): knockout(model, pairs[1], [Cut((0,), 1)], looks=-3, seen=[3, 4, 5, 6])
+    near = knockout(model, pairs[1], seen=[5, 6, 8], metrics="ld")
+    assert near.patched.notna().all() and near.effect.abs().max() > 1e-4
+
+
 def test_windows_and_their_table():
     assert windows_of(5, 1) == [(0,), (1,), (2,), (3,), (4,)]
     assert windows_of(5, 3) == [(0, 1), (0, 1, 2), (1, 2, 3), (2, 3, 4), (3, 4)]
@@ -92,5 +108,7 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="Unknown side"): knockout(model, tp, side="noising")
     with pytest.raises(ValueError, match="same id"): knockout(model, [tp, replace(random_pair(2), pair=tp.pair)])
     with pytest.raises(ValueError, match="layers 0 to 2"): knockout(model, tp, [((5,), None)])
+    with pytest.raises(ValueError, match="No pairs: give one or more"): knockout(model, [])
+    with pytest.raises(ValueError, match="No cuts: give one or more"): knockout(model, tp, [])
     with pytest.raises(ValueError, match="no scores"): knockout(model.without(["scores"]), tp)
     assert np.isfinite(knockout(model, tp, metrics="ld").patched).all()

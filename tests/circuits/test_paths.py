@@ -143,6 +143,14 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="2 donors for 1 pairs"): path_effects(model, tp, "embed -> logits", donors=[tp, tp])
     with pytest.raises(ValueError, match="tokens and its donor"): path_effects(model, tp, "embed -> logits", donors=[random_pair(2, 10)])
     with pytest.raises(ValueError, match="no component"): edges(model, ["L0.x"])
+    with pytest.raises(ValueError, match="No pairs: give one or more"): path_effects(model, [], "embed -> logits")
+    with pytest.raises(ValueError, match="No paths: give one or more"): path_effects(model, tp, [])
+    found = path_effects(model, tp, "embed -> logits", metrics=["ld", "prob"])
+    for asked in (found.effects, lambda metric: found.matrix(metric=metric)):
+        with pytest.raises(ValueError, match="'nope' was not asked for: use ld, prob"): asked("nope")
+    with pytest.raises(ValueError, match="'nope' is none of the pairs: pair-1"): found.matrix("nope")
+    assert found.effects("prob").tolist() != found.effects("ld").tolist() == found.effects().tolist()
+    assert edges(model, "L0.mlp", "logits") == edges(model, ["L0.mlp"], ["logits"]) and len(edges(model, "L0.mlp", "logits")) == 1
     assert as_path(model, "L1H0 -> L1.mlp")  # this one does exist: the MLP reads what its block's heads wrote
     with pytest.raises(ValueError, match="no path"): as_path(tiny_model("pythia"), "L1H0 -> L1.mlp")
 

@@ -143,7 +143,8 @@ def test_the_order_is_that_of_the_model_reversed():
 
 
 def test_a_threshold_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="above 0"): prune(random_circuits("nodes"), 0)
+    for nothing in (0, -0.1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="above 0"): prune(random_circuits("nodes"), nothing)
 
 
 # --- rankings

@@ -1,5 +1,6 @@
 """The commands about circuits, end to end on the embedded model: what a folder holds, that it goes on where it was stopped, and what it refuses."""
 import json
+import shutil
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -243,6 +244,72 @@ def test_circuits_of_each_pair_are_added_and_resumed(nano, ranked, tmp_path):
     assert not (folder / "clusters.csv").exists() and "each" not in json.loads((folder / "circuit.json").read_text()), "what is said of three pairs is not said of four"
 
 
+def files(folder): return {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".csv", ".json") and p.name.startswith(("circuit", "curve", "steps", "clusters"))}
+
+
+def test_a_run_that_was_stopped_while_it_grew_is_not_whole(nano, tmp_path, monkeypatch):
+    """Two pairs; four, stopped when all tables are written and the circuit is not; two again: nothing is left of the four."""
+    write, folder = circuits_run.write_json, tmp_path / "run"
+    def stop(path, told):
+        if path.name == "circuit.json": raise KeyboardInterrupt
+        write(path, told)
+    before = files(run_circuit(nano, out=folder, at="final", n=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(circuits_run, "write_json", stop)
+        with pytest.raises(KeyboardInterrupt): run_circuit(nano, out=folder, at="final", n=4)
+    assert files(run_circuit(nano, out=folder, at="final", n=2)) == before and len(before) == 4
+
+
+def test_circuits_of_other_pairs_do_not_stay(nano, tmp_path, monkeypatch):
+    """Each of two pairs; each of four, stopped before theirs are found; four."""
+    folder, final = tmp_path / "run", dict(at="final", n=4)
+    run_circuit(nano, out=folder, each=True, at="final", n=2)
+    old = {name: (folder / name).read_bytes() for name in ("circuits.csv", "clusters.csv")}
+    def stop(*_): raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(circuits_run, "_each", stop)
+        with pytest.raises(KeyboardInterrupt): run_circuit(nano, out=folder, each=True, **final)
+    assert not old.keys() & files(folder).keys()
+    for name, was in old.items(): (folder / name).write_bytes(was)  # as an earlier version left them
+    run_circuit(nano, out=folder, **final)
+    assert not old.keys() & files(folder).keys() and len(json.loads((folder / "circuit.json").read_text())["pairs"]) == 4
+    run_circuit(nano, out=folder, each=True, **final)
+    assert len(pd.read_csv(folder / "clusters.csv")) == 4 and old.keys() <= files(run_circuit(nano, out=folder, **final)).keys()
+
+
+def test_places_are_named_once_and_apart(nano, ranked, tmp_path, monkeypatch):
+    """Twice the same is once; two that are one token in some pair are refused before anything is swept."""
+    monkeypatch.setattr(circuits_run, "swept", None)
+    with pytest.raises(CircuitsError, match=f"{ranked[0].id}: token {len(ranked[0].clean_ids) - 1} is at 'final' and at -1. Give one of them"): run_circuit(nano, out=tmp_path / "new", at=["final", -1], n=2)
+    monkeypatch.setattr(circuits_run, "check_places", lambda pairs, places, check=circuits_run.check_places: check([replace(tp, entity_span=(1, len(tp.clean_ids))) if tp is pairs[1] else tp for tp in pairs], places))
+    with pytest.raises(CircuitsError, match=f"{ranked[1].id}: token .* is at 'entity' and at 'final'"): run_circuit(nano, out=tmp_path / "new", at=["entity", "final"], n=2)
+    assert not (tmp_path / "new").exists()
+
+
+def test_twice_the_same_place_is_once(nano, tmp_path):
+    once, twice = (run_circuit(nano, out=tmp_path / str(i), at=at, n=2) for i, at in enumerate(["final", ["final", "final"]]))
+    assert files(once) == files(twice)
+
+
+def test_one_name_is_not_taken_letter_by_letter(nano, to_logits, tmp_path):
+    folder = run_paths(nano, receivers="logits", senders="embed", n=1, out=tmp_path / "a")
+    assert pd.read_csv(folder / "paths.csv").path.tolist() == ["embed -> logits"] == pd.read_csv(run_paths(nano, paths="embed -> logits", n=1, out=tmp_path / "b") / "paths.csv").path.tolist()
+    assert run_paths(nano, out=to_logits, receivers="logits", n=3) == to_logits, "it is the same run"
+    assert set(pd.read_csv(run_attribution(nano, methods="atp", sites="mlp_out", n=1, out=tmp_path / "c") / "attribution.csv").site) == {"mlp_out"}
+
+
+def test_methods_are_added_to_those_that_the_folder_has(nano, estimated, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(estimated, folder)
+    def listed(file): return list(dict.fromkeys(pd.read_csv(folder / file).method))
+    before = pd.read_csv(folder / "audit.csv")
+    run_attribution(nano, methods=["ig"], sites=["z", "mlp_out"], n=3, out=folder, top=10)
+    assert listed("audit.csv") == ["atp", "ig", "atp_star"] and listed("attribution.csv") == ["atp", "ig", "atp_star", "exact"] and {"atp", "ig", "atp_star"} <= {*pd.read_parquet(folder / "attribution.parquet")}
+    pd.testing.assert_frame_equal(pd.read_csv(folder / "audit.csv").query("method != 'ig'").reset_index(drop=True), before)
+    run_attribution(nano, methods=["ig"], sites=["z", "mlp_out"], n=4, out=folder, top=10)
+    assert listed("attribution.csv") == ["ig"], "the others were not estimated for the fourth pair"
+
+
 @pytest.mark.slow
 def test_a_circuit_of_edges(nano, tmp_path):
     """One pair on the embedded model: what is kept is among the edges, and the whole of them is the model."""
@@ -257,6 +324,7 @@ def test_a_circuit_of_edges(nano, tmp_path):
     (["paths", "--metrics", "loss"], "Unknown metric 'loss'"), (["paths", "--sender-at", "middle"], "Unknown position 'middle'"), (["paths", "--sender-at", "final", "--receiver-at", "entity"], "nothing changes from senders"),
     (["paths", "--path", "embed -> logits", "--senders", "embed"], "not both"), (["paths", "--senders", "L7.mlp", "--receivers", "L0.mlp"], "No edge leads"), (["paths", "--metrics", ""], "one metric or more"),
     (["attribute", "--methods", "eap"], "Unknown method 'eap'"), (["attribute", "--metric", "rank"], "'rank' has no gradient"), (["attribute", "--sites", "heads"], "Unknown site 'heads'"), (["attribute", "--methods", ""], "Unknown method"),
+    (["attribute", "--sites", "z,pattern"], "pattern is no site of nodes"), (["circuit", "--threshold", "nan"], "threshold above 0"), (["circuit", "--at", "final,-1"], "is at 'final' and at -1"),
     (["circuit", "--at", "middle"], "Unknown position 'middle'"), (["circuit", "--threshold", "0"], "threshold above 0"), (["circuit", "--metric", "loss"], "Unknown metric 'loss'"), (["circuit", "--at", ""], "one place or more")])
 def test_bad_options_are_named_and_leave_no_folder(loaded, options, told, tmp_path):
     done = CliRunner().invoke(app, [*options, "--pairs", "2", "--out", str(tmp_path / "new")])

@@ -15,6 +15,8 @@ from transformer_lens.model_bridge.sources import build_bridge_from_module
 from tiny import random_pair, tiny_hf, tiny_model
 
 from bizzaroworld.battery.formats import load_battery
+from bizzaroworld.circuits.atp_star import atp_star
+from bizzaroworld.circuits.knockout import knockout
 from bizzaroworld.files import data_path
 from bizzaroworld.model.load import load_model
 from bizzaroworld.model.names import ModelError
@@ -220,6 +222,19 @@ def test_float64_prompts_of_several_lengths_are_those_of_one():
     together = sweep(model, pairs, Edit("resid_pre", 1, "entity"), progress=False).patched
     alone = [sweep(model, tp, Edit("resid_pre", 1, "entity"), progress=False).patched[0] for tp in pairs]
     np.testing.assert_allclose(together, alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt2"])
+def test_float64_has_its_scores(name):
+    """Their mask is beyond float32, and that is no difference: knockouts and the QK fix say what they say in float32."""
+    model, single, tp = load_model(tiny_hf(name).double()), tiny_model(name), random_pair(1)
+    assert "scores" in model.sites and model.limits == single.limits
+    wide, narrow = (knockout(m, tp, metrics="ld").effect for m in (model, single))
+    np.testing.assert_allclose(wide, narrow, atol=1e-5)
+    assert narrow.abs().max() > 1e-3
+    for site in ("q", "k"):
+        wide, narrow = (atp_star(m, tp, grad_drop=False).estimates[0][site] for m in (model, single))
+        np.testing.assert_allclose(wide, narrow, atol=1e-4)
 
 
 # --- what people hand over ------------------------------------------------------------------------------------------

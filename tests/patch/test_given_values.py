@@ -65,3 +65,14 @@ def test_a_value_for_other_tokens_than_there_are_is_refused(shape):
         patched(random_pair(1), edit, values={edit: torch.zeros(shape)})
     heads = Edit("z", 1, "all", source="given")
     with pytest.raises(ValueError, match="or one for each of 4 heads, is needed, or as much for each token"): patched(random_pair(1), heads, values={heads: torch.zeros(9, 8)})
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral"])
+def test_scores_with_nothing_left_to_see_are_no_number(name):
+    """Masked scores stay masked when something goes on top: where all others are cut, attention does not spread over the future or beyond the window. With one left, it is the bare model's."""
+    model, tp, e = tiny_model(name), random_pair(1), Edit("scores", 0, "final", None, "added")
+    def cut(first):
+        added = torch.zeros(9)
+        added[first:] = -torch.inf
+        return sweep(model, tp, e, values={e: added}, progress=False).patched.item()
+    assert np.isnan(cut(5)) and np.isnan(cut(0)) and np.isfinite(cut(6))
