@@ -5,9 +5,7 @@
 # %% ../../nbs/library/commands/09_features_run.ipynb #d867a70f
 from __future__ import annotations
 
-import hashlib
-import json
-import platform
+import hashlib, json, platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
@@ -77,12 +75,10 @@ class Features(Tables):
 HELD, POSITIONS, FEWEST = 32, ("entity", "final"), 6
 
 # %% ../../nbs/library/commands/09_features_run.ipynb #cefce1b0
-def dictionary_for(model: Model, folder: Path, text: Blocks, place: tuple[str, int], sae: SAE | str | Path | None, recipe: Recipe, train: bool, advance: Advance | None = None) -> tuple[SAE, pd.DataFrame | None]:
+def dictionary_for(model: Model, folder: Path, text: Blocks, place: tuple[str, int], sae: SAE | None, recipe: Recipe, train: bool, advance: Advance | None = None) -> tuple[SAE, pd.DataFrame | None]:
     "The dictionary of a run, and the table of its training, if it was trained here (in `folder/training`, where an interrupted training goes on)."
     if sae is not None or (not train and place in shipped_for(model.name)):
-        found = shipped(model.name, *place) if sae is None else sae if isinstance(sae, SAE) else load_sae(sae, place=place, model=model.name)
-        check_fit(found, model)
-        return found.to(model.device), None
+        return (shipped(model.name, *place) if sae is None else sae).to(model.device), None
     target, history = folder / "sae", folder / "history.csv"
     if (target / "cfg.json").exists() and history.exists(): return load_sae(target).to(model.device), pd.read_csv(history)
     if advance: advance(0, 19, "training")
@@ -188,6 +184,8 @@ def run_features(model: str | Model, *, sae: SAE | str | Path | None = None, als
     if not isinstance(model, Model): model = load_model(model, device=device, dtype=dtype, revision=revision)
     neuronpedia(public, 0)
     place = place_of(model, sae, site, layer)
+    sae = load_sae(sae, place=place, model=model.name) if isinstance(sae, (str, Path)) else sae
+    if sae is not None: check_fit(sae, model)
     asked = load_battery() if pairs is None else list(pairs) if not isinstance(pairs, (str, Path)) else read_pairs(pairs)
     read = blocks(model, documents(text, None if text != "facts" or tokens is None else max(200, tokens // 12)), tokens, context)
     folder = Path(out) if out is not None else Path("features") / Path(called([model.name])[0]).name.replace(":", "-") / f"{place[0]}-{place[1]}"
@@ -207,19 +205,18 @@ def run_features(model: str | Model, *, sae: SAE | str | Path | None = None, als
         write_plates(plates_of(folder, model.name), folder / "figures")
     return folder
 
-
+# %% ../../nbs/library/commands/09_features_run.ipynb #1d3a3423
 def place_of(model: Model, sae: SAE | str | Path | None, site: str, layer: int | None) -> tuple[str, int]:
     "Where the dictionary writes: what it says itself, or `site` and `layer` (the middle one)."
     if isinstance(sae, SAE): return sae.writes
     return site, model.n_layers // 2 - 1 if layer is None else layer
 
 
-def _named(sae: SAE | str | Path | None) -> str:
-    "What tells a dictionary that was given from another: the hash of its parts."
+def _named(sae: SAE | None) -> str:
+    "What tells a dictionary that was given from another: the hash of its directions."
     if sae is None: return ""
-    digest = hashlib.sha256()
-    for path in [sae] if (sae := Path(sae)).is_file() else sorted(sae.glob("*")): digest.update(path.read_bytes() if path.is_file() else b"")
-    return digest.hexdigest()[:16]
+    parts = [part.cpu().float().contiguous().numpy().tobytes() for part in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def about(run: Features, asked: Sequence[PromptPair]) -> dict:

@@ -111,7 +111,7 @@ def coders(sae: SAE, ks: Sequence[int], seed: int = 0) -> dict[tuple[str, int], 
         found |= {(WAYS[1], k): (sae, largest(k)), (WAYS[2], k): (sae, pursued(gradient_pursuit, sae, k)), (WAYS[3], k): (sae, pursued(matching_pursuit, sae, k)), (WAYS[4], k): (drawn, pursued(gradient_pursuit, drawn, k))}
     return found
 
-
+# %% ../../nbs/library/dictionaries/07_pursuit.ipynb #fe47a007
 @torch.no_grad()
 def frontier(sae: SAE, x: Float[Tensor, "token d_in"], ks: Sequence[int], seed: int = 0, at_once: int = 512) -> pd.DataFrame:
     """Features for each token against what is lost: `method` (one of `WAYS`; the last is gradient pursuit of random directions), `k`, `l0` (features that are on, the mean over tokens) and `unexplained` (squared error as a share of the variance, in the units of the model).

@@ -271,7 +271,8 @@ def by_feature(table: pd.DataFrame, n: int | None = None) -> pd.DataFrame:
 # %% ../../nbs/library/features/01_effects.ipynb #02970f6d
 def random_directions(sae: SAE, seed: int = 0) -> SAE:
     "The same features with random directions, each as long as the one it replaces."
-    drawn = torch.randn(sae.W_dec.shape, generator=torch.Generator().manual_seed(seed)).to(sae.W_dec)
+    rng = torch.Generator().manual_seed(0xDA7A + seed)  # a number that no training begins with: its first directions would be these
+    drawn = torch.randn(sae.W_dec.shape, generator=rng).to(sae.W_dec)
     return replace(sae, W_dec=drawn * (sae.W_dec.norm(dim=1, keepdim=True) / drawn.norm(dim=1, keepdim=True)), source=f"{sae.source} with random directions".strip())
 
 
