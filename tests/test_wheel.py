@@ -49,7 +49,7 @@ def test_the_wheel_holds_the_package_and_its_data(repo, content):
     assert {"data/battery.json", "data/spares.json", "data/facts/facts.csv", "data/runs/bizzaro-nano/effects.parquet",
             "data/explorer/explorer.js", "data/published/figures.csv"} <= data
     paper = {f.removeprefix("nbs/") for f in tracked(repo, "nbs/study")} | {"references.bib"}
-    assert len(paper) == 18
+    assert len(paper) == 19
     expected = {f for f in tracked(repo, "bizzaroworld") if f.endswith((".py", ".pyi", "py.typed"))} | {f"bizzaroworld/{f}" for f in data}
     assert names == expected | {f"bizzaroworld/data/paper/{f}" for f in paper}
 

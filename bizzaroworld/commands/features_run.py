@@ -222,7 +222,7 @@ def _named(sae: SAE | None) -> str:
 def about(run: Features, asked: Sequence[PromptPair]) -> dict:
     "What was asked, of which dictionary, in words."
     n = len(run.facts)
-    told = f"{run.model.name} prefers both answers on {n} of {len(asked)} pairs" + (": too few to ask its features about facts." if n < FEWEST else ".")
+    told = f"Asked about {n} of {len(asked)} pairs: those of which {run.model.name} prefers both answers, the largest swings first." if n >= FEWEST else f"{run.model.name} prefers both answers on {n} of {len(asked)} pairs: too few to ask its features about facts."
     return {"dictionary": str(run.sae), "others": [str(one) for one in run.others], "n_facts": n, "sentence": told}
 
 # %% ../../nbs/library/commands/09_features_run.ipynb #fca6c988

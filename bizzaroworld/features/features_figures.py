@@ -112,7 +112,7 @@ def draw_frontier(table: pd.DataFrame) -> Figure:
         ax.xaxis.set_minor_locator(NullLocator())
         ax.set(title=FRONTIER[of], xlabel="Features of a token")
         ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
-    legend(figure, axes[0], 3)
+    legend(figure, axes[0], 2)
     return figure
 
 # %% ../../nbs/library/features/04_features_figures.ipynb #dac40917
