@@ -97,6 +97,9 @@ def test_a_round_sees_each_token_once():
     first, second = (torch.cat(seen[i:i + 30])[:, 0] for i in (0, 30))
     for round_ in (first, second): assert torch.equal(round_.sort().values, x[:, 0])
     assert not torch.equal(first, second) and not torch.equal(first, x[:, 0])
+    # each round takes other chunks together: those that a round's first ten batches are of
+    together = [set((seen[at][:, 0] // 500).int().tolist()) | set((seen[at + 9][:, 0] // 500).int().tolist()) for at in (0, 30)]
+    assert len(together[0]) == len(together[1]) == 2 and together[0] != together[1]
     for start in (1, 29, 30, 47):
         assert all(torch.equal(a, b) for a, b in zip(Batches(source, recipe, 1.0).starting_at(start), seen[start:]))
 
