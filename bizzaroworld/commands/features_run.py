@@ -47,7 +47,7 @@ from ..tasks.ability import only_right
 from ..tasks.registry import make_task
 
 # %% auto #0
-__all__ = ['HELD', 'POSITIONS', 'FEWEST', 'STRENGTHS', 'FILES', 'Features', 'dictionary_for', 'known_facts', 'measure',
+__all__ = ['HELD', 'POSITIONS', 'FEWEST', 'RARE', 'STRENGTHS', 'FILES', 'Features', 'dictionary_for', 'known_facts', 'measure',
            'ask_facts', 'steering', 'chosen_features', 'write_page', 'plates_of', 'run_features', 'place_of', 'about',
            'features_lines']
 
@@ -72,7 +72,7 @@ class Features(Tables):
         return read_for(self.model, self.sae, self.text.held[:HELD], self.text.lead)[0].flatten(0, 1)
 
 
-HELD, POSITIONS, FEWEST = 32, ("entity", "final"), 6
+HELD, POSITIONS, FEWEST, RARE = 32, ("entity", "final"), 6, 1e-4
 
 # %% ../../nbs/library/commands/09_features_run.ipynb #cefce1b0
 def dictionary_for(model: Model, folder: Path, text: Blocks, place: tuple[str, int], sae: SAE | None, recipe: Recipe, train: bool, advance: Advance | None = None) -> tuple[SAE, pd.DataFrame | None]:
@@ -101,7 +101,7 @@ def measure(run: Features) -> None:
     run.table("scores", lambda: score(model, sae, held, run.text.lead, seed=run.seed))
     often = frequencies(sae, run.read)
     run.table("frequency", lambda: frequency_histogram(often))
-    run.table("one_direction", lambda: one_direction(sae, often, seed=run.seed))
+    if min((often < RARE).sum(), (often >= RARE).sum()) >= 2: run.table("one_direction", lambda: one_direction(sae, often, RARE, seed=run.seed))
     run.table("axes", lambda: neuron_basis(sae, run.seed))
     if not sae.is_transcoder: run.table("frontier", lambda: _frontier(run))
 
