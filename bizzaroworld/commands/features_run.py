@@ -81,8 +81,8 @@ def dictionary_for(model: Model, folder: Path, text: Blocks, place: tuple[str, i
         return (shipped(model.name, *place) if sae is None else sae).to(model.device), None
     target, history = folder / "sae", folder / "history.csv"
     if (target / "cfg.json").exists() and history.exists(): return load_sae(target).to(model.device), pd.read_csv(history)
-    if advance: advance(0, 19, "training")
-    found, table = train_sae(Streamed(model, text, place), recipe, folder / "training")
+    if advance: advance(0, Features.steps, "training")
+    found, table = train_sae(Streamed(model, text, place), recipe, folder / "training", device=model.device)
     save_sae(found, target)
     write_table(history, table)
     return load_sae(target).to(model.device), table
@@ -90,9 +90,7 @@ def dictionary_for(model: Model, folder: Path, text: Blocks, place: tuple[str, i
 # %% ../../nbs/library/commands/09_features_run.ipynb #db6cd5a0
 def known_facts(model: Model, pairs: Sequence[PromptPair], most: int) -> list[TokenPair]:
     "The pairs of which the model prefers the clean answer on the clean run and the corrupted one on the other, at most so many."
-    found = triage(model, pairs)
-    good = (found.table.ld_clean > 0) & (found.table.ld_corrupt < 0) & (found.table.total_swing >= MIN_SWING)
-    return [tp for tp, ok in zip(found.token_pairs, good) if ok][:most]
+    return triage(model, pairs).golden("C", "preferred", MIN_SWING)[:most]
 
 # %% ../../nbs/library/commands/09_features_run.ipynb #a1036736
 def measure(run: Features) -> None:
