@@ -26,7 +26,7 @@ from ..dictionaries.recipes import Recipe
 from ..dictionaries.sae_files import load_sae, save_sae
 from ..dictionaries.saes import SAE
 from ..dictionaries.scores import frequencies, frequency_histogram, frontier_with_loss, neuron_basis, one_direction, score
-from ..dictionaries.shipped import shipped, shipped_for
+from ..dictionaries.shipped import shipped, shipped_for, text_of
 from ..dictionaries.splicing import check_fit, read_for
 from ..features.effects import agreement, by_feature, carried, controls_of, feature_effects, flips, joint
 from ..features.feature_page import feature_records, neuronpedia, write_feature_page
@@ -177,7 +177,7 @@ def run_features(model: str | Model, *, sae: SAE | str | Path | None = None, als
     """What the features of a dictionary do in a model; returns the folder (else `features/MODEL/SITE-LAYER`).
 
     `sae`: a dictionary, or the path of one; else one that comes with the package, at `site` and `layer` (the middle one); where there is none, or with `train`, one is trained by the `recipe`. `also`: more dictionaries of the model, for the phases (those that come with the package, for an embedded model). `text`, `tokens`, `context`: what it is trained
-    and scored on (see `harvest.blocks`); a part is held out. `pairs`: a battery. `public`: its name at Neuronpedia. The folder gets a table for each question, `features.html` and figures; where the model knows too few facts, only what needs none. Started again on it, what is missing is done.
+    and scored on (see `harvest.blocks`); a part is held out (of facts, for a dictionary that comes with the package, the part that it was not trained on). `pairs`: a battery. `public`: its name at Neuronpedia. The folder gets a table for each question, `features.html` and figures; where the model knows too few facts, only what needs none. Started again on it, what is missing is done.
     Raises `DictionaryError` for a dictionary, text or place that does not fit, `ModelError`, `BatteryError`, `BusyError`, and `RunError` for a folder that holds another run."""
     if not isinstance(model, Model): model = load_model(model, device=device, dtype=dtype, revision=revision)
     neuronpedia(public, 0)
@@ -185,10 +185,11 @@ def run_features(model: str | Model, *, sae: SAE | str | Path | None = None, als
     sae = load_sae(sae, place=place, model=model.name) if isinstance(sae, (str, Path)) else sae
     if sae is not None: check_fit(sae, model)
     asked = load_battery() if pairs is None else list(pairs) if not isinstance(pairs, (str, Path)) else read_pairs(pairs)
-    read = blocks(model, documents(text, None if text != "facts" or tokens is None else max(200, tokens // 12)), tokens, context)
+    comes_along = sae is None and not train and place in shipped_for(model.name)
+    read = text_of(model) if comes_along and text == "facts" else blocks(model, documents(text, None if text != "facts" or tokens is None else max(200, tokens // 12)), tokens, context)
     folder = Path(out) if out is not None else Path("features") / Path(called([model.name])[0]).name.replace(":", "-") / f"{place[0]}-{place[1]}"
     with held(folder):
-        options = {"command": "features", "place": list(place), "dictionary": _named(sae), "recipe": asdict(recipe) if sae is None and (train or place not in shipped_for(model.name)) else None, "text_sha256": read.sha256, "most": most, "seed": seed}
+        options = {"command": "features", "place": list(place), "dictionary": _named(sae), "recipe": asdict(recipe) if sae is None and not comes_along else None, "text_sha256": read.sha256, "most": most, "seed": seed}
         claim(folder, {"model": describe(model), "battery_sha256": battery_sha256(asked), "options": options, "n_pairs": len(asked), "versions": {"bizzaroworld": __version__}, "environment": {"python": platform.python_version(), "device": str(model.device)}})
         found, history = dictionary_for(model, folder, read, place, sae, recipe, train, progress)
         others = [one if isinstance(one, SAE) else load_sae(one, model=model.name) for one in also] or [shipped(model.name, *p) for p in shipped_for(model.name) if p != found.writes]

@@ -19,6 +19,7 @@ from ..battery.pairs import PromptPair
 from ..battery.tokens import TokenPair
 from ..circuits.gradients import DIFFERENTIABLE, graph_batches, ids_of, reader_of, recorded, run_graph
 from ..dictionaries.saes import SAE, DictionaryError, error, shift_and_scale
+from ..dictionaries.pursuit import random_dictionary
 from ..dictionaries.splicing import BEHIND_NORM, check_fit, mlp_entrance, seat_of
 from ..model.hooked import Model
 from ..patch.forecast import DIRECTIONS
@@ -271,9 +272,7 @@ def by_feature(table: pd.DataFrame, n: int | None = None) -> pd.DataFrame:
 # %% ../../nbs/library/features/01_effects.ipynb #02970f6d
 def random_directions(sae: SAE, seed: int = 0) -> SAE:
     "The same features with random directions, each as long as the one it replaces."
-    rng = torch.Generator().manual_seed(0xDA7A + seed)  # a number that no training begins with: its first directions would be these
-    drawn = torch.randn(sae.W_dec.shape, generator=rng).to(sae.W_dec)
-    return replace(sae, W_dec=drawn * (sae.W_dec.norm(dim=1, keepdim=True) / drawn.norm(dim=1, keepdim=True)), source=f"{sae.source} with random directions".strip())
+    return replace(random_dictionary(sae, seed), source=f"{sae.source} with random directions".strip())
 
 
 def shuffled(sae: SAE, seed: int = 0) -> SAE:
