@@ -26,9 +26,11 @@ def features(model: ModelName = "bizzaro-nano",
              width: Annotated[int, typer.Option(metavar="N", min=2, help="Features to train.")] = 1024,
              k: Annotated[int, typer.Option("-k", metavar="N", min=1, help="Features for each token (topk, batchtopk).")] = 16,
              steps: Annotated[int, typer.Option(metavar="N", min=1, help="Training steps of 2,048 tokens.")] = 500,
+             revive: Annotated[str, typer.Option(metavar="HOW", help="What becomes of features that do not fire any more: none, resample, ghost.")] = "none",
              text: Annotated[str, typer.Option(metavar="WHAT", help="What it is trained and scored on: facts, texts, a .txt file, or a folder of them.")] = "facts",
              tokens: Annotated[int | None, typer.Option(metavar="N", min=1000, help="Tokens of the text to read. Default: 400,000, or as many as there are.")] = 400_000,
              also: Annotated[list[Path] | None, typer.Option("--also", metavar="PATH", help="One more dictionary of the model, for the phases; may be repeated. Default: those that come with the package.")] = None,
+             untrained: Annotated[bool, typer.Option("--untrained", help="Train one on an untrained model too, as a control: takes as long again.")] = False,
              pairs: Annotated[Path | None, typer.Option("--pairs", metavar="FILE", dir_okay=False, help="A battery of pairs. Default: the study's.")] = None,
              most: Annotated[int, typer.Option(metavar="N", min=4, help="How many pairs at most.")] = 60,
              public: Annotated[str, typer.Option("--neuronpedia", metavar="MODEL/SOURCE", help="The dictionary's name at Neuronpedia, for links.")] = "",
@@ -49,7 +51,7 @@ def features(model: ModelName = "bizzaro-nano",
     with reported(debug):
         from bizzaroworld.commands.features_run import features_lines, run_features
         from bizzaroworld.dictionaries.recipes import Recipe
-        recipe = Recipe(kind, width, k, steps=steps, seed=seed)
+        recipe = Recipe(kind, width, k, steps=steps, revive=revive, seed=seed)
         with progress(f"{Path(model).name} features") as advance:
-            folder = run_features(model, sae=sae, also=also or (), site=site, layer=layer, recipe=recipe, train=train, text=text, tokens=tokens, pairs=pairs, most=most, public=public, out=out, seed=seed, device=device, dtype=dtype, revision=revision, progress=advance)
+            folder = run_features(model, sae=sae, also=also or (), site=site, layer=layer, recipe=recipe, train=train, untrained=untrained, text=text, tokens=tokens, pairs=pairs, most=most, public=public, out=out, seed=seed, device=device, dtype=dtype, revision=revision, progress=advance)
         for line in features_lines(folder): typer.echo(line)

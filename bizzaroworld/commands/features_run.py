@@ -28,15 +28,15 @@ from ..dictionaries.saes import SAE
 from ..dictionaries.scores import frequencies, frequency_histogram, frontier_with_loss, neuron_basis, one_direction, score
 from ..dictionaries.shipped import shipped, shipped_for, text_of
 from ..dictionaries.splicing import check_fit, read_for
-from ..features.effects import agreement, by_feature, carried, controls_of, feature_effects, flips, joint
+from ..features.effects import agreement, by_feature, carried, controls_of, feature_effects, flips, in_place_of, joint
 from ..features.feature_page import feature_records, neuronpedia, write_feature_page
 from ..features.features_figures import feature_plates
-from ..features.phases import enough_table, phase_table, phases
-from ..features.steering import Steering, answer_differences, as_long_as, each, feature_direction, held_out, nearest_feature, pareto, random_like, steer
+from ..features.phases import attention_features, enough_table, phase_table, phases
+from ..features.steering import Steering, answer_differences, as_long_as, each, feature_direction, held_out, nearest_feature, other_wordings, pareto, random_like, steer
 from ..figures.run_figures import Plate, write_plates
 from ..files import write_json, write_table
 from ..model.hooked import Model
-from ..model.load import load_model
+from ..model.load import load_model, untrained
 from ..model.names import called
 from ..pipeline import describe
 from ..results.effects import MIN_SWING
@@ -44,12 +44,13 @@ from ..scale.folders import Tables, held
 from ..scale.units import Advance
 from ..study.runs import claim
 from ..tasks.ability import only_right
+from ..tasks.recipes import Task
 from ..tasks.registry import make_task
 
 # %% auto #0
-__all__ = ['HELD', 'POSITIONS', 'FEWEST', 'RARE', 'STRENGTHS', 'FILES', 'Features', 'dictionary_for', 'known_facts', 'measure',
-           'ask_facts', 'steering', 'chosen_features', 'write_page', 'plates_of', 'run_features', 'place_of', 'about',
-           'features_lines']
+__all__ = ['HELD', 'POSITIONS', 'FEWEST', 'RARE', 'STRENGTHS', 'FILES', 'Features', 'dictionary_for', 'trained', 'untrained_for',
+           'known_facts', 'measure', 'attention', 'ask_facts', 'follow', 'to_steer', 'where_to_steer', 'steering',
+           'chosen_features', 'write_page', 'plates_of', 'run_features', 'place_of', 'about', 'features_lines']
 
 # %% ../../nbs/library/commands/09_features_run.ipynb #236219c6
 @dataclass(eq=False)
@@ -59,11 +60,12 @@ class Features(Tables):
     folder: Path
     sae: SAE
     others: list[SAE]
+    untrained: SAE | None
     text: Blocks
     facts: list[TokenPair]
     seed: int = 0
     advance: Advance | None = None
-    steps: int = 19
+    steps: int = 20
     done: int = 0
 
     @cached_property
@@ -77,15 +79,26 @@ HELD, POSITIONS, FEWEST, RARE = 32, ("entity", "final"), 6, 1e-4
 # %% ../../nbs/library/commands/09_features_run.ipynb #cefce1b0
 def dictionary_for(model: Model, folder: Path, text: Blocks, place: tuple[str, int], sae: SAE | None, recipe: Recipe, train: bool, advance: Advance | None = None) -> tuple[SAE, pd.DataFrame | None]:
     "The dictionary of a run, and the table of its training, if it was trained here (in `folder/training`, where an interrupted training goes on)."
-    if sae is not None or (not train and place in shipped_for(model.name)):
-        return (shipped(model.name, *place) if sae is None else sae).to(model.device), None
-    target, history = folder / "sae", folder / "history.csv"
-    if (target / "cfg.json").exists() and history.exists(): return load_sae(target).to(model.device), pd.read_csv(history)
-    if advance: advance(0, Features.steps, "training")
-    found, table = train_sae(Streamed(model, text, place), recipe, folder / "training", device=model.device)
+    if sae is not None or (not train and place in shipped_for(model.name)): return (shipped(model.name, *place) if sae is None else sae), None
+    return trained(model, folder, text, place, recipe, "", advance)
+
+
+def trained(model: Model, folder: Path, text: Blocks, place: tuple[str, int], recipe: Recipe, which: str = "", advance: Advance | None = None) -> tuple[SAE, pd.DataFrame]:
+    "A dictionary that is trained in the folder, unless it lies there, and the table of its training. `which`: an ending of their names."
+    target, history = folder / f"sae{which}", folder / f"history{which}.csv"
+    if (target / "cfg.json").exists() and history.exists(): return load_sae(target), pd.read_csv(history)
+    if advance: advance(0, Features.steps, f"training{which.replace('-', ', ')}")
+    found, table = train_sae(Streamed(model, text, place), recipe, folder / f"training{which}", device=model.device)
     save_sae(found, target)
     write_table(history, table)
-    return load_sae(target).to(model.device), table
+    return load_sae(target), table
+
+
+def untrained_for(model: Model, folder: Path, text: Blocks, sae: SAE, recipe: Recipe, asked: bool | SAE | str | Path, comes_along: bool, advance: Advance | None = None) -> SAE | None:
+    "The control of a run: a dictionary of an untrained model. It is given, trained here if that is asked for, or comes with the package; else there is none."
+    if isinstance(asked, (SAE, str, Path)): return asked if isinstance(asked, SAE) else load_sae(asked, place=sae.writes, model=model.name)
+    if asked: return trained(untrained(model), folder, text, sae.writes, recipe, "-untrained", advance)[0]
+    return shipped("untrained", *sae.writes) if comes_along and model.name == "bizzaro-nano" and sae.writes in shipped_for("untrained") else None
 
 # %% ../../nbs/library/commands/09_features_run.ipynb #db6cd5a0
 def known_facts(model: Model, pairs: Sequence[PromptPair], most: int) -> list[TokenPair]:
@@ -108,20 +121,31 @@ def _frontier(run: Features) -> pd.DataFrame:
     "The frontier, with what each reconstruction costs in the next token's loss (`loss_change` in nats, with its interval over blocks)."
     ks = [k for k in (8, 16, 32) if k <= run.sae.n_features]
     found = frontier(run.sae, run.read, ks, run.seed)
-    cost = frontier_with_loss(run.model, run.sae, reconstructions(run.sae, ks, run.seed), run.text.held[:HELD], run.text.lead, seed=run.seed).query("score == 'change'")
+    cost = frontier_with_loss(run.model, run.sae, reconstructions(run.sae.to(run.model.device), ks, run.seed), run.text.held[:HELD], run.text.lead, seed=run.seed).query("score == 'change'")
     cost = cost[["reconstruction", "value", "low", "high"]].set_axis(["reconstruction", "loss_change", "low", "high"], axis=1)
     return found.assign(reconstruction=found.method + " " + found.k.astype(str)).merge(cost, on="reconstruction", validate="1:1").drop(columns="reconstruction")
 
 
+def attention(model: Model, dictionaries: Sequence[SAE], facts: Sequence[TokenPair], most: int = 12) -> pd.DataFrame:
+    "The features of attention outputs that do most at the final token when they get the other run's value: the table of `attention_features` for each `site` and `layer`, the first `most` rows."
+    found = [attention_features(model, one, facts, "final").head(most).assign(site=one.writes[0], layer=one.writes[1]) for one in sorted(dictionaries, key=lambda one: one.writes)]
+    return pd.concat(found, ignore_index=True)
+
+
 def ask_facts(run: Features) -> None:
-    "What features do to facts: each alone, all together, those that flip, beside controls; and all dictionaries along the depth."
+    "What features do to facts: each alone, all together, those that flip, beside controls."
     model, sae, facts = run.model, run.sae, run.facts
     for position in POSITIONS:
         for how in ("ablate", "patch"): run.table(f"{how}_{position}", lambda: feature_effects(model, sae, facts, position, how))
-        run.table(f"joint_{position}", lambda: pd.concat([carried(joint(model, one, facts, position)).assign(dictionary=name) for name, one in controls_of(sae, run.seed).items()], ignore_index=True))
+        run.table(f"joint_{position}", lambda: pd.concat([carried(joint(model, one, facts, position)).assign(dictionary=name) for name, one in controls_of(sae, run.seed, run.untrained).items()], ignore_index=True))
         run.table(f"flips_{position}", lambda: flips(model, sae, facts, position))
     run.table("agreement", lambda: pd.concat([agreement(pd.read_csv(run.folder / f"{how}_{position}.csv")).assign(how=how, position=position) for position in POSITIONS for how in ("ablate", "patch")], ignore_index=True))
-    along = cache(lambda: phases(model, {one.writes: one for one in sorted((sae, *run.others), key=lambda one: one.writes)}, facts, seed=run.seed, told=run.say))
+    if heads := [one for one in (sae, *run.others) if one.writes[0] in ("z", "attn_out")]: run.table("attention", lambda: attention(model, heads, facts))
+
+
+def follow(run: Features) -> None:
+    "All dictionaries along the depth."
+    along = cache(lambda: phases(run.model, {one.writes: one for one in sorted((run.sae, *run.others), key=lambda one: one.writes)}, run.facts, seed=run.seed, told=run.say))
     run.table("phases", lambda: phase_table(along()))
     run.table("enough", lambda: enough_table(along()))
 
@@ -129,14 +153,33 @@ def ask_facts(run: Features) -> None:
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
 
 
+def to_steer(run: Features) -> tuple[Sequence[TokenPair], Sequence[TokenPair], str]:
+    """Pairs to make vectors of, pairs to try them on, and what they are called: paired facts that the model gets right, with the answers in other prompts as well; where there are not enough of these, the run's facts, with vectors made of
+    the same facts in other wordings. Raises `ValueError` where there are not enough of those either."""
+    try: made_of, tried = held_out(only_right(run.model, make_task("paired_facts", run.model, n=300), both=True).pairs, seed=run.seed)
+    except ValueError: tried = []
+    if len(tried) >= FEWEST: return made_of, tried, "paired facts"
+    worded = Task("facts", "facts", "pairs", "", (), (), tuple(other_wordings(run.model, run.facts)))
+    made_of = only_right(run.model, worded, both=True).pairs if worded.pairs else ()
+    answers = {answer for tp in made_of for answer in tp.answers}
+    tried = [tp for tp in run.facts if set(tp.answers) <= answers]
+    if len(tried) < FEWEST: raise ValueError(f"{run.model.name} gets too few facts right in other wordings as well ({len(tried)} of {len(run.facts)}): no vector can be made without the prompts that it is tried on.")
+    return made_of, tried, "facts, with vectors made of other wordings"
+
+
+def where_to_steer(folder: Path) -> str:
+    "The position at which patching the whole site does most: elsewhere there is little to steer."
+    def effect(position): return abs(pd.read_csv(folder / f"joint_{position}.csv").query("dictionary == 'dictionary' and what == 'site'").value.iloc[0])
+    return max(POSITIONS, key=effect)
+
+
 def steering(run: Features) -> pd.DataFrame:
-    "The table of `steer`, with the rows that no other dominates marked. Raises `ValueError` where the model cannot do the task, or nothing can be added at the place."
-    model, place, task = run.model, run.sae.writes, make_task("paired_facts", run.model, n=300)
-    made_of, tried = held_out(only_right(model, task, both=True).pairs, seed=run.seed)
-    difference = answer_differences(model, made_of, tried, place)
+    "The table of `steer` at the position of `where_to_steer`, with the rows that no other dominates marked. Raises `ValueError` where the model cannot do the task, or nothing can be added at the place."
+    (made_of, tried, name), model, place, position = to_steer(run), run.model, run.sae.writes, where_to_steer(run.folder)
+    difference = answer_differences(model, made_of, tried, place, position)
     nearest = each(lambda v: feature_direction(run.sae, nearest_feature(run.sae, v)), difference)
     methods = {"difference": Steering(difference), "nearest feature": Steering(as_long_as(nearest, difference)), "random": Steering(random_like(difference, run.seed)), "project out": Steering(difference, project=True)}
-    return pareto(steer(model, tried, place, methods, STRENGTHS, text=replace(run.text, ids=run.text.held[:16]), name="paired facts", seed=run.seed))
+    return pareto(steer(model, tried, place, methods, STRENGTHS, position=position, text=replace(run.text, ids=run.text.held[:16]), name=name, seed=run.seed)).assign(position=position, pairs=name)
 
 
 def _steered(run: Features) -> str:
@@ -172,12 +215,12 @@ def plates_of(folder: str | Path, model: str) -> list[Plate]:
     return feature_plates({name: table for name, table in tables.items() if len(table)}, model)
 
 # %% ../../nbs/library/commands/09_features_run.ipynb #39ea51c2
-def run_features(model: str | Model, *, sae: SAE | str | Path | None = None, also: Iterable[SAE | str | Path] = (), site: str = "resid_post", layer: int | None = None, recipe: Recipe = Recipe(n_features=1024, k=16, steps=500), train: bool = False, text: str | Path | Iterable[str] = "facts", tokens: int | None = 400_000,
+def run_features(model: str | Model, *, sae: SAE | str | Path | None = None, also: Iterable[SAE | str | Path] = (), site: str = "resid_post", layer: int | None = None, recipe: Recipe = Recipe(n_features=1024, k=16, steps=500), train: bool = False, untrained: bool | SAE | str | Path = False, text: str | Path | Iterable[str] | Blocks = "facts", tokens: int | None = 400_000,
                  context: int = 64, pairs: str | Path | Sequence[PromptPair] | None = None, most: int = 60, public: str = "", out: str | Path | None = None, seed: int = 0, device: str | None = None, dtype: str = "float32", revision: str | None = None, progress: Advance | None = None) -> Path:
     """What the features of a dictionary do in a model; returns the folder (else `features/MODEL/SITE-LAYER`).
 
-    `sae`: a dictionary, or the path of one; else one that comes with the package, at `site` and `layer` (the middle one); where there is none, or with `train`, one is trained by the `recipe`. `also`: more dictionaries of the model, for the phases (those that come with the package, for an embedded model). `text`, `tokens`, `context`: what it is trained
-    and scored on (see `harvest.blocks`); a part is held out (of facts, for a dictionary that comes with the package, the part that it was not trained on). `pairs`: a battery. `public`: its name at Neuronpedia. The folder gets a table for each question, `features.html` and figures; where the model knows too few facts, only what needs none. Started again on it, what is missing is done.
+    `sae`: a dictionary, or the path of one; else one that comes with the package, at `site` and `layer` (the middle one); where there is none, or with `train`, one is trained by the `recipe`. `also`: more dictionaries of the model, for the phases (those that come with the package, for an embedded model). `untrained`: one of an untrained model, as a control: given, or (`True`) trained by the `recipe` too. `text`, `tokens`, `context`: what it is trained
+    and scored on (see `harvest.blocks`; or the blocks themselves); a part is held out (of facts, for a dictionary that comes with the package, the part that it was not trained on). `pairs`: a battery. `public`: its name at Neuronpedia. The folder gets a table for each question, `features.html` and figures; where the model knows too few facts, only what needs none. Started again on it, what is missing is done.
     Raises `DictionaryError` for a dictionary, text or place that does not fit, `ModelError`, `BatteryError`, `BusyError`, and `RunError` for a folder that holds another run."""
     if not isinstance(model, Model): model = load_model(model, device=device, dtype=dtype, revision=revision)
     neuronpedia(public, 0)
@@ -186,20 +229,22 @@ def run_features(model: str | Model, *, sae: SAE | str | Path | None = None, als
     if sae is not None: check_fit(sae, model)
     asked = load_battery() if pairs is None else list(pairs) if not isinstance(pairs, (str, Path)) else read_pairs(pairs)
     comes_along = sae is None and not train and place in shipped_for(model.name)
-    read = text_of(model) if comes_along and text == "facts" else blocks(model, documents(text, None if text != "facts" or tokens is None else max(200, tokens // 12)), tokens, context)
+    read = text if isinstance(text, Blocks) else text_of(model) if comes_along and text == "facts" else blocks(model, documents(text, None if text != "facts" or tokens is None else max(200, tokens // 12)), tokens, context)
     folder = Path(out) if out is not None else Path("features") / Path(called([model.name])[0]).name.replace(":", "-") / f"{place[0]}-{place[1]}"
     with held(folder):
-        options = {"command": "features", "place": list(place), "dictionary": _named(sae), "recipe": asdict(recipe) if sae is None and not comes_along else None, "text_sha256": read.sha256, "most": most, "seed": seed}
+        options = {"command": "features", "place": list(place), "dictionary": _named(sae), "recipe": asdict(recipe) if sae is None and not comes_along else None, "text_sha256": read.sha256, "most": most, "seed": seed} | ({"untrained": untrained is True or str(untrained)} if untrained else {})
         claim(folder, {"model": describe(model), "battery_sha256": battery_sha256(asked), "options": options, "n_pairs": len(asked), "versions": {"bizzaroworld": __version__}, "environment": {"python": platform.python_version(), "device": str(model.device)}})
         found, history = dictionary_for(model, folder, read, place, sae, recipe, train, progress)
         others = [one if isinstance(one, SAE) else load_sae(one, model=model.name) for one in also] or [shipped(model.name, *p) for p in shipped_for(model.name) if p != found.writes]
-        for other in others: check_fit(other, model)
-        run = Features(model, folder, found, others, read, known_facts(model, asked, most), seed, progress)
+        control = untrained_for(model, folder, read, found, recipe, untrained, comes_along, progress)
+        for other in (*others, *([] if control is None else [in_place_of(control, found)])): check_fit(other, model)
+        run = Features(model, folder, found, others, control, read, known_facts(model, asked, most), seed, progress)
         measure(run)
         write_json(folder / "about.json", about(run, asked))
         if len(run.facts) >= FEWEST:
             ask_facts(run)
             write_json(folder / "about.json", about(run, asked) | {"not_steered": _steered(run)})
+            follow(run)
             write_page(run, f"Read: {len(read.held):,} blocks of {context} tokens that it was not trained on.", public)
         write_plates(plates_of(folder, model.name), folder / "figures")
     return folder

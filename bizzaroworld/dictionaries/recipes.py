@@ -20,7 +20,7 @@ __all__ = ['REVIVALS', 'Parameters', 'Recipe', 'first_parameters', 'as_sae', 'fe
            'resample', 'without_lengthening', 'within_the_ball']
 
 # %% ../../nbs/library/dictionaries/04_recipes.ipynb #c28cf823
-REVIVALS = ("ghost", "resample", "none")
+REVIVALS = ("none", "resample", "ghost")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Recipe:
     """What decides a training run.
 
     `k`: features for each token (`topk`, `batchtopk`). `sparsity`: the weight of the penalty (`relu`, `gated`: on the sum of the features; `jumprelu`: on their number). `steps` of `batch` tokens; `lr` rises over `warmup` steps and
-    falls to zero over the last fifth. `revive`: what becomes of a feature that has not fired for `dead_after` steps: `ghost` gradients, `resample`, or `none`. `ghost_scaled`: bring the ghost loss to the size of the reconstruction's.
+    falls to zero over the last fifth. `revive`: what becomes of a feature that has not fired for `dead_after` steps: `none` (nothing), `resample`, or `ghost` gradients (made for `relu`, where a feature fires as soon as its input passes zero; under `topk` it has to pass its rivals, and a dictionary of Gemma 3 270M lost most of its features to them). `ghost_scaled`: bring the ghost loss to the size of the reconstruction's.
     `ghost_all`: for so many first steps all features get ghost gradients. `bandwidth`: of the kernel through which a `jumprelu` learns its thresholds, and where they begin. Inputs are scaled so that their mean norm is sqrt(d), so that what a random direction reads has a size of about 1.
     Raises `DictionaryError` for numbers that nothing can be trained with."""
     kind: str = "topk"
@@ -39,7 +39,7 @@ class Recipe:
     batch: int = 2048
     lr: float = 1e-3
     warmup: int = 50
-    revive: str = "ghost"
+    revive: str = "none"
     dead_after: int = 100
     ghost_scaled: bool = True
     ghost_all: int = 0

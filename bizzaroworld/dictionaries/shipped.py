@@ -26,7 +26,7 @@ from .saes import SAE, DictionaryError
 __all__ = ['RECIPE', 'SHIPPED', 'TOKENS', 'CONTEXT', 'text_of', 'folder_of', 'shipped', 'shipped_for', 'make']
 
 # %% ../../nbs/library/dictionaries/10_shipped.ipynb #ff71dfc2
-RECIPE = Recipe("topk", n_features=1024, k=16, steps=1000, batch=1024, lr=2e-3)
+RECIPE = Recipe("topk", n_features=1024, k=16, steps=1000, batch=1024, lr=2e-3, revive="ghost")
 SHIPPED = {"bizzaro-nano": [*(("resid_post", l) for l in range(8)), *(("attn_out", l) for l in range(2, 8))],
            "bizzaro-nano-local": [("resid_post", l) for l in (1, 4, 6)],
            "untrained": [("resid_post", 1)]}

@@ -80,7 +80,7 @@ SPARSITY = {"relu": 2.0, "gated": 4.0, "jumprelu": 1.0}
 
 def toy_recipe(kind: str, width: int, on: float, steps: int = 500, seed: int = 0) -> Recipe:
     "A recipe for a toy of which `on` features are on in the mean token."
-    return Recipe(kind, n_features=width, k=min(width, max(1, round(on))), sparsity=SPARSITY.get(kind, 0.0), steps=steps, batch=256, lr=1e-2, seed=seed)
+    return Recipe(kind, n_features=width, k=min(width, max(1, round(on))), sparsity=SPARSITY.get(kind, 0.0), steps=steps, batch=256, lr=1e-2, revive="ghost", seed=seed)
 
 
 def _trained(known: Known, recipe: Recipe) -> dict:

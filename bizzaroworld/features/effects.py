@@ -32,7 +32,7 @@ from ..results.estimates import Estimate, estimate
 __all__ = ['SIDES', 'AT_ONCE', 'FeatureValues', 'tokens_at', 'feature_values', 'sides_of', 'steps_of', 'slots_of', 'parts',
            'added_edits', 'swept', 'changes', 'slopes_at', 'attributed', 'exact_effects', 'feature_effects',
            'agreement', 'columns', 'wholes', 'joint', 'ratio', 'carried', 'flips', 'by_feature', 'random_directions',
-           'shuffled', 'controls_of']
+           'shuffled', 'in_place_of', 'controls_of']
 
 # %% ../../nbs/library/features/01_effects.ipynb #0c5d2eae
 SIDES = ("clean", "corrupt")
@@ -285,6 +285,15 @@ def shuffled(sae: SAE, seed: int = 0) -> SAE:
     return replace(sae, W_dec=(sae.W_dec / norms.clamp_min(1e-12))[taken.to(sae.W_dec.device)] * norms, source=f"{sae.source} shuffled".strip())
 
 
-def controls_of(sae: SAE, seed: int = 0) -> dict[str, SAE]:
-    "A dictionary and its controls, by name."
-    return {"dictionary": sae, "random directions": random_directions(sae, seed), "shuffled": shuffled(sae, seed)}
+def in_place_of(untrained: SAE, sae: SAE) -> SAE:
+    """The features of a dictionary that was trained on an untrained model, in place of those of a dictionary: what centres and scales the activations stays as it is, since those of the two models differ in both.
+
+    Raises `DictionaryError` for dictionaries of different places or sizes."""
+    for what in ("reads", "writes", "d_in", "d_out", "heads"):
+        if getattr(untrained, what) != getattr(sae, what): raise DictionaryError(f"The untrained model's dictionary has {what} {getattr(untrained, what)}, and the dictionary {getattr(sae, what)}: give one of the same place.")
+    return replace(untrained.to(sae.W_dec.device, sae.W_dec.dtype), b_in=sae.b_in, b_dec=sae.b_dec, norm=sae.norm, scale=sae.scale, model=sae.model, source="an untrained model")
+
+
+def controls_of(sae: SAE, seed: int = 0, untrained: SAE | None = None) -> dict[str, SAE]:
+    "A dictionary and its controls, by name; `untrained`: one that was trained on the activations of an untrained model at the same place."
+    return {"dictionary": sae, "random directions": random_directions(sae, seed), "shuffled": shuffled(sae, seed)} | ({} if untrained is None else {"untrained model": in_place_of(untrained, sae)})

@@ -1,20 +1,24 @@
 """`bizzaroworld features`, end to end on an embedded model: the folder, going on with it, what is refused."""
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from bizzaroworld.battery.formats import load_battery
 from bizzaroworld.cli import app
-from bizzaroworld.commands.features_run import POSITIONS, features_lines, known_facts, run_features
+from bizzaroworld.commands.features_run import POSITIONS, Features, features_lines, known_facts, run_features, to_steer
 from bizzaroworld.dictionaries.recipes import Recipe
 from bizzaroworld.dictionaries.saes import DictionaryError, perfect
-from bizzaroworld.dictionaries.sae_files import save_sae
+from bizzaroworld.dictionaries.sae_files import load_sae, save_sae
+from bizzaroworld.dictionaries.shipped import shipped
 from bizzaroworld.model.load import load_model
 from bizzaroworld.study.runs import RunError
 
-SMALL = {"tokens": 20_000, "most": 8}
+ALSO = [("attn_out", 4), ("resid_post", 5)]
+SMALL = {"tokens": 20_000, "most": 8, "layer": 1}
 
 
 @pytest.fixture(scope="module")
@@ -23,21 +27,22 @@ def nano(): return load_model("bizzaro-nano")
 
 @pytest.fixture(scope="module")
 def folder(nano, tmp_path_factory):
-    return run_features(nano, out=tmp_path_factory.mktemp("features") / "run", **SMALL)
+    return run_features(nano, out=tmp_path_factory.mktemp("features") / "run", also=[shipped("bizzaro-nano", *place) for place in ALSO], **SMALL)
 
 
 @pytest.mark.slow
 def test_a_run_leaves_every_table_the_page_and_the_figures(nano, folder):
     there = {path.name for path in folder.iterdir()}
-    names = {"scores", "frequency", "one_direction", "axes", "frontier", "agreement", "phases", "steering"} | {f"{t}_{p}" for p in POSITIONS for t in ("ablate", "patch", "joint", "flips")}
+    names = {"scores", "frequency", "axes", "frontier", "agreement", "attention", "phases", "enough", "steering"} | {f"{t}_{p}" for p in POSITIONS for t in ("ablate", "patch", "joint", "flips")}
     assert {f"{n}.csv" for n in names} | {"features.html", "about.json", "run.json"} <= there
     captions = json.loads((folder / "figures" / "captions.json").read_text())
     assert {path.name for path in (folder / "figures").glob("*.png")} == set(captions) and len(captions) >= 4 and all(c["caption"] and c["alt"] for c in captions.values())
     joint = pd.read_csv(folder / "joint_entity.csv").set_index(["dictionary", "what"])
     assert joint.share["dictionary", "site"] == pytest.approx(1) and abs(joint.share["dictionary", "features"]) > abs(joint.share["random directions", "features"])
     assert "features for each token explain" in "\n".join(features_lines(folder))
-    phases = pd.read_csv(folder / "phases.csv")
-    assert phases.layer.nunique() >= 6
+    assert set(joint.index.unique("dictionary")) == {"dictionary", "random directions", "shuffled", "untrained model"} and abs(joint.share["dictionary", "features"]) > abs(joint.share["untrained model", "features"])
+    phases, heads = pd.read_csv(folder / "phases.csv"), pd.read_csv(folder / "attention.csv")
+    assert set(zip(phases.site, phases.layer)) == {("resid_post", 1), *ALSO} and set(zip(heads.site, heads.layer)) == {ALSO[0]} and heads.total.abs().is_monotonic_decreasing
 
 
 @pytest.mark.slow
@@ -45,18 +50,20 @@ def test_a_run_that_was_stopped_makes_only_what_is_missing(nano, folder):
     before = {path: path.read_bytes() for path in folder.glob("*.csv")}
     for name in ("flips_final", "frontier"): (folder / f"{name}.csv").unlink()
     told = []
-    run_features(nano, out=folder, progress=lambda done, total, what: told.append(what), **SMALL)
+    run_features(nano, out=folder, progress=lambda done, total, what: told.append(what), also=[shipped("bizzaro-nano", *place) for place in ALSO], **SMALL)
     assert told == ["frontier", "flips_final"] and {path: path.read_bytes() for path in folder.glob("*.csv")} == before
-    with pytest.raises(RunError, match="options"): run_features(nano, out=folder, tokens=20_000, most=9)
+    with pytest.raises(RunError, match="options"): run_features(nano, out=folder, **SMALL | {"most": 9})
 
 
 @pytest.mark.slow
 def test_a_dictionary_is_trained_where_none_is_there_and_used_again(nano, tmp_path):
     recipe = Recipe("relu", 64, sparsity=0.5, steps=30, batch=256)
-    folder = run_features(nano, site="mlp_out", layer=2, recipe=recipe, out=tmp_path / "run", tokens=10_000, most=6)
+    few = {"site": "mlp_out", "layer": 2, "recipe": recipe, "out": tmp_path / "run", "tokens": 10_000, "most": 6, "also": [shipped("bizzaro-nano", "resid_post", 4)], "untrained": True}
+    folder = run_features(nano, **few)
+    assert "untrained model" in set(pd.read_csv(folder / "joint_final.csv").dictionary) and not torch.equal(*(load_sae(folder / name).W_dec for name in ("sae", "sae-untrained")))
     assert (folder / "sae" / "cfg.json").exists() and pd.read_csv(folder / "history.csv").step.tolist() == [30]
     made = (folder / "sae" / "sae_weights.safetensors").stat().st_mtime_ns
-    run_features(nano, site="mlp_out", layer=2, recipe=recipe, out=tmp_path / "run", tokens=10_000, most=6)
+    run_features(nano, **few)
     assert (folder / "sae" / "sae_weights.safetensors").stat().st_mtime_ns == made
 
 
@@ -68,9 +75,27 @@ def test_a_dictionary_that_does_not_fit_is_refused_before_anything_is_written(na
     assert not (tmp_path / "other").exists()
 
 
+@torch.no_grad()
 def test_facts_are_those_that_the_model_knows(nano):
-    facts = known_facts(nano, load_battery(), 5)
-    assert len(facts) == 5 and len({tp.id for tp in facts}) == 5
+    "Both answers preferred, by the bare model's own logits; a pair with its answers exchanged is not known."
+    pairs = load_battery()
+    facts = known_facts(nano, [*pairs[:12], *(replace(p, id=f"{p.id}-wrong", clean_target=p.corrupt_target, corrupt_target=p.clean_target) for p in pairs[:12])], 99)
+    def ld(tp, ids): return (lambda logits: float(logits[tp.clean_target_id] - logits[tp.corrupt_target_id]))(nano.hf(torch.tensor([ids])).logits[0, -1])
+    assert len(facts) >= 8 and not any(tp.id.endswith("-wrong") for tp in facts) and all(ld(tp, tp.clean_ids) > 0 > ld(tp, tp.corrupt_ids) for tp in facts)
+    swings = [ld(tp, tp.clean_ids) - ld(tp, tp.corrupt_ids) for tp in facts]
+    assert swings == sorted(swings, reverse=True) and [tp.id for tp in known_facts(nano, pairs[:12], 5)] == [tp.id for tp in facts[:5]]
+
+
+def test_where_too_few_facts_share_answers_vectors_are_made_of_other_wordings(nano, monkeypatch):
+    facts = known_facts(nano, load_battery(), 20)
+    run = Features(nano, None, shipped("bizzaro-nano", "resid_post", 4), [], None, None, facts)
+    assert to_steer(run)[2] == "paired facts"
+    def none(*args, **kwargs): raise ValueError("none")
+    monkeypatch.setattr("bizzaroworld.commands.features_run.held_out", none)
+    made_of, tried, name = to_steer(run)
+    assert "other wordings" in name and len(tried) >= 6 and {tp.id for tp in tried} <= {tp.id for tp in facts}
+    assert not {tp.clean_ids for tp in made_of} & {tp.clean_ids for tp in tried} and {a for tp in tried for a in tp.answers} <= {a for tp in made_of for a in tp.answers}
+    with pytest.raises(ValueError, match="too few facts right in other wordings"): to_steer(replace(run, facts=facts[:2]))
 
 
 def test_the_command_says_in_a_sentence_what_is_wrong(tmp_path):

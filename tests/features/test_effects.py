@@ -255,6 +255,14 @@ def test_controls_are_as_long_and_keep_the_values(model, pairs):
     assert torch.equal(random_directions(sae, 1).W_dec, random_directions(sae, 1).W_dec) and not torch.equal(random_directions(sae, 1).W_dec, random_directions(sae, 2).W_dec)
 
 
+def test_an_untrained_models_dictionary_brings_its_features_and_nothing_else(model, pairs):
+    sae, other = replace(tied(128), scale=3.0, b_dec=torch.full((128,), 0.5)), replace(tied(128, seed=5), scale=7.0, model="untrained bizzaro-nano")
+    control = controls_of(sae, untrained=other)["untrained model"]
+    assert torch.equal(control.W_dec, other.W_dec) and torch.equal(control.W_enc, other.W_enc)
+    assert control.scale == 3.0 and torch.equal(control.b_dec, sae.b_dec) and control.model == sae.model and "untrained" in control.source
+    with pytest.raises(DictionaryError, match="has reads .*'resid_post', 5.*give one of the same place"): controls_of(sae, untrained=perfect(128, "resid_post", 5))
+
+
 def test_a_trained_dictionary_carries_more_than_its_controls(model, pairs):
     there = feature_values(model, perfect(128, "resid_post", LAYER), load_battery()).there
     sae, _ = train_sae(Held(torch.cat(list(there.values())), ("resid_post", LAYER)), Recipe("topk", 256, k=16, steps=300, batch=120), progress=False)
