@@ -125,7 +125,8 @@ def _shaded(example: Example, largest: float) -> str:
     "A text with every token shaded by its value."
     def one(i, token, value):
         look = f' style="background: rgba(230, 110, 20, {min(1.0, value / largest):.2f})" title="{value:g}"' if value > 0 else ""
-        return f"<span{' class=peak' if i == example.peak else ''}{look}>{escape(token)}</span>"
+        said = escape(token).replace("\n", "↵")
+        return f"<span{' class=peak' if i == example.peak else ''}{look}>{said}</span>"
     return "<p class=text>… " + "".join(one(i, t, v) for i, (t, v) in enumerate(zip(example.tokens, example.values))) + " …</p>"
 
 
@@ -155,7 +156,7 @@ def write_feature_page(path: str | Path, sae: SAE, records: Sequence[FeatureReco
     rows = "".join(f'<tr><td><a href="#f{r.feature}">{r.feature}</a><td>{r.frequency:.2%}<td>{escape(", ".join(repr(t) for t, _ in r.promotes[:4]))}<td>{escape("; ".join(f"{w} {v:+.2f}" for w, v in r.effects[:3]))}' for r in records)
     page = ("<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'>"
             f"<title>Features of {escape(str(sae))}</title><style>{STYLE}</style><h1>Features</h1><p>{escape(str(sae))}. {escape(about)}</p>"
-            "<p class=small>A token is shaded by how much the feature is on; the underlined one is where it is largest. What it says directly is what its share of the stream adds to the logits there if no later layer reads it.</p>"
+            "<p class=small>A token is shaded by how much the feature is on; the underlined one is where it is largest; ↵ is a new line. What it says directly is what its share of the stream adds to the logits there if no later layer reads it.</p>"
             f"<table><thead><tr><th>feature<th>on at<th>says<th>taken away</thead><tbody>{rows}</tbody></table>" + "".join(_section(r, neuronpedia(public, r.feature)) for r in records) + "</html>")
     write_text(Path(path), page)
     return Path(path)
