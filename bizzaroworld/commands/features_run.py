@@ -28,6 +28,13 @@ from ..dictionaries.saes import SAE
 from ..dictionaries.scores import frequencies, frequency_histogram, frontier_with_loss, neuron_basis, one_direction, score
 from ..dictionaries.shipped import shipped, shipped_for, text_of
 from ..dictionaries.splicing import check_fit, read_for
+
+# %% auto #0
+__all__ = ['HELD', 'POSITIONS', 'FEWEST', 'RARE', 'STRENGTHS', 'FILES', 'Features', 'dictionary_for', 'trained', 'untrained_for',
+           'known_facts', 'measure', 'attention', 'ask_facts', 'follow', 'to_steer', 'where_to_steer', 'steering',
+           'chosen_features', 'write_page', 'plates_of', 'run_features', 'place_of', 'about', 'features_lines']
+
+# %% ../../nbs/library/commands/09_features_run.ipynb #a77e0003
 from ..features.effects import agreement, by_feature, carried, controls_of, feature_effects, flips, in_place_of, joint
 from ..features.feature_page import feature_records, neuronpedia, write_feature_page
 from ..features.features_figures import feature_plates
@@ -46,11 +53,6 @@ from ..study.runs import claim
 from ..tasks.ability import only_right
 from ..tasks.recipes import Task
 from ..tasks.registry import make_task
-
-# %% auto #0
-__all__ = ['HELD', 'POSITIONS', 'FEWEST', 'RARE', 'STRENGTHS', 'FILES', 'Features', 'dictionary_for', 'trained', 'untrained_for',
-           'known_facts', 'measure', 'attention', 'ask_facts', 'follow', 'to_steer', 'where_to_steer', 'steering',
-           'chosen_features', 'write_page', 'plates_of', 'run_features', 'place_of', 'about', 'features_lines']
 
 # %% ../../nbs/library/commands/09_features_run.ipynb #236219c6
 @dataclass(eq=False)
@@ -125,7 +127,7 @@ def _frontier(run: Features) -> pd.DataFrame:
     cost = cost[["reconstruction", "value", "low", "high"]].set_axis(["reconstruction", "loss_change", "low", "high"], axis=1)
     return found.assign(reconstruction=found.method + " " + found.k.astype(str)).merge(cost, on="reconstruction", validate="1:1").drop(columns="reconstruction")
 
-
+# %% ../../nbs/library/commands/09_features_run.ipynb #a77e0002
 def attention(model: Model, dictionaries: Sequence[SAE], facts: Sequence[TokenPair], most: int = 12) -> pd.DataFrame:
     "The features of attention outputs that do most at the final token when they get the other run's value: the table of `attention_features` for each `site` and `layer`, the first `most` rows."
     found = [attention_features(model, one, facts, "final").head(most).assign(site=one.writes[0], layer=one.writes[1]) for one in sorted(dictionaries, key=lambda one: one.writes)]
