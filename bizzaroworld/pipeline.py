@@ -92,6 +92,7 @@ def sweep_study(crew: Crew, result: Triage, controls: Sequence[Control], folder:
     for control in controls:
         part, told = f"controls/{control.name}", progress and partial(noted, progress, f"control: {control.name}")
         try: failed[part] = sweep_missing(control.token_pairs, folder, control.recipe, crew, part=part, advance=told, say=say)
+        except OSError: raise  # the disk is full, or gone: so it is for what follows
         except Exception as error:
             failed[part] = {tp.id: f"{type(error).__name__}: {error}"[:500] for tp in control.token_pairs}
             if say: say(f"The control {control.name} is left out: {error}")
