@@ -156,10 +156,10 @@ def run_study(model: str | Model, *, battery: str | Path | None = None, out: str
         if say and not isinstance(crew, Share): _announce(model, study_forecast(model, result, possible, folder, direction, max_rows), result, crew.n, say)
         note_left_out(folder, sweep_study(crew, result, possible, folder, direction, max_rows, progress, say))
         run, n = open_run(folder), len(result.table)
-        if progress: progress(n, n, "summary")
-        write_json(folder / "summary.json", summarize(run))
-        if progress: progress(n, n, "figures")
-        save_figures(run, folder / "figures")
+        def told(stage, what):
+            if progress: progress(n, n, f"{stage}: {what}")
+        write_json(folder / "summary.json", summarize(run, partial(told, "summary")))
+        save_figures(run, folder / "figures", partial(told, "figures"))
     return folder
 
 

@@ -51,7 +51,7 @@ def test_what_a_full_disk_says_names_the_file(small, name):
 @pytest.fixture(scope="module", autouse=True)
 def one_figure():
     """Drawing takes most of the time of a small study; a file that is written as figures are is enough here."""
-    def save_figures(run, folder):
+    def save_figures(run, folder, told):
         with files.replacing(folder / "one.png") as temporary: temporary.write_bytes(bytes(30_000))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "save_figures", save_figures)
