@@ -81,7 +81,17 @@ def test_a_share_counts_its_own_failures(model, pairs, tmp_path):
     bad = partial_failing([mine[0]])
     assert set(sweep_missing(pairs, tmp_path, bad, Share(model, 1, 2), at_once=2)) == {mine[0]}
     assert sweep_missing(pairs, tmp_path, bad, Share(model, 2, 2), at_once=2) == {}
-    with pytest.raises(RuntimeError, match="no such luck"): sweep_missing(pairs, tmp_path / "b", partial_failing(mine), Share(model, 1, 2), at_once=2)
+
+
+def test_a_share_in_which_all_fails_goes_on_to_what_is_next(model, pairs, tmp_path):
+    """It sees too few to say that nothing works: it names them, and does not fail; the whole command judges."""
+    mine, said = ids(Share(model, 1, 2).mine(units_of(pairs, 2))), []
+    failed = sweep_missing(pairs, tmp_path, partial_failing(mine), Share(model, 1, 2), at_once=2, say=said.append)
+    assert list(failed) == mine and set(failed.values()) == {"RuntimeError: no such luck"} and said == ["This share gives up pairs: RuntimeError: no such luck"]
+    assert sweep_missing(pairs, tmp_path, lengths, Share(model, 1, 2), at_once=2, part="controls/x") == {}, "what is next"
+    with pytest.raises(RuntimeError, match="no such luck"): sweep_missing(pairs, tmp_path, partial_failing(ids(pairs)), Alone(model), at_once=2)
+    def full(model): raise OSError(28, "No space left on device")
+    with pytest.raises(OSError): sweep_missing(pairs, tmp_path, full, Share(model, 1, 2), part="other")
 
 
 def partial_failing(bad): return lambda model: failing(model, bad)
