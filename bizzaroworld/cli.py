@@ -36,11 +36,14 @@ def _version(value: bool) -> None:
 
 @app.callback(epilog="Exit codes: 0 done, 1 failure, 2 bad usage or input.")
 def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True,
-                                                help="Print the version and exit.")] = False) -> None:
+                                                help="Print the version and exit.")] = False,
+          cache_dir: Annotated[Path | None, typer.Option("--cache-dir", metavar="DIR", file_okay=False, help=(
+              "Where models that are downloaded are kept; before the command. Default: where the Hub's own programs keep them (HF_HUB_CACHE, HF_HOME)."))] = None) -> None:
     """Where does a language model keep its facts, how do they travel, where are they read?
 
     Start with `bizzaroworld study`: the whole study on a small model that comes along, in a minute.
     """
+    if cache_dir: os.environ["HF_HUB_CACHE"] = os.path.abspath(cache_dir.expanduser())  # read when the Hub's client is imported, here and in what is begun from here
 
 # %% ../nbs/library/05_cli.ipynb #d6686033
 def _report(run: str, out: Path | None = None) -> Path:

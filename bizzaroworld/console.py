@@ -24,7 +24,7 @@ from rich.table import Table
 from .scale.workers import ShareDone
 
 # %% auto #0
-__all__ = ['exit_code', 'Ended', 'reported', 'Telling', 'progress', 'count_words', 'print_table', 'print_frame', 'save']
+__all__ = ['exit_code', 'Ended', 'reported', 'Bar', 'progress', 'count_words', 'print_table', 'print_frame', 'save']
 
 # %% ../nbs/library/03_console.ipynb #5558e094
 def exit_code(error: BaseException) -> int:
@@ -68,7 +68,7 @@ def reported(debug: bool) -> Iterator[None]:
         if before is not None: signal.signal(signal.SIGTERM, before)
 
 # %% ../nbs/library/03_console.ipynb #b40ca3fd
-class Telling:
+class Bar:
     "What a command tells while it works: a bar on stderr, where that is a terminal, and lines."
 
     def __init__(self, title: str, bar: Progress): self.title, self.bar, self.task = title, bar, bar.add_task(title, total=None)
@@ -81,11 +81,11 @@ class Telling:
         self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 @contextmanager
-def progress(title: str) -> Iterator[Telling]:
+def progress(title: str) -> Iterator[Bar]:
     """A progress bar on stderr, silent where stderr is no terminal; yields `advance(done, total, note)`, which also can `say` a line."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar: yield Telling(title, bar)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar: yield Bar(title, bar)
 
 # %% ../nbs/library/03_console.ipynb #5bd85323
 def count_words(n: int, thing: str) -> str:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import re
@@ -24,13 +25,22 @@ __all__ = ['replacing', 'write_text', 'write_json', 'write_first', 'write_table'
            'data_path', 'plain', 'quoted']
 
 # %% ../nbs/library/01_files.ipynb #1974622f
+_FULL = re.compile("No space left on device|Disk quota exceeded")  # as some libraries say it in an error of their own
+
+
 @contextmanager
 def _beside(path: Path) -> Iterator[Path]:
-    "A temporary path beside `path`, for the block."
+    "A temporary path beside `path`, for the block. An `OSError` names `path`, whoever raised it."
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{secrets.randbelow(10 ** 6):06}.tmp")  # processes of two machines may have one number
     temporary.unlink(missing_ok=True)  # a link of that name would be written through
     try: yield temporary
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
+    except Exception as error:
+        if not _FULL.search(str(error)): raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
     finally: temporary.unlink(missing_ok=True)
 
 

@@ -41,7 +41,7 @@ def _workers(text: str | None) -> str | None:
     return text
 
 Workers = Annotated[str | None, typer.Option(metavar="N|ray[:address]", callback=_workers, help=(
-    "So many processes, each with the model: N times its memory. One for each GPU, or for two or three cores. Or a Ray cluster: ray, ray:N, ray:auto, ray:HOST:PORT. share:I/N: only that share of the work (see `slurm`). "
+    "So many processes, each with the model, beside this one, which has it too: the memory of N + 1 models (on a GPU, of those that share it). One for each GPU, or for two or three cores. Or a Ray cluster: ray, ray:N, ray:auto, ray:HOST:PORT. share:I/N: only that share of the work (see `slurm`). "
     "Default: this process."))]
 
 # %% ../nbs/library/04_options.ipynb #c0623ab6

@@ -92,6 +92,7 @@ def sweep_study(crew: Crew, result: Triage, controls: Sequence[Control], folder:
     for control in controls:
         part, told = f"controls/{control.name}", progress and partial(noted, progress, f"control: {control.name}")
         try: failed[part] = sweep_missing(control.token_pairs, folder, control.recipe, crew, part=part, advance=told, say=say)
+        except OSError: raise  # the disk is full, or gone: so it is for what follows
         except Exception as error:
             failed[part] = {tp.id: f"{type(error).__name__}: {error}"[:500] for tp in control.token_pairs}
             if say: say(f"The control {control.name} is left out: {error}")
@@ -155,10 +156,10 @@ def run_study(model: str | Model, *, battery: str | Path | None = None, out: str
         if say and not isinstance(crew, Share): _announce(model, study_forecast(model, result, possible, folder, direction, max_rows), result, crew.n, say)
         note_left_out(folder, sweep_study(crew, result, possible, folder, direction, max_rows, progress, say))
         run, n = open_run(folder), len(result.table)
-        if progress: progress(n, n, "summary")
-        write_json(folder / "summary.json", summarize(run))
-        if progress: progress(n, n, "figures")
-        save_figures(run, folder / "figures")
+        def told(stage, what):
+            if progress: progress(n, n, f"{stage}: {what}")
+        write_json(folder / "summary.json", summarize(run, partial(told, "summary")))
+        save_figures(run, folder / "figures", partial(told, "figures"))
     return folder
 
 

@@ -149,6 +149,28 @@ def test_gpu_says_that_nothing_is_measured(programs, monkeypatch, capsys, tmp_pa
     assert "nothing is measured" in capsys.readouterr().out and not (tmp_path / "gpu.json").exists()
 
 
+def test_gpu_runs_whole_at_a_tiny_shape(programs, monkeypatch, capsys, tmp_path):
+    """What somebody with a GPU will run, here on the processor: both shapes, every rival, the profile, and the record that is sent back."""
+    path = tmp_path / "gpu.json"
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *"--device cpu --layers 2 --width 32 --pairs 2 --stock 6 --wide 40 --times 1 --out".split(), str(path)])
+    programs.gpu.main()
+    record, real = json.loads(path.read_text()), json.loads((ROOT / "data" / "benchmarks" / "gpu.json").read_text())
+    assert set(record["results"]) == set(programs.gpu.SHAPES) and set(record) == set(real) and str(tmp_path) not in path.read_text()
+    for name, done in record["results"].items():
+        assert set(real["results"][name]) - {"expert_256"} <= set(done), "all that the committed record says"
+        assert done["largest_difference_in_float32"] < 1e-3 and set(done["times_faster_than"]) == {"stock", "expert_32", "expert_40"} and done["patches"] == 2 * done["interventions"]
+        assert set(done["limits"]) == {"512 rows", "2048 rows", "60% of the memory"} and 0 < sum(done["shares"].values()) <= 1.01
+    assert "in float32 all agree" in capsys.readouterr().out
+
+
+def test_gpu_gives_no_record_when_numbers_differ(programs, monkeypatch, tmp_path):
+    monkeypatch.setattr(programs.gpu, "by_stock", lambda *asked: by_stock(*asked) + 0.01)
+    by_stock = lambda model, pairs, study: torch.tensor([programs.patching.by_plain_loop(model, p, study) for p in pairs])  # noqa: E731
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *"--device cpu --layers 2 --width 32 --pairs 1 --stock 3 --shape Gemma-2B --out".split(), str(tmp_path / "gpu.json")])
+    with pytest.raises(SystemExit, match="disagree by 1.0e-02 in float32: no time means anything"): programs.gpu.main()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.name)
 def test_records_say_how_they_came_about(path):
     record = json.loads(path.read_text())

@@ -1,6 +1,7 @@
 """The command line: what it passes on, what it prints, its exit codes, and that it answers without what takes long to import."""
 import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -124,6 +125,13 @@ def test_errors_are_one_message_and_an_exit_code(stand_in, error, code):
     done = run("study")
     assert done.exit_code == code
     assert str(error) in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
+
+
+def test_where_downloads_are_kept_is_asked_before_the_client_is_read(tmp_path):
+    """In a process of its own: this one has read it."""
+    code = "import sys; from bizzaroworld.cli import app; app(['--cache-dir', sys.argv[1], 'models'], standalone_mode=False); from huggingface_hub.constants import HF_HUB_CACHE; print(HF_HUB_CACHE)"
+    done = subprocess.run([sys.executable, "-c", code, "here"], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"HF_HOME": str(tmp_path / "elsewhere"), "PYTHONPATH": str(Path(__file__).resolve().parents[1])})
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "here"), done.stderr
 
 
 def test_a_full_disk_is_said_to_be_one(stand_in):

@@ -46,7 +46,7 @@ def copied(finished, tmp_path): return Path(shutil.copytree(finished, tmp_path /
 @pytest.fixture
 def undrawn(monkeypatch):
     """Where nothing is asked of the figures: `whole` has them."""
-    monkeypatch.setattr(study_module, "save_figures", lambda run, folder: None)
+    monkeypatch.setattr(study_module, "save_figures", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +118,15 @@ def test_what_is_to_come_is_said_before_it_begins(nano, few, tmp_path, monkeypat
     assert len(said) == 1 and said[0][1] == 0 and re.match(r"5 pairs x [\d,]+ interventions: [\d,]+ rows in .*; about \d+ second", said[0][0])
     run_study(nano, battery=few, out=tmp_path / "run", say=lambda line: said.append(line))
     assert len(said) == 1
+
+
+def test_what_is_worked_out_after_the_sweep_is_said_too(nano, few, copied, monkeypatch):
+    """With thousands of pairs it takes minutes: each of its parts is named, whatever the listener answers, and the summary is the same."""
+    told, before = [], json.loads((copied / "summary.json").read_text())
+    monkeypatch.setattr(study_module, "save_figures", lambda run, folder, say: [say(name) for name in ("triage", "heads")])
+    run_study(nano, battery=few, out=copied, progress=lambda done, total, note: told.append(note) or note)
+    for mode in "ABC": assert all(f"summary: mode {mode}, {part}" in told for part in ("curves of experiment 3", "release", "heads of experiment 4F", "correlations"))
+    assert told[-3:] == ["summary: controls", "figures: triage", "figures: heads"] and json.loads((copied / "summary.json").read_text()) == before
 
 
 def test_two_workers_give_the_study_of_one(nano, few, finished, tmp_path, undrawn):

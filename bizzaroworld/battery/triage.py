@@ -182,7 +182,7 @@ def _too_long(model: Any, n: int) -> str:
     if not hasattr(model, "shape"): return ""
     if model.positions and n > model.positions: return f"it has {n:,} tokens, and the model has positions for {model.positions:,}"
     need, free = 4 * model.shape.row_values(n, n), model.free_bytes
-    return f"it has {n:,} tokens, whose attention takes about {need / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free" if need > free else ""
+    return f"it has {n:,} tokens, whose attention takes about {need / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB were free when it was asked; where more is free it is not excluded" if need > free else ""
 
 def _excluded(entries: Sequence[Entry], wrong: Mapping[str, str]) -> pd.DataFrame:
     """Rows for pairs that the tokenizer can use and the model cannot."""

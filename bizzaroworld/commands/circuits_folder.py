@@ -30,7 +30,7 @@ from ..results.estimates import estimate_means
 from ..scale.folders import LEFT_OUT, held, is_done, note_left_out
 from ..scale.processes import source_of
 from ..scale.ray import crew_of
-from ..scale.units import Advance, Alone, Crew, Recipe, Say, Share, end_of_share, sweep_missing
+from ..scale.units import Advance, Crew, Recipe, Say, Share, end_of_share, sweep_missing
 from ..scale.workers import asked
 from ..study.runs import claim
 
@@ -75,19 +75,19 @@ class Opened:
     say: Say | None
     failed: dict[str, dict[str, str]] = field(default_factory=dict)
 
-    def sweep(self, part: str, recipe: Recipe, at_once: int = 1, alone: bool = False) -> None:
-        "Sweep what is missing of a part. `alone`: in this process, whoever the crew is."
-        told, crew = self.advance and partial(noted, self.advance, "" if part == "pairs" else part.rpartition("/")[2]), Alone(self.model) if alone else self.crew
-        with named(): self.failed[part] = sweep_missing(self.pairs, self.folder, recipe, crew, part=part, at_once=at_once, by_length=False, grows=True, advance=told, say=self.say)
+    def sweep(self, part: str, recipe: Recipe, at_once: int = 1) -> None:
+        "Sweep what is missing of a part."
+        told = self.advance and partial(noted, self.advance, "" if part == "pairs" else part.rpartition("/")[2])
+        with named(): self.failed[part] = sweep_missing(self.pairs, self.folder, recipe, self.crew, part=part, at_once=at_once, by_length=False, grows=True, advance=told, say=self.say)
 
     def table(self, part: str) -> pd.DataFrame:
         "The table of a part, of all pairs that could be swept. Raises `ShareDone` where this process sweeps only a share of them."
         end_of_share(self.crew)
         return collect(self.folder, self.triage, [tp.id for tp in self.pairs], part)
 
-    def swept(self, part: str, recipe: Recipe, at_once: int = 1, alone: bool = False) -> pd.DataFrame:
+    def swept(self, part: str, recipe: Recipe, at_once: int = 1) -> pd.DataFrame:
         "Both."
-        self.sweep(part, recipe, at_once, alone)
+        self.sweep(part, recipe, at_once)
         return self.table(part)
 
     def has(self, part: str) -> bool:

@@ -188,9 +188,8 @@ def attribution_lines(folder: str | Path, top: int = 5) -> list[str]:
 # %% ../../nbs/library/commands/04_circuits_run.ipynb #b05f17f3
 def parts_of(model: Model, of: str, at: Sequence[str | int]) -> list:
     "What circuits are made of: heads and MLPs at places, or all edges. Raises `ValueError` for another word."
-    if of == "edges": return edges(model)
-    if of != "nodes": raise CircuitsError(f"Circuits of {of!r}: use nodes or edges.")
-    return nodes_at(model, at)
+    if of not in ("nodes", "edges"): raise CircuitsError(f"Circuits of {of!r}: use nodes or edges.")
+    return edges(model) if of == "edges" else nodes_at(model, at)
 
 
 def effects_of(run: Opened, parts: list, of: str, metric: str, max_rows: int) -> pd.DataFrame:
@@ -270,27 +269,28 @@ def _part_table(circuits: Measured, found: Pruned, effects: pd.DataFrame, scores
     return rows.merge(over_pairs(effects, "part").drop(columns="share"), on="part", how="left")
 
 # %% ../../nbs/library/commands/04_circuits_run.ipynb #99386512
+def _sweep_pruned(model: Model, kind: type[Measured], asked: tuple, threshold: float, rounds: int) -> Sweeper:
+    "A recipe: how the circuit of each pair alone is pruned, a row for each visit of a part. `asked`: what circuits of this kind take beside the model."
+    circuits = kind(model, *asked)
+    return lambda pairs: pd.concat([prune(circuits.only(tp), threshold, rounds).steps.assign(pair_id=tp.id) for tp in pairs])[["pair_id", "part", "round", "before", "after", "kept"]]
+
+
 def _each(run: Opened, circuits: Measured, threshold: float, rounds: int) -> dict | None:
     "Prune each pair alone, those that are missing; write how many pairs share a part, and clusters. Returns the mean Jaccard distances within and between categories."
-    alone = {tp.id: tp for tp in run.pairs}
-    def pruned(pairs): return pd.concat([prune(circuits.only(alone[tp.id]), threshold, rounds).steps.assign(pair_id=tp.id) for tp in pairs])
-    steps = run.swept("circuits", lambda _: lambda pairs: pruned(pairs)[["pair_id", "part", "round", "before", "after", "kept"]], alone=True)
+    steps = run.swept("circuits", partial(_sweep_pruned, kind=type(circuits), asked=(run.there, circuits.parts, circuits.ablation, circuits.metric, run.known), threshold=threshold, rounds=rounds))
     kept, by = steps.drop_duplicates(["pair_id", "part"], keep="last").query("kept"), {name(p): p for p in circuits.parts}
     found = {i: frozenset(by[part] for part in kept.part[kept.pair_id == i]) for i in dict.fromkeys(steps.pair_id)}
-    shares = [{"part": part, "pairs": k, **estimate_share(k, len(found)).to_dict()} for part, k in kept.part.value_counts().items()]
-    write_table(run.folder / "circuits.csv", pd.DataFrame(shares, columns=["part", "pairs", "value", "low", "high", "n"]))
+    write_table(run.folder / "circuits.csv", pd.DataFrame([{"part": part, "pairs": k, **estimate_share(k, len(found)).to_dict()} for part, k in kept.part.value_counts().items()], columns=["part", "pairs", "value", "low", "high", "n"]))
     if not len(kept): return None
     categories = steps.groupby("pair_id", sort=False).category.first().to_dict()
-    labels = pd.DataFrame({"pair_id": list(found), "category": [categories[i] for i in found], "cluster": clusters(found).to_numpy(), "size": list(map(len, found.values()))})
-    write_table(run.folder / "clusters.csv", labels)
+    write_table(run.folder / "clusters.csv", pd.DataFrame({"pair_id": list(found), "category": [categories[i] for i in found], "cluster": clusters(found).to_numpy(), "size": list(map(len, found.values()))}))
     try: return by_category(found, categories).round(4).to_dict()
     except ValueError: return None  # one category, or no two pairs of one
 
 # %% ../../nbs/library/commands/04_circuits_run.ipynb #1dc4e6eb
 def circuit_lines(folder: str | Path, top: int = 12) -> list[str]:
     "What a run of circuits found, in a few lines."
-    folder = Path(folder)
-    told, table = json.loads((folder / "circuit.json").read_text("utf-8")), pd.read_csv(folder / "circuit.csv")
+    folder, told, table = Path(folder), json.loads((Path(folder) / "circuit.json").read_text("utf-8")), pd.read_csv(Path(folder) / "circuit.csv")
     kept = table[table.kept].sort_values("alone", ascending=False)
     def keeps(on): return f"{on['faithfulness']:.2f}" + (f" [{on['low']:.2f}, {on['high']:.2f}]" if "low" in on else "")
     lines = [chosen_line(folder), f"The circuit has {len(kept)} of {count_words(told['parts'], 'part')}. Alone it keeps {keeps(told)} of what the whole model does in {told['metric']} (n = {told['n']:.0f}).",

@@ -29,7 +29,7 @@ def lookup(model: ModelName = "bizzaro-people",
     """How is a fact about a person looked up? Fact Finding's questions, of any model: which parts are needed, and what the lookup does inside.
 
     First the model is asked about everybody; those it knows are kept. One half of them finds the parts that are needed, the other half says what these are worth. Then the lookup's inside: paths between MLPs, neurons,
-    what the pair of names does beyond the two. Three hypotheses get a verdict each. Started again on the same folder, it does only what is missing.
+    what the pair of names does beyond the two. Three hypotheses get a verdict each. Started again on the same folder, it does only what is missing. It works in one process: there are no --workers.
 
     Examples:
 

@@ -195,10 +195,11 @@ def plate(run: Run, name: str) -> Plate:
     return Plate(name, *MAKERS[name](run), conventions(about(run)))
 
 
-def plates(run: Run) -> list[Plate]:
-    "Every figure that a run has the data for. Raises `RunError` if the run lacks an experiment, or a file is damaged, naming it."
+def plates(run: Run, told: Callable[[str], None] = lambda name: None) -> list[Plate]:
+    "Every figure that a run has the data for; `told` hears each name. Raises `RunError` if the run lacks an experiment, or a file is damaged, naming it."
     found = []
     for name in MAKERS:
+        told(name)
         try: found.append(plate(run, name))
         except RunError as error:
             if name not in OPTIONAL or isinstance(error, DamagedError): raise
@@ -218,6 +219,6 @@ def write_plates(found: list[Plate], folder: str | Path) -> list[Path]:
     return [folder / f"{made.name}.png" for made in found]
 
 
-def save_figures(run: Run, folder: str | Path) -> list[Path]:
-    "Draw every figure that a run has the data for and write them into a folder; see `write_plates`."
-    return write_plates(plates(run), folder)
+def save_figures(run: Run, folder: str | Path, told: Callable[[str], None] = lambda name: None) -> list[Path]:
+    "Draw every figure that a run has the data for and write them into a folder; see `plates` and `write_plates`."
+    return write_plates(plates(run, told), folder)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Integral, Real
 from os.path import commonprefix
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ def _check(model, token_pairs, interventions, direction, donors) -> None:
     if not token_pairs or not interventions: raise ValueError("A sweep needs at least one pair and one intervention.")
     for e in (e for i in interventions for e in i.edits):
         check_site(model, e.site)
-        if not isinstance(e.layer, int) or not 0 <= e.layer < model.n_layers:
+        if not isinstance(e.layer, Integral) or not 0 <= e.layer < model.n_layers:
             raise ValueError(f"{e}: {model.name} has layers 0 to {model.n_layers - 1}.")
     if direction not in DIRECTIONS: raise ValueError(f"Unknown direction {direction!r}: use {' or '.join(DIRECTIONS)}.")
     if len(donors) != len(token_pairs):
@@ -88,10 +89,17 @@ class Asked:
 DIRECTIONS = ("noising", "denoising")
 
 
+def _check_limits(max_rows: int, max_pairs: int, memory: int | None) -> None:
+    "Raises `ValueError` for a limit that leaves no room for one row, one pair, one byte."
+    for name, limit, what in (("max_rows", max_rows, "rows of a pass"), ("max_pairs", max_pairs, "pairs of a pass"), ("memory", 1 if memory is None else memory, "bytes of a pass")):
+        if isinstance(limit, bool) or not isinstance(limit, Integral if name != "memory" else Real) or not limit >= 1: raise ValueError(f"{name} is {limit!r}: give a number of {what}, 1 or more.")
+
+
 def as_asked(model: Model, pairs: Sequence[TokenPair], interventions: Sequence[Intervention], direction: str, donors: Sequence[TokenPair],
              values: Mapping[Edit, Any] | None, noise: Noise | None, max_rows: int, max_pairs: int, memory: int | None) -> Asked:
     "Check what was asked for, and name it once. Raises `ValueError` for what does not fit."
     _check(model, pairs, interventions, direction, donors)
+    _check_limits(max_rows, max_pairs, memory)
     if noise is not None:
         noise = noise.measured(model, pairs)
         same = {tp: replace(tp, corrupt_ids=tp.clean_ids) for tp in (*pairs, *donors)}

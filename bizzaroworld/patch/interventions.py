@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral
 
 from ..battery.tokens import TokenPair
 from ..model.hooked import NEURONS, SITES, Model
@@ -100,7 +101,7 @@ def grid(model: Model, sites: Iterable[str], position: str | int | Iterable[str 
 
     `layers`: all of them unless given. Raises `ValueError` for a site that the architecture does not have."""
     sites = [sites] if isinstance(sites, str) else list(sites)
-    positions = [position] if isinstance(position, (str, int)) else list(position)
+    positions = [position] if isinstance(position, (str, Integral)) else list(position)
     layers = range(model.n_layers) if layers is None else list(layers)
     for site in sites: check_site(model, site)
     return [Intervention((Edit(site, layer, p, head, source),)) for site in sites for p in positions for layer in layers

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -82,22 +83,26 @@ def _heads(run: Run, experiment: str, mode: str) -> dict:
             "most_often_worst": {"head": effect.name[often], "share": estimate_share(int(effect.worst[often]), int(effect.n[often])).to_dict()}}
 
 # %% ../../nbs/library/results/06_summary.ipynb #43654027
-def _mode(run: Run, mode: str) -> dict:
+def _mode(run: Run, mode: str, told: Callable[[str], None]) -> dict:
     "Everything about the pairs of one mode."
     swing = run.triage.set_index("pair_id").loc[run.pairs(mode)]
     by_value = ("effect", "fraction")
-    return {
-        "n": len(swing), "known": int(swing.known.sum()), "mean_total_swing": round(float(swing.total_swing.mean()), 4),
-        "curves": {e: _curves(run, e, mode) for e in ("1", "2A", "2B", "3")},
-        "worst_layer": {e: _layers(worst_layer(run, e, mode)) for e in ("1", "3")},
-        "onset": {v: _layers(onset_layer(run, mode, v)) for v in by_value},
-        "release": {v: _layers(r := release_layer(run, mode, v)) | {"returns": int(r.table.returns.sum())} for v in by_value},
-        "crossing": {"entity": crossing(run, mode).to_dict(), "final": crossing(run, mode, "1").to_dict()},
-        "depth": {place: depth_fraction(crossing(run, mode, e), run.n_layers).to_dict() for place, e in (("entity", "3"), ("final", "1"))},
-        "heads": {e: _heads(run, e, mode) for e in ("4", "4F")},
-        "ratios": {site: r.to_dict() for site, r in ratios(run, mode).items()},
-        "correlations": {x: {k: e.to_dict() for k, e in r.items()} for x, r in correlations(run, mode).items()},
+    out = {"n": len(swing), "known": int(swing.known.sum()), "mean_total_swing": round(float(swing.total_swing.mean()), 4)}
+    parts = {
+        "curves": lambda: {e: told(f"mode {mode}, curves of experiment {e}") or _curves(run, e, mode) for e in ("1", "2A", "2B", "3")},
+        "worst_layer": lambda: {e: _layers(worst_layer(run, e, mode)) for e in ("1", "3")},
+        "onset": lambda: {v: _layers(onset_layer(run, mode, v)) for v in by_value},
+        "release": lambda: {v: _layers(r := release_layer(run, mode, v)) | {"returns": int(r.table.returns.sum())} for v in by_value},
+        "crossing": lambda: {"entity": crossing(run, mode).to_dict(), "final": crossing(run, mode, "1").to_dict()},
+        "depth": lambda: {place: depth_fraction(crossing(run, mode, e), run.n_layers).to_dict() for place, e in (("entity", "3"), ("final", "1"))},
+        "heads": lambda: {e: told(f"mode {mode}, heads of experiment {e}") or _heads(run, e, mode) for e in ("4", "4F")},
+        "ratios": lambda: {site: r.to_dict() for site, r in ratios(run, mode).items()},
+        "correlations": lambda: {x: {k: e.to_dict() for k, e in r.items()} for x, r in correlations(run, mode).items()},
     }
+    for name, make in parts.items():
+        told(f"mode {mode}, {name.replace('_', ' ')}")
+        out[name] = make()
+    return out
 
 # %% ../../nbs/library/results/06_summary.ipynb #b33581b5
 def _last_held(means) -> int | None:
@@ -124,10 +129,11 @@ def _standing(run: Run) -> dict:
     return {"verdicts": {"known": "preferred", "min_swing": VERDICT_SWING, "n": len(some.triage), "crossing": at}}
 
 
-def summarize(run: Run) -> dict:
-    """Every figure of merit of a run, for modes A, B and C: what `summary.json` holds.
+def summarize(run: Run, told: Callable[[str], None] = lambda what: None) -> dict:
+    """Every figure of merit of a run, for modes A, B and C: what `summary.json` holds. `told` hears what comes next: with thousands of pairs it takes minutes.
 
     Raises `RunError` if the run lacks an experiment, naming it."""
+    def tell(what: str) -> None: told(what)
     model = {k: run.info["model"].get(k) for k in ("name", "embedded", "revision", "n_layers", "n_heads")}
     unknown = run.triage.pair_id[~run.triage.known.astype(bool)]
     standing = _standing(run)
@@ -136,7 +142,7 @@ def summarize(run: Run) -> dict:
                       "unknown": unknown.tolist(), "excluded": len(run.excluded),
                       "differs_at_final": int(run.triage.warnings.astype(str).str.contains("differs_at_final").sum())}
             | (counts(run.triage) if standing else {}),
-            "modes": {mode: _mode(run, mode) for mode in "ABC"}, "controls": _controls(run)} | standing
+            "modes": {mode: _mode(run, mode, tell) for mode in "ABC"}, "controls": tell("controls") or _controls(run)} | standing
 
 # %% ../../nbs/library/results/06_summary.ipynb #77b48203
 def _estimate(fields: dict) -> Estimate: return Estimate(**fields)

@@ -174,4 +174,5 @@ def look_up(name: str, revision: str | None = None) -> Known:
     except ModelError: raise
     except Exception as error:  # no network, a license that is not accepted, a short name: the table may know it
         if found := by_name(name): return found
-        raise _explain(name, error) from error
+        hint = "" if ":" in name else f" A folder with its config.json alone is enough to plan; without network {len(table())} well-known models are known by name ({', '.join(dict.fromkeys(n.partition('-')[0] for n in table()))}), this one not."
+        raise ModelError(f"{_explain(name, error)}{hint}") from error

@@ -258,7 +258,7 @@ def fits(needs: Needs, folder: Path, device: str | torch.device | None = "cpu", 
     "Why a study cannot be done here: a sentence for each reason, with what to do; none if it can. `device`: `None` for a model that is spread over what there is. `cache`: where weights are downloaded to."
     reasons, (name,) = [], called([needs.known.name])
     places = [("its run folder", folder, needs.folder, "--out on another disk")]
-    if needs.known.missing: places.append(("its weights", Path(cache or HF_HUB_CACHE), needs.known.missing, "HF_HOME on another disk"))
+    if needs.known.missing: places.append(("its weights", Path(cache or HF_HUB_CACHE), needs.known.missing, "--cache-dir or HF_HOME on another disk"))
     one = len({_disk(path) for _, path, *_ in places}) == 1
     for i, (what, path, size, other) in enumerate(places):
         need, (free, files) = sum(p[2] for p in places) if one else size, free_on_disk(path)

@@ -129,19 +129,37 @@ class Job:
                 **named, **({"slurm_additional_parameters": self.options} if self.options else {})}
 
 # %% ../../nbs/library/scale/08_slurm.ipynb #716b872a
-def _submitted(executor: Any, words: list[str], jobs: int, local: bool) -> list[Any]:
-    "The shares, and the job after them; none of them if one is refused. Here they are waited for."
-    with executor.batch(): shares = [executor.submit(Command(words, f"share:{i}/{jobs}")) for i in range(1, jobs + 1)]
-    last = []
-    try:
+@contextmanager
+def _aside(path: Path | None) -> Iterator[None]:
+    "Processes that are started meanwhile complain in a file (of the last ones), if one is given: submitit's own, which Ctrl-C ends in the midst of their waiting."
+    if not path: return (yield)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = os.dup(2)
+    with path.open("w") as file: os.dup2(file.fileno(), 2)
+    try: yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+
+
+@contextmanager
+def _taken_back(jobs: Sequence[Any]) -> Iterator[None]:
+    "Jobs that are cancelled if the block does not come to its end."
+    try: yield
+    except BaseException:
+        for job in jobs: job.cancel()
+        raise
+
+
+def _submitted(executor: Any, words: list[str], jobs: int, local: Path | None) -> list[Any]:
+    "The shares, and the job after them; none of them if one is refused. On this machine (where `local` is the file of complaints) they are waited for."
+    with _aside(local), executor.batch(): shares = [executor.submit(Command(words, f"share:{i}/{jobs}")) for i in range(1, jobs + 1)]
+    with _taken_back(made := [*shares]):
         if local: [share.wait() for share in shares]
         executor.update_parameters(slurm_dependency=f"afterany:{array_of(shares)}")
-        last.append(executor.submit(Command(words)))
-        if local: last[0].wait()
-    except BaseException:
-        for job in (*shares, *last): job.cancel()
-        raise
-    return [*shares, *last]
+        with _aside(local): made.append(executor.submit(Command(words)))
+        if local: made[-1].wait()
+    return made
 
 # %% ../../nbs/library/scale/08_slurm.ipynb #5643f8cb
 def submit(arguments: Sequence[str], jobs: int = 8, job: Job = Job(), *, ray: bool = False, at_once: int | None = None, logs: str | Path = "slurm", cluster: str = "slurm") -> list[Any]:
@@ -149,7 +167,7 @@ def submit(arguments: Sequence[str], jobs: int = 8, job: Job = Job(), *, ray: bo
 
     `at_once`: how many of the array run at a time (else all). `logs`: a folder for scripts and logs, which every machine has to see. `cluster`: `slurm`, or `local` for processes
     of this machine, all at a time, which are waited for. Raises `CrewError` without submitit or Slurm, and where Slurm refuses one of them: then none is left."""
-    submitit, words, local = _submitit(), checked(arguments), cluster == "local"
+    submitit, words, local = _submitit(), checked(arguments), Path(logs) / "local.log" if cluster == "local" else None
     if jobs < 1: raise CrewError(f"{jobs} jobs: ask for one or more.")
     if absent := [name for name in ("srun", "sbatch") if not (local or which(name))]: raise CrewError(f"There is no Slurm here (no {absent[0]}): log in to the cluster, or try it on this machine with --cluster local.")
     try:
@@ -157,8 +175,9 @@ def submit(arguments: Sequence[str], jobs: int = 8, job: Job = Job(), *, ray: bo
         executor.update_parameters(name=f"bizzaroworld-{words[0]}", slurm_array_parallelism=at_once or jobs, **job.parameters())
         if not ray: return _submitted(executor, words, jobs, local)
         executor.update_parameters(**{"nodes": 1, "tasks_per_node": jobs} if local else {"nodes": jobs, "tasks_per_node": 1})
-        one = executor.submit(OnRay(words))
-        if local: one.wait()
+        with _aside(local): one = executor.submit(OnRay(words))
+        with _taken_back([one]):
+            if local: one.wait()
         return [one]
     except (RuntimeError, OSError) as error: raise CrewError(f"The job could not be submitted: {error}") from error
 

@@ -112,8 +112,20 @@ def sweep_missing(pairs: Sequence[TokenPair], folder: Path, recipe: Recipe, crew
     """Sweep the units of which some pair has no file yet; return which pairs could not be swept, and why.
 
     `part`: where in the folder the files are. `at_once`, `by_length`: as for `units_of`. `grows`: pairs may be added later; units are made of those that have no file.
-    A `Share` of the units is swept by it alone; then call `end_of_share`. `advance` and `say` are told what happens. Raises the first error where nothing succeeds or more than half fails, `UnitError` where no number is finite."""
-    if isinstance(crew, Share): pairs, grows = crew.mine(units_of(pairs, at_once, by_length)), False
+    A `Share` of the units is swept by it alone; then call `end_of_share`. `advance` and `say` are told what happens. Raises the first error where nothing succeeds or more than half fails, `UnitError` where no number is finite;
+    a share, which sees too few to judge by, then says so and leaves the rest of this part to whoever puts the shares together."""
+    asked = dict(part=part, at_once=at_once, by_length=by_length, advance=advance, say=say)
+    if not isinstance(crew, Share): return _sweep_missing(pairs, folder, recipe, crew, grows=grows, **asked)
+    mine = crew.mine(units_of(pairs, at_once, by_length))
+    try: return _sweep_missing(mine, folder, recipe, crew, grows=False, **asked)
+    except OSError: raise
+    except Exception as error:
+        if say: say(f"This share gives up {part}: {type(error).__name__}: {error}"[:500])
+        return {tp.id: f"{type(error).__name__}: {error}"[:500] for tp in mine if not is_done(folder, tp.id, part)}
+
+
+def _sweep_missing(pairs, folder, recipe, crew, part, at_once, by_length, grows, advance, say) -> dict[str, str]:
+    "The same, of these pairs."
     missing = {tp.id for tp in pairs if not is_done(folder, tp.id, part)}
     units = units_of([tp for tp in pairs if tp.id in missing] if grows else pairs, at_once, by_length)
     units = [unit for unit in units if not missing.isdisjoint(tp.id for tp in unit)]

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import random
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import pandas as pd
 
 from ..battery.tokens import TokenPair
@@ -29,17 +31,27 @@ CONTROLLED = {"unrelated": ("1", "2A", "2B", "3", "4F"), "shuffled": ("1", "3"),
 CONTROLS = tuple(CONTROLLED)
 
 # %% ../../nbs/library/study/02_controls.ipynb #5a5c8a39
-def _related(a: TokenPair, b: TokenPair) -> bool:
-    "Whether two pairs share their category, an entity or an answer."
-    def words(tp): return {tp.pair.clean_target, tp.pair.corrupt_target, tp.pair.clean_entity, tp.pair.corrupt_entity}
-    return a.pair.category == b.pair.category or bool(words(a) & words(b))
+def _kin(tp: TokenPair) -> set[tuple]:
+    "What makes a pair related to another that has one of it: its category, entities and answers."
+    pair = tp.pair
+    return {("category", pair.category), *((word,) for word in (pair.clean_target, pair.corrupt_target, pair.clean_entity, pair.corrupt_entity))}
+
+
+def _missing(taken: np.ndarray, k: int) -> int:
+    "The `k`-th number (0 is the first) that is not among those that are taken, which are sorted and without repeats."
+    return k + int(np.searchsorted(taken - np.arange(len(taken)), k, side="right"))
 
 
 def unrelated_donors(token_pairs: Sequence[TokenPair], seed: int = 0) -> dict[str, TokenPair]:
-    """For the id of each pair a pair of another category; a pair that is related to all others has none."""
-    candidates = sorted(token_pairs, key=lambda tp: tp.id)
-    others = {tp.id: [o for o in candidates if not _related(tp, o)] for tp in token_pairs}
-    return {i: random.Random(f"unrelated {seed} {i}").choice(some) for i, some in others.items() if some}
+    """For the id of each pair a pair of another category, without a word in common; a pair that is related to all others has none."""
+    candidates, where, donors = sorted(token_pairs, key=lambda tp: tp.id), defaultdict(list), {}
+    for i, tp in enumerate(candidates):
+        for key in _kin(tp): where[key].append(i)
+    places = {key: np.array(found) for key, found in where.items()}
+    for tp in token_pairs:
+        related = np.unique(np.concatenate([places[key] for key in _kin(tp)]))
+        if (left := len(candidates) - len(related)) > 0: donors[tp.id] = candidates[_missing(related, random.Random(f"unrelated {seed} {tp.id}").choice(range(left)))]
+    return donors
 
 # %% ../../nbs/library/study/02_controls.ipynb #a7695908
 def sweep_unrelated(model: Model, donors: dict[str, TokenPair], direction: str, max_rows: int) -> Sweeper:

@@ -94,7 +94,7 @@ def foresee(model: str | Known, battery: str | Path | Sequence[PromptPair] | Non
     taken = pairs if len(pairs) <= some else [pairs[i * len(pairs) // some] for i in range(some)]
     token_pairs, tokens = planned_pairs(known, taken, spares, quick)
     if not token_pairs: raise ModelError(f"None of {len(taken)} pairs can be used with the tokenizer of {called([known.name])[0]!r}: see `bizzaroworld audit`.")
-    budget = memory or _budget(where, copies * bytes_in(counts, precision))
+    budget = _budget(where, copies * bytes_in(counts, precision)) if memory is None else memory
     parts = sweeps_of(drawn, token_pairs, direction, names, max_rows=max_rows, memory=budget)
     work, k = sum(parts.values(), NOTHING), len(pairs) / len(taken)
     work = replace(work, pairs=parts["study"].pairs).of(round(k * parts["study"].pairs))
@@ -114,12 +114,14 @@ def plan_lines(needs: Needs, device: str = "cpu") -> list[str]:
     out = [f"{called([known.name])[0]}: known from {known.source}; no weights were read",
            f"Parameters   {needs.counts.parameters:,} ({shape.n_layers} layers, {shape.n_heads} heads ({shape.n_kv_heads} key-value), width {shape.d_model}, "
            f"vocabulary {shape.d_vocab:,})",
-           f"On disk      {_gib(known.disk)}{stored}{missing}; the run folder about {_gib(needs.folder)} in {needs.files:,} files",
+           f"On disk      {_gib(known.disk) if known.disk else 'no weights are there'}{stored}{missing}; the run folder about {_gib(needs.folder)} in {needs.files:,} files",
            f"Weights      {memory}",
            f"Memory       about {_gib(needs.memory)} in {needs.precision}: {_gib(needs.copies * needs.weights)} of weights, up to {_gib(work.bytes_a_pass)} "
            f"a pass.{twin}",
            f"Work         {work.pairs:,} pairs ({needs.tokens}), {work.rows:,} rows in {work.passes:,} passes ({work.rows / max(1, work.passes):,.0f} rows a pass), "
            f"{work.token_layers:,} token-layers"]
+    if shared := getattr(known.config.get_text_config(), "num_kv_shared_layers", 0):
+        out.append(f"Refused      {shared} of its layers take keys and values from earlier ones: this package cannot patch between them")
     if needs.seconds is not None:
         out.append(f"Time         about {in_words(needs.seconds)} on this machine's {device}, a guess from its measured speed, if nothing else runs")
     return out

@@ -36,7 +36,7 @@ def test_a_model_without_a_template_is_refused():
 
 
 def test_a_run_says_that_it_was_in_chat_and_one_that_was_not_is_as_before(tuned, tmp_path, monkeypatch):
-    monkeypatch.setattr("bizzaroworld.pipeline.save_figures", lambda run, folder: None)  # nothing is asked of them here
+    monkeypatch.setattr("bizzaroworld.pipeline.save_figures", lambda *_: None)  # nothing is asked of them here
     battery = tmp_path / "two.json"
     rows = [{k: getattr(p, k) for k in ("id", "category", "relation", "clean_prompt", "corrupt_prompt", "clean_target", "corrupt_target",
                                         "clean_entity", "corrupt_entity")} for p in load_battery()[:2]]

@@ -18,6 +18,7 @@ from bizzaroworld.battery.formats import load_battery
 from bizzaroworld.circuits.atp_star import atp_star
 from bizzaroworld.circuits.knockout import knockout
 from bizzaroworld.files import data_path
+from bizzaroworld.model.identity import weights_sha256
 from bizzaroworld.model.load import load_model
 from bizzaroworld.model.names import ModelError
 from bizzaroworld.patch.interventions import Edit, grid
@@ -269,13 +270,23 @@ def test_a_device_that_is_not_there_is_named():
 
 @pytest.mark.parametrize("damage, said", [
     (lambda b: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n", "pointer of Git LFS.*git lfs pull"),
-    (lambda b: b[:len(b) // 2], "damaged or incomplete"), (lambda b: b"\xff" * 64, "damaged or incomplete")])
+    (lambda b: b[:len(b) // 2], "damaged or incomplete"), (lambda b: b"\xff" * 64, "damaged or incomplete"), (lambda b: b"", "damaged or incomplete")])
 def test_a_damaged_weights_file_is_named(tmp_path, damage, said):
     hf = tiny_hf("llama")
     hf.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ModelError, match=f"model.safetensors.*{said}"): load_model(tmp_path)
+
+
+def test_weights_with_a_flipped_bit_are_another_model(tmp_path):
+    """No file says that they were others; a run of the whole ones is not gone on with."""
+    hf = tiny_hf("llama")
+    hf.save_pretrained(tmp_path)
+    file, before = tmp_path / "model.safetensors", weights_sha256(hf, str(tmp_path))
+    raw = file.read_bytes()
+    file.write_bytes(raw[:-9] + bytes([raw[-9] ^ 1]) + raw[-8:])
+    assert len(before) == 64 and weights_sha256(hf, str(tmp_path)) not in ("", before)
 
 
 def test_a_model_without_a_tokenizer_says_so():

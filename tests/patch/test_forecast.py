@@ -86,6 +86,18 @@ def asked_of(model, interventions, memory, pairs=PAIRS, noise=None) -> Asked:
     return as_asked(model, pairs, as_interventions(interventions), "noising", pairs, None, noise, 2048, 64, memory)
 
 
+@pytest.mark.parametrize("limit, wrong", [("max_rows", 0), ("max_rows", -1), ("max_rows", True), ("max_rows", 8.5), ("max_pairs", 0), ("memory", 0), ("memory", float("nan")), ("memory", "8 GB")])
+def test_a_limit_that_leaves_no_room_is_refused(gemma, limit, wrong):
+    """It is not read as the least, nor as none."""
+    for run in (sweep, forecast):
+        with pytest.raises(ValueError, match=f"{limit} is .*: give a number of .* 1 or more"): run(gemma, PAIRS[0], grid(gemma, "z"), **{limit: wrong})
+
+
+def test_numbers_of_numpy_are_numbers(gemma):
+    plain, theirs = (sweep(gemma, PAIRS[:2], grid(gemma, "resid_pre", at(3), layers=[at(1), at(2)]), max_rows=at(7), max_pairs=at(1), memory=at(10**6), progress=False) for at in (int, np.int64))
+    assert (plain.patched == theirs.patched).all() and plain.to_frame().equals(theirs.to_frame())
+
+
 @pytest.mark.parametrize("noise", [None, Noise(draws=4)])
 def test_what_is_kept_does_not_grow_with_what_is_asked(gemma, noise):
     """Twenty times the interventions and more pairs: more parts, none of them larger than a quarter of the budget."""

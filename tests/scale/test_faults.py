@@ -89,6 +89,19 @@ def test_a_study_that_is_stopped_says_so_and_goes_on(few, undisturbed, tmp_path,
     pd.testing.assert_frame_equal(pd.read_parquet(folder / "effects.parquet"), pd.read_parquet(undisturbed / "effects.parquet"), atol=1e-4)
 
 
+@pytest.mark.slow
+def test_a_study_that_is_stopped_while_figures_are_drawn_says_so(few, tmp_path):
+    """The summary is there then, and stays."""
+    code = "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); from bizzaroworld import cli, pipeline; pipeline.save_figures = lambda *_: time.sleep(100); cli.main()"
+    process = subprocess.Popen([sys.executable, "-c", code, "study", "--battery", str(few), "--out", str(tmp_path / "run"), "--no-report"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "summary.json").exists() and process.poll() is None: time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (130, "") and err.splitlines()[-1] == "Stopped. What is finished is kept: the same command goes on from there." and "Traceback" not in err
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["modes"]
+
+
 def test_a_folder_that_is_in_use_is_refused_and_nothing_in_it_changes(nano, few, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()

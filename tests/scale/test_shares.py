@@ -1,12 +1,14 @@
 """Work in shares, by processes that only have a folder in common: each unit once, nothing that follows too early, the same numbers in the end; and its way to Slurm."""
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import asdict
 
 import pandas as pd
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -79,7 +81,17 @@ def test_a_share_counts_its_own_failures(model, pairs, tmp_path):
     bad = partial_failing([mine[0]])
     assert set(sweep_missing(pairs, tmp_path, bad, Share(model, 1, 2), at_once=2)) == {mine[0]}
     assert sweep_missing(pairs, tmp_path, bad, Share(model, 2, 2), at_once=2) == {}
-    with pytest.raises(RuntimeError, match="no such luck"): sweep_missing(pairs, tmp_path / "b", partial_failing(mine), Share(model, 1, 2), at_once=2)
+
+
+def test_a_share_in_which_all_fails_goes_on_to_what_is_next(model, pairs, tmp_path):
+    """It sees too few to say that nothing works: it names them, and does not fail; the whole command judges."""
+    mine, said = ids(Share(model, 1, 2).mine(units_of(pairs, 2))), []
+    failed = sweep_missing(pairs, tmp_path, partial_failing(mine), Share(model, 1, 2), at_once=2, say=said.append)
+    assert list(failed) == mine and set(failed.values()) == {"RuntimeError: no such luck"} and said == ["This share gives up pairs: RuntimeError: no such luck"]
+    assert sweep_missing(pairs, tmp_path, lengths, Share(model, 1, 2), at_once=2, part="controls/x") == {}, "what is next"
+    with pytest.raises(RuntimeError, match="no such luck"): sweep_missing(pairs, tmp_path, partial_failing(ids(pairs)), Alone(model), at_once=2)
+    def full(model): raise OSError(28, "No space left on device")
+    with pytest.raises(OSError): sweep_missing(pairs, tmp_path, full, Share(model, 1, 2), part="other")
 
 
 def partial_failing(bad): return lambda model: failing(model, bad)
@@ -159,6 +171,21 @@ def test_every_command_can_be_shared_and_comes_to_the_same(name, few, tmp_path, 
         one, two = whole / file, shared / file
         if one.suffix == ".json": assert json.loads(one.read_text()) == json.loads(two.read_text())
         else: pd.testing.assert_frame_equal(*(pd.read_parquet(f) if f.suffix == ".parquet" else pd.read_csv(f) for f in (one, two)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_workers_and_comes_to_the_same(name, few, tmp_path, monkeypatch):
+    """The processes do all of it: this one sweeps nothing."""
+    more = {"each": True} if name == "circuit" else {}
+    COMMANDS[name](battery=few, out=tmp_path / "alone", **more)
+    def nobody(self, recipe, units): raise AssertionError("swept by the process that has the workers")
+    monkeypatch.setattr(Alone, "run", nobody)
+    COMMANDS[name](battery=few, out=tmp_path / "two", workers=2, **more)
+    for file in [*RESULTS[name], *["circuits.csv", "clusters.csv"] * (name == "circuit")]:
+        one, two = tmp_path / "alone" / file, tmp_path / "two" / file
+        if one.suffix == ".json": assert json.loads(one.read_text()) == json.loads(two.read_text())
+        else: pd.testing.assert_frame_equal(*(pd.read_parquet(f) if f.suffix == ".parquet" else pd.read_csv(f) for f in (one, two)), atol=1e-4)
 
 
 def test_only_commands_with_units_are_shared_and_what_is_wrong_is_said_before_any_job():
@@ -254,6 +281,22 @@ def test_a_study_as_jobs_of_this_machine_is_the_study(few, tmp_path):
     assert "Share 1 of 2 is done" in logs and "Share 2 of 2 is done" in logs
     assert CliRunner().invoke(app, [*asked, str(tmp_path / "whole")]).exit_code == 0
     for name in ("effects.parquet", "controls.parquet"): pd.testing.assert_frame_equal(*(pd.read_parquet(tmp_path / run / name) for run in ("shared", "whole")))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_jobs_of_this_machine_are_stopped_in_a_line(few, tmp_path):
+    """Ctrl-C goes to everybody at the terminal: to the command, to submitit's processes, to the jobs and what they began."""
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from bizzaroworld.cli import main; main()"
+    asked = ["slurm", "--cluster", "local", "-j", "2", "--gpus", "0", "--logs", str(tmp_path / "logs"), "study", "--battery", str(few), "--out", str(tmp_path / "run")]
+    process = subprocess.Popen([sys.executable, "-c", code, *asked], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    def begun(): return [path for path in (tmp_path / "logs").rglob("*.out") if "bizzaroworld study" in path.read_text()]
+    until = time.monotonic() + 100
+    while len(begun()) < 2 and process.poll() is None and time.monotonic() < until: time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=60) == ("", "Stopped. What is finished is kept: the same command goes on from there.\n") and process.returncode == 130
+    def left(): return [p for p in psutil.process_iter() if p.status() != psutil.STATUS_ZOMBIE and os.getsid(p.pid) == process.pid]
+    while left() and time.monotonic() < until: time.sleep(0.05)
+    assert left() == []
 
 
 @pytest.mark.slow

@@ -1,4 +1,6 @@
 """Controls: what they must not touch, what they must reproduce, and that they differ from the real thing."""
+import random
+import time
 from dataclasses import replace
 
 import pandas as pd
@@ -14,6 +16,7 @@ from bizzaroworld.study.controls import (CONTROLLED, CONTROLS, controls_of, defa
                                          sweep_unrelated, sweep_untrained, unrelated_donors, untrained)
 from bizzaroworld.study.experiments import run_experiments
 
+WORDS = ("clean_target", "corrupt_target", "clean_entity", "corrupt_entity")
 KEYS = ["experiment", "pair_id", "site", "layer", "head"]
 
 
@@ -65,6 +68,25 @@ def test_donors_are_drawn_once_and_for_all(pairs):
     def ids(donors): return {k: d.id for k, d in donors.items()}
     assert ids(unrelated_donors(pairs)) == ids(unrelated_donors(pairs)) == ids(unrelated_donors(pairs[::-1])), "whatever the order"
     assert len({tuple(ids(unrelated_donors(pairs, seed)).values()) for seed in range(10)}) > 1
+
+
+@pytest.mark.parametrize("n, categories, words", [(1, 1, 1), (40, 3, 30), (60, 40, 25), (60, 60, 500), (50, 2, 4)])
+def test_donors_are_those_of_the_definition_at_any_size(n, categories, words):
+    """Every pair against every other, as it was first written; ten thousand in a few seconds instead of minutes."""
+    drawn = random.Random(n)
+    def made(i):
+        return replace(random_pair(i % 50), pair=replace(random_pair(0).pair, id=f"p{drawn.random()}", category=f"c{drawn.randrange(categories)}", **{f: f"w{drawn.randrange(words)}" for f in WORDS}))
+    some = [made(i) for i in range(n)]
+    def related(a, b): return a.pair.category == b.pair.category or bool({getattr(a.pair, f) for f in WORDS} & {getattr(b.pair, f) for f in WORDS})
+    others = {tp.id: [o for o in sorted(some, key=lambda tp: tp.id) if not related(tp, o)] for tp in some}
+    wanted = {i: random.Random(f"unrelated 3 {i}").choice(those) for i, those in others.items() if those}
+    assert unrelated_donors(some, 3) == wanted
+
+
+def test_ten_thousand_pairs_have_donors_in_a_moment():
+    some = [replace(random_pair(0), pair=replace(random_pair(0).pair, id=f"p{i}", category=f"c{i % 9}", **{f: f"w{(7 * i + j) % 400}" for j, f in enumerate(WORDS)})) for i in range(10_000)]
+    begin = time.process_time()
+    assert len(unrelated_donors(some)) == 10_000 and time.process_time() - begin < 20
 
 
 def test_a_pair_related_to_all_others_has_no_donor(pairs):

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import BUILDERS, random_pair, tiny_hf
+from transformers import Gemma4TextConfig
 from typer.testing import CliRunner
 
 from bizzaroworld import cli, pipeline
@@ -76,6 +77,15 @@ def test_plan_lines_say_all_of_it():
     for precision in ("45.4 GiB in float32", "22.7 GiB in bfloat16", "in 8 bits", "in 4 bits"): assert precision in text
     assert "3 pairs (guessed" in text and "rows a pass" in text and "a guess" in text and "untrained" not in text
     assert f"{needs.work.rows:,} rows in {needs.work.passes:,} passes" in text and needs.copies == 1
+
+
+@pytest.mark.parametrize("shared, said", [(0, False), (2, True)])
+def test_what_cannot_be_patched_is_said_and_a_folder_without_weights_is_planned(tmp_path, shared, said):
+    """A Gemma 4 of which only the configuration is there."""
+    Gemma4TextConfig(num_hidden_layers=6, hidden_size=64, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=32, vocab_size=500, vocab_size_per_layer_input=500,
+                     hidden_size_per_layer_input=8, layer_types=["sliding_attention", "full_attention"] * 3, num_kv_shared_layers=shared).save_pretrained(tmp_path)
+    text = "\n".join(plan_lines(foresee(str(tmp_path), load_battery()[:3], device="cpu", rates=False, memory=2**28)))
+    assert "no weights are there" in text and ("2 of its layers take keys and values from earlier ones" in text) == said
 
 
 def test_a_small_model_comes_with_an_untrained_twin():
