@@ -40,7 +40,7 @@ def features(model: ModelName = "bizzaro-nano",
     """What do the features of a sparse autoencoder do? Every active feature ablated and patched, exactly; scores, a frontier, steering, and a page to read.
 
     A dictionary is loaded or trained, and scored on text that was held out. Then the facts that the model knows: each feature that is on at the entity and at the final token is taken away and patched, beside what all of them and the
-    rest do together, and beside controls. Started again on the same folder, it does only what is missing, training included.
+    rest do together, and beside controls. Started again on the same folder, it does only what is missing, training included. It works in one process; another folder may be made beside it.
 
     Examples:
 
