@@ -109,6 +109,7 @@ def test_the_scoreboard_is_of_every_method_and_circuit():
     assert saturated == {"AtP": "0/2", "AtP, QK fix": "1/2", "IG": "2/2", "exact, noising": "2/2"}  # its query is mended, the value before it is not
     edges = told.result["edges", "exact paths"]
     assert not edges.str.contains("+", regex=False).any() and set(edges.index[~told.exact["edges", "exact paths"].to_numpy()]) == masked
+    assert told.exact["edges", "exact paths, beside each node"].all() and (told.auroc["edges", "exact paths, beside each node"] == 1).all()  # the right question, of all eight
 
 
 def test_curves_of_circuits_begin_with_nothing_and_end_with_the_model():
