@@ -77,22 +77,7 @@ def _chunks(paths: Sequence[Path], most: int) -> Iterator[list[Path]]:
     chunks = list(by.values())
     for i in range(0, len(chunks), most): yield [path for chunk in chunks[i:i + most] for path in chunk]
 
-
-def _already(model: Model, beside: Edit | Intervention | Iterable[Edit]) -> tuple[Edit, ...]:
-    "Edits that are made in the base run already. Raises `ValueError` for what is not what a head or an MLP writes in the other run."
-    edits = (beside,) if isinstance(beside, Edit) else beside.edits if isinstance(beside, Intervention) else tuple(beside)
-    for e in edits:
-        check_site(model, e.site)
-        if e.site not in ("z", "mlp_out") or e.source != "donor": raise ValueError(f"{e}: paths can be asked beside what heads (z) and MLPs (mlp_out) write in the other run.")
-    return tuple(replace(e, head=h) for e in edits for h in (range(model.n_heads) if e.site == "z" and e.head is None else [e.head]))
-
-
-def _asked(model: Model, tp: TokenPair, paths: Sequence[Path], here: Sequence[Edit]) -> list[Intervention]:
-    "Each path beside the edits that are `here` already. A receiver that is one of them keeps what it was patched with, which is the value that it is given."
-    def clear(edit): return [e for e in here if (e.site, e.layer, e.head) != (edit.site, edit.layer, edit.head) or e.position not in positions_of(edit.position, tp)]
-    return [Intervention((*clear(edit), edit)) for edit in (edit_of(model, path) for path in paths)]
-
-
+# %% ../../nbs/library/circuits/04_paths.ipynb #e1430000
 def _values(model, tp, donor, side, paths, sender_at, receiver_at, frozen, beside=(), at_once=2048) -> tuple[TokenPair, dict[Edit, torch.Tensor]]:
     "A pair with the place where its receivers change, and what goes there for each path. `at_once`: tokens of a block."
     base, other = (tp.clean_ids, donor.corrupt_ids) if side == "clean" else (tp.corrupt_ids, donor.clean_ids)
@@ -108,6 +93,21 @@ def _values(model, tp, donor, side, paths, sender_at, receiver_at, frozen, besid
     values = {path: value if path[-1].kind == "logits" else value[where] for some in _chunks(paths, max(1, at_once // (len(base) - start)))
               for path, value in follow(model, runs, some, frozen).items()}
     return replace(tp, places=(*tp.places, (CHANGED, changed))), {edit_of(model, path): value for path, value in values.items()}
+
+# %% ../../nbs/library/circuits/04_paths.ipynb #e1430002
+def _already(model: Model, beside: Edit | Intervention | Iterable[Edit]) -> tuple[Edit, ...]:
+    "Edits that are made in the base run already. Raises `ValueError` for what is not what a head or an MLP writes in the other run."
+    edits = (beside,) if isinstance(beside, Edit) else beside.edits if isinstance(beside, Intervention) else tuple(beside)
+    for e in edits:
+        check_site(model, e.site)
+        if e.site not in ("z", "mlp_out") or e.source != "donor": raise ValueError(f"{e}: paths can be asked beside what heads (z) and MLPs (mlp_out) write in the other run.")
+    return tuple(replace(e, head=h) for e in edits for h in (range(model.n_heads) if e.site == "z" and e.head is None else [e.head]))
+
+
+def _asked(model: Model, tp: TokenPair, paths: Sequence[Path], here: Sequence[Edit]) -> list[Intervention]:
+    "Each path beside the edits that are `here` already. A receiver that is one of them keeps what it was patched with, which is the value that it is given."
+    def clear(edit): return [e for e in here if (e.site, e.layer, e.head) != (edit.site, edit.layer, edit.head) or e.position not in positions_of(edit.position, tp)]
+    return [Intervention((*clear(edit), edit)) for edit in (edit_of(model, path) for path in paths)]
 
 # %% ../../nbs/library/circuits/04_paths.ipynb #c7d7c2c7
 @dataclass(frozen=True, eq=False, repr=False)
