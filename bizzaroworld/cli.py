@@ -164,7 +164,8 @@ def models(debug: Debug = False) -> None:
     """List the models that come along, and say how to name others.
 
     Three of the embedded models were taught the same facts; they were trained differently and route them in different layers.
-    bizzaro-people knows 1,500 people who do not exist and nothing of the battery (see `lookup.people`).
+    bizzaro-people knows 1,500 people who do not exist and nothing of the battery (see `lookup.people`). A model that was tuned on changed
+    facts does not come along: `zoo.changed.tune` makes one of any of these in a minute or two.
 
     Examples:
 

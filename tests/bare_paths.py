@@ -61,10 +61,23 @@ class Bare:
 
 
 class BarePaths(Bare):
-    "Path patching by hand: of one pair of prompts."
-    def __init__(self, hf, name, base, donor):
+    "Path patching by hand: of one pair of prompts. `beside`: site (z, mlp), layer, positions and head of what is patched in the base run already, whatever else happens."
+    def __init__(self, hf, name, base, donor, beside=()):
         super().__init__(hf, name)
-        self.base, (_, self.clean), (_, self.donor) = base, self.run(base), self.run(donor)
+        self.base, self.beside = base, ()
+        _, self.donor = self.run(donor)
+        self.beside = beside
+        _, self.clean = self.run(base)
+
+    def run(self, ids, changes=None):
+        changes = dict(changes or {})
+        for site, layer, at, head in self.beside:
+            def change(x, first=changes.get((site, layer)), key=(site, layer), where=(at,) if head is None else (at, head)):
+                x = x if first is None else first(x).clone()
+                x[where] = self.donor[key][where]
+                return x
+            changes[site, layer] = change
+        return super().run(ids, changes)
 
     def put(self, site, layer, new, head=None):
         "The run in which a place, or one head of it, is replaced."

@@ -21,7 +21,7 @@ from ..battery.tokens import TokenPair
 from .gradients import Graph, Key, Read, graph_batches, ids_of, keys_of, nodes_of, reader_of, recorded, run_graph
 from ..model.hooked import NEURONS, Model
 from ..patch.forecast import DIRECTIONS
-from ..patch.interventions import check_site
+from ..patch.interventions import check_site, letter
 from ..patch.metrics import effect, recovery
 from ..patch.passes import as_token_pairs, check_pairs
 from ..patch.sweep import Sweep
@@ -63,7 +63,7 @@ def _frame(site: str, found: Float[np.ndarray, "layer pos ..."]) -> pd.DataFrame
     "The nodes of a site and their effects, named as the sweep names its interventions."
     layer, position, *rest = (x.ravel() for x in np.indices(found.shape))
     head = pd.array(rest[0] if rest else [pd.NA] * found.size, dtype="Int64")
-    named = [f"L{l}H{h} {site} @{p}" for l, p, h in zip(layer, position, rest[0])] if rest else [f"L{l} {site} @{p}" for l, p in zip(layer, position)]
+    named = [f"L{l}{letter(site)}{h} {site} @{p}" for l, p, h in zip(layer, position, rest[0])] if rest else [f"L{l} {site} @{p}" for l, p in zip(layer, position)]
     return pd.DataFrame({"site": site, "layer": pd.array(layer, dtype="Int64"), "head": head, "position": position.astype(str),
                          "effect": found.ravel(), "intervention": named})
 

@@ -19,7 +19,7 @@ from ..battery.tokens import TokenPair
 from ..model.hooked import Model
 from ..patch.forecast import DIRECTIONS
 from ..patch.hops import Node, Path, as_node, as_path, check_node, end_of, follow, reaches, two_runs
-from ..patch.interventions import Edit, Intervention, positions_of
+from ..patch.interventions import Edit, Intervention, check_site, positions_of
 from ..patch.metrics import check_metrics, effect
 from ..patch.passes import as_token_pairs
 from ..scale.units import Sweeper
@@ -77,8 +77,8 @@ def _chunks(paths: Sequence[Path], most: int) -> Iterator[list[Path]]:
     chunks = list(by.values())
     for i in range(0, len(chunks), most): yield [path for chunk in chunks[i:i + most] for path in chunk]
 
-
-def _values(model, tp, donor, side, paths, sender_at, receiver_at, frozen, at_once=2048) -> tuple[TokenPair, dict[Edit, torch.Tensor]]:
+# %% ../../nbs/library/circuits/04_paths.ipynb #e1430000
+def _values(model, tp, donor, side, paths, sender_at, receiver_at, frozen, beside=(), at_once=2048) -> tuple[TokenPair, dict[Edit, torch.Tensor]]:
     "A pair with the place where its receivers change, and what goes there for each path. `at_once`: tokens of a block."
     base, other = (tp.clean_ids, donor.corrupt_ids) if side == "clean" else (tp.corrupt_ids, donor.clean_ids)
     if len(base) != len(other): raise ValueError(f"{tp.id} has {len(base)} tokens and its donor {donor.id} has {len(other)}. Paths need as many in both.")
@@ -87,15 +87,33 @@ def _values(model, tp, donor, side, paths, sender_at, receiver_at, frozen, at_on
     start = min(at, default=len(base))
     changed = tuple(p for p in positions_of(receiver_at, tp) if p >= start)
     if not changed: raise ValueError(f"{tp.id}: nothing changes from senders at {sender_at!r} to receivers at {receiver_at!r}; the prompts part at token {first}.")
-    runs, where = two_runs(model, base, other, at), [p - start for p in changed]
+    already = defaultdict(list)
+    for e in beside: already[e.site, e.layer].append((e.position, e.head))
+    runs, where = two_runs(model, base, other, at, already), [p - start for p in changed]
     values = {path: value if path[-1].kind == "logits" else value[where] for some in _chunks(paths, max(1, at_once // (len(base) - start)))
               for path, value in follow(model, runs, some, frozen).items()}
     return replace(tp, places=(*tp.places, (CHANGED, changed))), {edit_of(model, path): value for path, value in values.items()}
 
+# %% ../../nbs/library/circuits/04_paths.ipynb #e1430002
+def _already(model: Model, beside: Edit | Intervention | Iterable[Edit]) -> tuple[Edit, ...]:
+    "Edits that are made in the base run already. Raises `ValueError` for what is not what a head or an MLP writes in the other run."
+    edits = (beside,) if isinstance(beside, Edit) else beside.edits if isinstance(beside, Intervention) else tuple(beside)
+    for e in edits:
+        check_site(model, e.site)
+        if e.site not in ("z", "mlp_out") or e.source != "donor": raise ValueError(f"{e}: paths can be asked beside what heads (z) and MLPs (mlp_out) write in the other run.")
+    return tuple(replace(e, head=h) for e in edits for h in (range(model.n_heads) if e.site == "z" and e.head is None else [e.head]))
+
+
+def _asked(model: Model, tp: TokenPair, paths: Sequence[Path], here: Sequence[Edit]) -> list[Intervention]:
+    "Each path beside the edits that are `here` already. A receiver that is one of them keeps what it was patched with, which is the value that it is given."
+    def clear(edit): return [e for e in here if (e.site, e.layer, e.head) != (edit.site, edit.layer, edit.head) or e.position not in positions_of(edit.position, tp)]
+    return [Intervention((*clear(edit), edit)) for edit in (edit_of(model, path) for path in paths)]
+
 # %% ../../nbs/library/circuits/04_paths.ipynb #c7d7c2c7
 @dataclass(frozen=True, eq=False, repr=False)
 class PathEffects:
-    "What each path changes in each pair. `clean`, `corrupt`, `patched` are in the unit of the metric (logits for `ld`)."
+    """What each path changes in each pair. `clean`, `corrupt`, `patched` are in the unit of the metric (logits for `ld`), and so is `start`, where paths were asked
+    `beside` other edits: the run with these alone, from which effects are counted."""
     pair_ids: tuple[str, ...]
     paths: tuple[Path, ...]
     metrics: tuple[str, ...]
@@ -103,20 +121,23 @@ class PathEffects:
     clean: Float[np.ndarray, "pair metric"]
     corrupt: Float[np.ndarray, "pair metric"]
     patched: Float[np.ndarray, "pair path metric"]
+    start: Float[np.ndarray, "pair metric"] | None = None
 
+    @property
+    def unpatched(self) -> Float[np.ndarray, "pair metric"]: return self.start if self.start is not None else self.clean if self.direction == "noising" else self.corrupt
     def __repr__(self) -> str: return f"PathEffects({len(self.pair_ids)} pair{'s' * (len(self.pair_ids) != 1)} x {len(self.paths)} paths, {', '.join(self.metrics)}, {self.direction})"
 
     def effects(self, metric: str | None = None) -> Float[np.ndarray, "pair path"]:
         "Patched minus unpatched, of a metric that was asked for (else the first). Raises `ValueError` for another."
         if metric is not None and metric not in self.metrics: raise ValueError(f"{metric!r} was not asked for: use {', '.join(self.metrics)}.")
         m = self.metrics.index(metric or self.metrics[0])
-        return effect(self.patched[:, :, m], (self.clean if self.direction == "noising" else self.corrupt)[:, None, m])
+        return effect(self.patched[:, :, m], self.unpatched[:, None, m])
 
     def to_frame(self) -> pd.DataFrame:
         """A row per pair x path x metric: `path`, its `sender` and `receiver` (the last), `hops`, and `clean`, `corrupt`, `patched`, `effect`, `recovery` as in
-        the table of a `Sweep`."""
+        the table of a `Sweep`; beside other edits, `effect` counts from the run with these."""
         what = [(name_of(p), str(p[0]), str(p[-1]), len(p) - 1) for p in self.paths]
-        return tidy(pd.DataFrame(what, columns=["path", "sender", "receiver", "hops"]), self)
+        return tidy(pd.DataFrame(what, columns=["path", "sender", "receiver", "hops"]), self).assign(effect=effect(self.patched, self.unpatched[:, None]).ravel())
 
     def matrix(self, pair_id: str | None = None, metric: str | None = None) -> pd.DataFrame:
         "Effects of edges as senders x receivers, of one pair or the mean over all; not a number where there is no edge. Raises `ValueError` for another metric or pair."
@@ -130,13 +151,14 @@ class PathEffects:
 # %% ../../nbs/library/circuits/04_paths.ipynb #a6a01fd6
 @torch.no_grad()
 def path_effects(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPair | TokenPair], paths: str | Path | Iterable[str | Path], direction: str = "noising", *,
-                 metrics: Sequence[str] = ("ld",), donors: Iterable[PromptPair | TokenPair] | None = None, sender_at: str | int = "all",
-                 receiver_at: str | int = "all", norms: str = "exact", max_rows: int = 8192, memory: int | None = None) -> PathEffects:
+                 metrics: Sequence[str] = ("ld",), donors: Iterable[PromptPair | TokenPair] | None = None, sender_at: str | int = "all", receiver_at: str | int = "all",
+                 beside: Edit | Intervention | Iterable[Edit] = (), norms: str = "exact", max_rows: int = 8192, memory: int | None = None) -> PathEffects:
     """The exact effect of each path on each pair (Wang et al. 2023, section 3.1; Goldowsky-Dill et al. 2023, section 2).
 
     `paths`: `edges(model)`, or paths by name (`L3.mlp -> L11H3.v -> logits`). `direction`: `noising` (the sender writes what it writes in the corrupted run) or
     `denoising`. `donors`: pairs whose runs senders take it from instead (a control), of as many tokens. `sender_at`, `receiver_at`: the positions of the first sender and of the
-    last receiver (named, or an index). `norms`: `exact` runs a norm after attention anew; `frozen` scales what a head writes, `(z' - z) W_O`, as the norm scaled the base run
+    last receiver (named, or an index). `beside`: heads (`z`) and MLPs (`mlp_out`) that are patched already, in a run from which effects are then counted: what a path does once
+    they no longer make up for it. `norms`: `exact` runs a norm after attention anew; `frozen` scales what a head writes, `(z' - z) W_O`, as the norm scaled the base run
     (an approximation). `max_rows` and `memory` as in `sweep`.
 
     Raises `ValueError` for no pairs or paths, a path that the model does not have, or pairs of which nothing can change."""
@@ -148,12 +170,14 @@ def path_effects(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPa
     if norms not in ("exact", "frozen"): raise ValueError(f"Unknown norms {norms!r}: use exact or frozen.")
     if direction not in DIRECTIONS: raise ValueError(f"Unknown direction {direction!r}: use {' or '.join(DIRECTIONS)}.")
     if len(donors) != len(token_pairs): raise ValueError(f"{len(donors)} donors for {len(token_pairs)} pairs: give one for each, in the same order.")
-    asked, found, once = [Intervention(edit_of(model, path)) for path in paths], [], list(dict.fromkeys(paths))
+    already, found, once = _already(model, beside), [], list(dict.fromkeys(paths))
     for tp, donor in zip(token_pairs, donors):
-        placed, values = _values(model, tp, donor, "clean" if direction == "noising" else "corrupt", once, sender_at, receiver_at, norms == "frozen")
-        found.append(sweep(model, placed, asked, direction, metrics=metrics, values=values, max_rows=max_rows, memory=memory, progress=False))
+        here = [replace(e, position=p) for e in already for p in positions_of(e.position, tp)]
+        placed, values = _values(model, tp, donor, "clean" if direction == "noising" else "corrupt", once, sender_at, receiver_at, norms == "frozen", here)
+        asked = [*([Intervention(here)] if here else []), *_asked(model, placed, paths, here)]
+        found.append(sweep(model, placed, asked, direction, metrics=metrics, donors=[replace(donor, places=placed.places)], values=values, max_rows=max_rows, memory=memory, progress=False))
     clean, corrupt, patched = (np.concatenate([getattr(one, side) for one in found]) for side in ("clean", "corrupt", "patched"))
-    return PathEffects(tuple(tp.id for tp in token_pairs), paths, metrics, direction, clean, corrupt, patched)
+    return PathEffects(tuple(tp.id for tp in token_pairs), paths, metrics, direction, clean, corrupt, patched[:, bool(already):], patched[:, 0] if already else None)
 
 # %% ../../nbs/library/circuits/04_paths.ipynb #a8c0de11
 def sweep_paths(model: Model, paths: Sequence, direction: str, **options) -> Sweeper:

@@ -72,7 +72,8 @@ def attribute(model: ModelName = "bizzaro-nano", battery: BatteryFile = None, ou
               multi_token: MultiToken = False, debug: Debug = False) -> None:
     """Which nodes matter, by an estimate? Every node at every token from two runs and one way back.
 
-    With --exact the same nodes are patched one by one; the folder then gets each method's rank correlation with the exact effects and the
+    The printed lines and attribution.csv sum the tokens of a place (final, entity, the entity's others, between); attribution.parquet has each
+    token. With --exact the same nodes are patched one by one; the folder then gets each method's rank correlation with the exact effects and the
     nodes that it misses. Started again on the same folder, it does only what is missing.
 
     Examples:

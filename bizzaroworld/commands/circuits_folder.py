@@ -35,8 +35,8 @@ from ..scale.workers import asked
 from ..study.runs import claim
 
 # %% auto #0
-__all__ = ['KNOWN', 'CircuitsError', 'named', 'Opened', 'opened', 'chosen_words', 'over_pairs', 'mean_words', 'file_lines',
-           'chosen_line']
+__all__ = ['KNOWN', 'CircuitsError', 'named', 'Opened', 'opened', 'chosen_words', 'over_pairs', 'interval_words', 'mean_words',
+           'file_lines', 'chosen_line']
 
 # %% ../../nbs/library/commands/03_circuits_folder.ipynb #370d774a
 KNOWN = (*DEGREES, "all")
@@ -164,10 +164,14 @@ def over_pairs(table: pd.DataFrame, by: str, value: str = "effect", at_once: int
     return out.loc[out["mean"].abs().sort_values(ascending=False, kind="stable").index].reset_index(drop=True)
 
 # %% ../../nbs/library/commands/03_circuits_folder.ipynb #7a53e546
+def interval_words(row, spec: str = ".2f") -> str:
+    "The interval of a row with `low` and `high`, if there is one: of a single pair there is none."
+    return "" if pd.isna(row.low) else f" [{row.low:{spec}}, {row.high:{spec}}]"
+
+
 def mean_words(row) -> str:
     "A row of `over_pairs` in words."
-    interval = "" if pd.isna(row.low) else f" [{row.low:+.2f}, {row.high:+.2f}]"
-    return f"{row.mean:+.2f}{interval} (n = {row.n})" + ("" if pd.isna(row.share) else f", {row.share:.0%} of the swing")
+    return f"{row.mean:+.2f}{interval_words(row, '+.2f')} (n = {row.n}{': no interval' * bool(pd.isna(row.low))})" + ("" if pd.isna(row.share) else f", {row.share:.0%} of the swing")
 
 
 def file_lines(folder: Path, known: dict[str, str]) -> list[str]:

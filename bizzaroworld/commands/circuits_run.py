@@ -24,7 +24,7 @@ from ..circuits.paths import edges, sweep_paths
 from ..circuits.search import Pruned, by_category, clusters, membership, prune, ranked, scores_of
 from ..circuits.search_baselines import overlooked
 from ..console import count_words
-from .circuits_folder import CircuitsError, Opened, chosen_line, file_lines, mean_words, named, opened, over_pairs
+from .circuits_folder import CircuitsError, Opened, chosen_line, file_lines, interval_words, mean_words, named, opened, over_pairs
 from ..files import write_json, write_table
 from ..model.hooked import Model
 from ..patch.hops import Node, as_path
@@ -180,9 +180,9 @@ def attribution_lines(folder: str | Path, top: int = 5) -> list[str]:
         missed = pd.read_csv(folder / "missed.csv")
         for method, rows in pd.read_csv(folder / "audit.csv").groupby("method", sort=False):
             most = Counter(text.rpartition(" @")[0] for text in missed[missed.method == method].intervention).most_common(1)
-            told.append(f"{method} beside the exact effects: " + "; ".join(f"{row.measure} {row.value:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in rows.itertuples())
+            told.append(f"{method} beside the exact effects: " + "; ".join(f"{row.measure} {row.value:.2f}{interval_words(row)}" for row in rows.itertuples()) + f" (n = {rows.n.iloc[0]}{': no interval' * bool(rows.low.isna().all())})"
                         + (f"; missed most often: {most[0][0]} ({count_words(most[0][1], 'time')})" if most else ""))
-    return [chosen_line(folder), *told, *file_lines(folder, {"attribution.csv": "each node and place: means over pairs, with intervals", "attribution.parquet": "each node of each pair, at each token",
+    return [chosen_line(folder), *told, *file_lines(folder, {"attribution.csv": "each node and place (its tokens there summed): means over pairs, with intervals", "attribution.parquet": "each node of each pair, at each token",
             "audit.csv": "each method beside the exact effects", "missed.csv": "which large effects a method ranks low", "triage.csv": "every pair, ranked by TotalSwing"})]
 
 # %% ../../nbs/library/commands/04_circuits_run.ipynb #b05f17f3

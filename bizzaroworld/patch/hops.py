@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -22,8 +22,8 @@ from .engine import BaseRun, PrefixCache, base_run
 from .interventions import check_site
 
 # %% auto #0
-__all__ = ['Path', 'READS', 'Node', 'as_node', 'times', 'reaches', 'check_node', 'as_path', 'TwoRuns', 'two_runs', 'BlockRows',
-           'end_of', 'BlockAttention', 'Block', 'frozen_norms', 'blocks_of', 'follow']
+__all__ = ['Path', 'Held', 'READS', 'Node', 'as_node', 'times', 'reaches', 'check_node', 'as_path', 'TwoRuns', 'two_runs',
+           'BlockRows', 'end_of', 'BlockAttention', 'Block', 'frozen_norms', 'blocks_of', 'follow']
 
 # %% ../../nbs/library/patch/09_hops.ipynb #1e3a73a0
 class Node(NamedTuple):
@@ -53,6 +53,7 @@ def as_node(name: str | Node) -> Node:
 
 # %% ../../nbs/library/patch/09_hops.ipynb #c1874774
 Path = tuple[Node, ...]
+Held = dict[tuple[str, int], list[tuple[int, int | None, Tensor]]]  # site and layer -> position, head, value
 READS = {"q": ("q",), "k": ("k",), "v": ("v",), "head": ("q", "k", "v")}  # what changes where attention reads a changed stream
 
 
@@ -98,17 +99,31 @@ def as_path(model: Model, path: str | Iterable[str | Node]) -> Path:
 @dataclass(frozen=True, eq=False)
 class TwoRuns:
     """A base run and what senders are to write instead. `sent`: of each layer what heads (`pos head d_head`) and the MLP (`pos d_model`) write there, from `start` on, with
-    the donor's values at the sender's positions; `embed`: the change of what enters the first block."""
+    the donor's values at the sender's positions; `embed`: the change of what enters the first block; `held`: what was patched in the base run already, and is
+    no matter what reaches it (by site and layer: position, head, value)."""
     base: BaseRun
     start: int
     sent: dict[tuple[str, int], Tensor]
     embed: Float[Tensor, "pos d_model"]
+    held: Held = field(default_factory=dict)
+
+
+def _exchange(some: Sequence[tuple[int, int | None]], held: list[tuple[int, int | None, Tensor]]) -> Callable:
+    "A hook that gives the base run, row 0, what the donor has in row 1, and notes it."
+    def hook(act):
+        for p, head in some:
+            where = (p,) if head is None else (p, head)
+            act[(0, *where)] = act[(1, *where)]
+            held.append((p, head, act[(1, *where)].clone()))
+        return act
+    return hook
 
 
 @torch.no_grad()
-def two_runs(model: Model, base_ids: Sequence[int], donor_ids: Sequence[int], at: Sequence[int]) -> TwoRuns:
-    "Run a prompt and its donor, of as many tokens. `at`: the positions at which senders write what they write in the donor's run."
-    start, seen = min(at), {}
+def two_runs(model: Model, base_ids: Sequence[int], donor_ids: Sequence[int], at: Sequence[int], beside: Mapping[tuple[str, int], Sequence[tuple[int, int | None]]] | None = None) -> TwoRuns:
+    """Run a prompt and its donor, of as many tokens. `at`: the positions at which senders write what they write in the donor's run. `beside`: heads (`z`) and MLPs
+    (`mlp_out`) that write it in the base run already, by site and layer: positions and heads."""
+    start, seen, held = min(at), {}, {key: [] for key in beside or {}}
     where = torch.zeros(len(base_ids) - start, dtype=torch.bool, device=model.device)
     where[[p - start for p in at]] = True
     def keep(key):
@@ -116,9 +131,10 @@ def two_runs(model: Model, base_ids: Sequence[int], donor_ids: Sequence[int], at
             mask = where.to(act.device).view(-1, *[1] * (act.ndim - 2))
             seen[key] = torch.where(mask, act[1, start:], act[0, start:]).clone()
         return hook
-    hooks = [(site, l, keep((site, l))) for site in ("z", "mlp_out") if site in model.sites for l in range(model.n_layers)]
+    hooks = [(*key, _exchange(some, held[key])) for key, some in (beside or {}).items()]
+    hooks += [(site, l, keep((site, l))) for site in ("z", "mlp_out") if site in model.sites for l in range(model.n_layers)]
     with model.hooked([*hooks, ("resid_pre", 0, keep("first"))]): base, *_ = base_run(model, [base_ids, donor_ids], 1, [])
-    return TwoRuns(base, start, seen, seen.pop("first") - base.first[0, start:])
+    return TwoRuns(base, start, seen, seen.pop("first") - base.first[0, start:], held)
 
 # %% ../../nbs/library/patch/09_hops.ipynb #972f1c14
 @dataclass(eq=False)
@@ -203,10 +219,19 @@ class Block(BlockAttention):
         self.know(act, lambda node: node.kind == "mlp" or "resid_mid" not in self.model.sites)
         return act
 
+    def hold(self, site: str) -> Callable:
+        "A hook that leaves what is patched already as it is, in all rows."
+        def hook(act):
+            for p, head, value in self.runs.held[site, self.layer]:
+                if p >= self.runs.start: act[(slice(None), p - self.runs.start, *([] if head is None else [head]))] = value.to(act)
+            return act
+        return hook
+
     def hooks(self) -> list[tuple[str, int, Callable]]:
         at = {"resid_pre": self.enter, "q": self.read("q"), "k": self.read("k"), "v": self.read("v"), "z": self.mix, "resid_mid": self.between,
               "mlp_out": self.write, "resid_post": self.leave}
-        return [(site, self.layer, hook) for site, hook in at.items() if site in self.model.sites]
+        held = [(*key, self.hold(key[0])) for key in self.runs.held if key[1] == self.layer]
+        return held + [(site, self.layer, hook) for site, hook in at.items() if site in self.model.sites]
 
 # %% ../../nbs/library/patch/09_hops.ipynb #4f11c5c3
 @contextmanager

@@ -13,11 +13,16 @@ from ..battery.tokens import TokenPair
 from ..model.hooked import NEURONS, SITES, Model
 
 # %% auto #0
-__all__ = ['POSITIONS', 'SOURCES', 'Edit', 'Intervention', 'positions_of', 'check_site', 'grid']
+__all__ = ['POSITIONS', 'SOURCES', 'letter', 'Edit', 'Intervention', 'positions_of', 'check_site', 'grid']
 
 # %% ../../nbs/library/patch/01_interventions.ipynb #cf8cd224
 POSITIONS = ("final", "entity", "entity_first", "entity_span", "all")
 SOURCES = ("donor", "zero", "given", "added", "function")
+
+
+def letter(site: str) -> str:
+    "What stands before the number of a site's heads, or neurons."
+    return "N" if site in NEURONS else "H"
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Edit:
             raise ValueError(f"Unknown source {self.source!r}: use {', '.join(SOURCES)}.")
 
     def __str__(self) -> str:
-        where = f"L{self.layer}" + (f"H{self.head}" if self.head is not None else "")
+        where = f"L{self.layer}" + (f"{letter(self.site)}{self.head}" if self.head is not None else "")
         source = "" if self.source == "donor" else f" = {self.source}"
         return f"{where} {self.site} @{self.position}{source}" + (f" ({self.label})" if self.label else "")
 

@@ -15,6 +15,7 @@ import pandas as pd
 from scipy.stats import mannwhitneyu
 
 from ..battery.tokens import TokenPair
+from ..circuits.paths import edges, path_effects
 from ..model.hooked import Model
 from ..patch.interventions import Edit, Intervention, grid, positions_of
 from ..patch.means import mean_values
@@ -27,7 +28,7 @@ from ..study.experiments import EXPERIMENTS, interventions_of
 # %% auto #0
 __all__ = ['Scores', 'Method', 'THRESHOLD', 'DIGITS', 'ENDS', 'UNIVERSES', 'places', 'nodes_of', 'edges_of', 'auroc', 'Score',
            'score', 'exact_scores', 'exact', 'exact_given', 'change', 'edges_from_nodes', 'scored', 'scoreboard',
-           'board', 'as_scores', 'as_edge_scores', 'noise_for', 'question_edits', 'asked']
+           'board', 'as_scores', 'as_edge_scores', 'exact_edges', 'noise_for', 'question_edits', 'asked']
 
 # %% ../../nbs/library/planted/03_scoreboard.ipynb #fb094931
 Scores = Mapping[Hashable, float]
@@ -203,6 +204,22 @@ def as_edge_scores(table: pd.DataFrame, model: Model, at: str | int) -> Scores:
         site = {"mlp": "mlp_in" if reads else "mlp_out", None: "z"}.get(m[3], m[3])
         return Edit(site, int(m[1]), at, None if m[2] is None else int(m[2]))
     return {Edge(node(sender, False), node(receiver, True)): float(share) for (sender, receiver), share in _shares(table, ["sender", "receiver"]).items()}
+
+# %% ../../nbs/library/planted/03_scoreboard.ipynb #a19c8cf0
+def exact_edges(direction: str = "noising", metric: str = "ld", beside: Method | None = None) -> Method:
+    """The method that patches every edge at every token (path patching): alone, or (`beside`) also in the runs in which a node that this method finds is patched already.
+
+    An edge's score is the largest change that it makes in any of these runs."""
+    def method(model: Model, pairs: Sequence[TokenPair]) -> Scores:
+        nodes = [n for n, share in beside(model, pairs).items() if abs(share) >= THRESHOLD] if beside else []
+        most: dict[Edge, float] = {}
+        for at in places(pairs[0])[min(i for tp in pairs for i in tp.differing):]:
+            asked = [path for path in edges(model) if at == "final" or path[-1].kind != "logits"]
+            for already in [(), *nodes]:
+                found = path_effects(model, pairs, asked, direction, metrics=(metric,), sender_at=at, receiver_at=at, beside=already)
+                for edge, share in as_edge_scores(found.to_frame(), model, at).items(): most[edge] = max(most.get(edge, 0.0), abs(share))
+        return most
+    return method
 
 # %% ../../nbs/library/planted/03_scoreboard.ipynb #ced8a1ed
 def noise_for(planted: Planted, draws: int = 10, scale: float = 3.0) -> Noise:

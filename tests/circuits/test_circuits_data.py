@@ -5,7 +5,13 @@ import pytest
 
 from bizzaroworld.battery.formats import load_battery
 from bizzaroworld.battery.knowing import pairs_that
+from bizzaroworld.battery.tokens import align
+from bizzaroworld.circuits.atp_star import atp_star
+from bizzaroworld.circuits.attribution import attribution, beside
 from bizzaroworld.files import data_path
+from bizzaroworld.model.load import load_model
+from bizzaroworld.patch.interventions import grid
+from bizzaroworld.patch.sweep import sweep
 from bizzaroworld.pipeline import paper_run
 
 FOLDER = data_path("circuits", "gemma-3-270m")
@@ -109,6 +115,46 @@ def test_the_scoreboard_is_of_every_method_and_circuit():
     assert saturated == {"AtP": "0/2", "AtP, QK fix": "1/2", "IG": "2/2", "exact, noising": "2/2"}  # its query is mended, the value before it is not
     edges = told.result["edges", "exact paths"]
     assert not edges.str.contains("+", regex=False).any() and set(edges.index[~told.exact["edges", "exact paths"].to_numpy()]) == masked
+    assert told.exact["edges", "exact paths, beside each node"].all() and (told.auroc["edges", "exact paths, beside each node"] == 1).all()  # the right question, of all eight
+
+
+WIDE = {name: pd.read_csv(data_path("circuits", "neurons") / f"{name}.csv") for name in ("audit", "missed", "recall", "coverage")}
+
+
+def test_the_audit_of_all_neurons_is_of_every_node_and_its_tables_agree():
+    audit, missed, recall, tried = WIDE.values()
+    sizes = {"bizzaro-nano": (8, 4, 1, 512), "gemma-3-270m": (18, 4, 1, 2048)}
+    for row in audit.itertuples():
+        layers, heads, kv, neurons = sizes[row.model]
+        assert row.neurons == layers * neurons * row.tokens and row.nodes == row.neurons + layers * (2 * heads + 2 * kv + 1) * row.tokens
+    assert set(audit.method) == {"exact", "atp", "atp_qk", "atp_star", "ig", "relp"} and audit.groupby("model").pair_id.nunique().to_dict() == {"bizzaro-nano": 3, "gemma-3-270m": 1}
+    for row in audit[audit.method != "exact"].itertuples():
+        names, curve = missed[missed.pair_id == row.pair_id], recall[(recall.pair_id == row.pair_id) & (recall.method == row.method)]
+        least, most = (names[names[row.method].abs() < names.exact.abs() / 2 + edge] for edge in (-1e-4, 1e-4))  # rounded to four digits
+        assert len(least) <= row.missed <= len(most) and least.node.str.contains("N").sum() <= row.missed_neurons <= most.node.str.contains("N").sum()
+        assert curve.found.is_monotonic_increasing and curve.found.iloc[0] == row.top_all and curve.verified.iloc[-1] == row.nodes and curve.found.iloc[-1] == 20
+    assert (names.exact.abs() >= 0.01 - 1e-4).all() and set(tried.pair_id) == set(audit.pair_id)
+    assert ((tried.own <= tried.covered) & (tried.covered <= tried.draws)).all() and (tried.draws * tried.samples == 200).all()
+    assert (tried.left == tried.pair_id.map(audit.groupby("pair_id").nodes.first()) - 20).all()
+
+
+@pytest.mark.slow
+def test_one_pair_of_the_audit_of_all_neurons_measured_anew():
+    pair = "literature_authors-alice-oliver"
+    model, (tp,) = load_model("bizzaro-nano"), [p for p in load_battery() if p.id == pair]
+    tp, sites = align(model, tp), ("q", "k", "v", "z", "mlp_out", "neurons")
+    swept = sweep(model, tp, grid(model, sites, range(min(tp.differing), len(tp.clean_ids))), progress=False)
+    table = beside(swept, attribution(model, tp, sites=sites), atp_star(model, tp, sites=sites))
+    told = WIDE["audit"].query("pair_id == @pair").set_index("method")
+    assert len(table) == told.nodes["exact"] and abs(table.clean - table.corrupt).iloc[0] == pytest.approx(told.swing["atp"], abs=1e-3)
+    for method in ("atp", "atp_star"):
+        neurons = table[table.site == "neurons"]
+        assert table.effect.abs().corr(table[method].abs(), "spearman") == pytest.approx(told.rank_all[method], abs=1e-2)  # most effects are next to nothing, and their order is arithmetic
+        assert neurons.effect.abs().corr(neurons[method].abs(), "spearman") == pytest.approx(told.rank_neurons[method], abs=1e-2)
+    swing = table.corrupt.iloc[0] - table.clean.iloc[0]
+    lost = table[(table.effect.abs() >= 0.01 * abs(swing)) & (table.atp.abs() < table.effect.abs() / 2)]
+    assert len(lost) == told.missed["atp"]
+    assert set(lost.intervention.str.extract(r"(L\d+N\d+) neurons")[0].dropna()) == set(WIDE["missed"].query("pair_id == @pair and abs(atp) < abs(exact) / 2").node.loc[lambda n: n.str.contains("N")])
 
 
 def test_curves_of_circuits_begin_with_nothing_and_end_with_the_model():

@@ -12,16 +12,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bizzaroworld.circuits.paths import edges, path_effects, receivers_of, senders_of
 from bizzaroworld.model.load import load_model
 from bizzaroworld.patch.hops import as_node, as_path, follow, two_runs
-from bizzaroworld.patch.interventions import Edit
+from bizzaroworld.patch.interventions import Edit, Intervention
 from bizzaroworld.patch.sweep import sweep
 
 FAMILIES = ("llama", "gemma", "gemma2", "gemma3", "gpt2", "qwen3")
 SIDES = {"noising": ("clean_ids", "corrupt_ids"), "denoising": ("corrupt_ids", "clean_ids")}
 
 
-def by_hand(name, tp, paths, direction="noising"):
+def by_hand(name, tp, paths, direction="noising", beside=()):
     "Logit differences of paths, and the largest logit."
-    bare = BarePaths(tiny_hf(name), name, *(getattr(tp, side) for side in SIDES[direction]))
+    bare = BarePaths(tiny_hf(name), name, *(getattr(tp, side) for side in SIDES[direction]), beside)
     logits = [bare.logits(path) for path in paths]
     return np.array([float(x[tp.clean_target_id] - x[tp.corrupt_target_id]) for x in logits]), max(float(x.abs().max()) for x in logits)
 
@@ -50,6 +50,35 @@ def test_longer_paths_are_those_of_the_bare_model(name):
     theirs, size = by_hand(name, tp, ours.paths)
     assert np.abs(ours.patched[0, :, 0] - theirs).max() < 3e-6 * size
     assert (np.abs(ours.effects()[0]) > 2e-5 * size).sum() > 5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("beside", [[("z", 1, 5, 2), ("mlp_out", 0, 8, None)], [("mlp_out", 1, 7, None)], [("z", 0, 8, None), ("z", 2, 8, 3)]], ids=["head and MLP", "an MLP", "a layer's heads"])
+def test_edges_beside_what_is_patched_already_are_those_of_the_bare_model(name, beside):
+    """Effects are counted from the run with the other edits alone; which keep their places, whatever reads or writes there."""
+    model, tp = tiny_model(name), random_pair(1)
+    others, bare = [Edit(*b) for b in beside], [("mlp" if site == "mlp_out" else site, layer, at, head) for site, layer, at, head in beside]
+    paths = edges(model, None, [*receivers_of(model), *some_heads(model)][::4]) + ["embed -> L0H1.v -> L1H2.q -> L2.mlp", "L0H2 -> L0.mlp -> L1.mlp -> logits", "L0.mlp -> L1H2 -> L2H3", "embed -> L1.mlp"]
+    for direction, paths in (("noising", paths), ("denoising", paths[::4])):
+        ours = path_effects(model, tp, paths, direction, beside=others)
+        theirs, size = by_hand(name, tp, ours.paths, direction, bare)
+        assert np.abs(ours.patched[0, :, 0] - theirs).max() < 3e-6 * size
+        start = sweep(model, tp, Intervention(others), direction, progress=False).patched[0, 0, 0]
+        assert ours.start.item() == pytest.approx(start, abs=1e-5) and ours.effects()[0] == pytest.approx(theirs - start, abs=1e-4 * size)
+        assert np.abs(ours.effects() - path_effects(model, tp, paths, direction).effects()).max() > 1e-5 * size, "they make a difference"
+        assert ours.to_frame().effect.to_numpy() == pytest.approx(ours.effects()[0]) and ours.to_frame().clean.iloc[0] == path_effects(model, tp, paths[:1], direction).clean[0, 0]
+
+
+def test_what_is_patched_already_sends_and_reads_no_more():
+    model, tp, other = tiny_model("gemma3"), random_pair(1), random_pair(5)
+    head, mlp = Edit("z", 1, "all", 2), Edit("mlp_out", 1, "all")
+    assert path_effects(model, tp, edges(model, "L1H2"), beside=head).effects() == pytest.approx(0, abs=1e-5)
+    assert path_effects(model, tp, edges(model, None, ["L1H2.q", "L1.mlp", "L1H2"]), beside=[head, mlp]).effects() == pytest.approx(0, abs=1e-5)
+    theirs = path_effects(model, tp, "embed -> L2.mlp", beside=mlp, donors=[other])  # all that was patched already comes from the donor, too
+    assert theirs.patched == pytest.approx(path_effects(model, replace(tp, corrupt_ids=other.corrupt_ids), "embed -> L2.mlp", beside=mlp).patched, abs=1e-5)
+    assert np.abs(theirs.start - path_effects(model, tp, "embed -> L2.mlp", beside=mlp).start) > 1e-3
+    for wrong, why in ((Edit("resid_pre", 0, "all"), "beside what heads"), (Edit("z", 0, "final", 1, "zero"), "beside what heads"), (Edit("heads", 0), "Unknown site")):
+        with pytest.raises(ValueError, match=why): path_effects(model, tp, "embed -> L2.mlp", beside=wrong)
 
 
 @pytest.mark.parametrize("name, reads", [("gpt2", "qkv"), ("gemma-mha", "qkv"), ("llama", "q"), ("qwen3", "q")])

@@ -167,6 +167,14 @@ def test_a_place_is_the_sum_of_its_tokens(ranked, estimated):
     assert set(means.method[means.share.isna()]) == {"atp_star"} and (means["mean"][means.method == "atp_star"] >= 0).all(), "sizes have no sign, and no share of the swing"
 
 
+def test_one_pair_has_no_interval_and_a_neuron_is_no_head(nano, tmp_path):
+    folder = run_attribution(nano, methods=["atp"], sites=["neurons"], exact=True, top=5, n=1, out=tmp_path)
+    told = "\n".join(attribution_lines(folder))
+    assert "[nan" not in told and "(n = 1: no interval)" in told and "each node and place (its tokens there summed)" in told
+    table = pd.read_csv(folder / "attribution.csv")
+    assert table.node.str.fullmatch(r"L\d+N\d+ neurons @\w+").all() and str(Edit("z", 7, "final", 3)) == "L7H3 z @final" and table.low.isna().all()
+
+
 def test_the_audit_is_by_rank_and_names_what_was_missed(estimated):
     table, audit, missed = pd.read_parquet(estimated / "attribution.parquet"), pd.read_csv(estimated / "audit.csv"), pd.read_csv(estimated / "missed.csv")
     for method in ("atp", "atp_star"):

@@ -80,12 +80,22 @@ def heads(n): return slice(n.head * D_HEAD, (n.head + 1) * D_HEAD)
 
 
 @torch.no_grad()
-def edge_effects(planted, edges, tp):
+def edge_effects(planted, edges, tp, beside=None):
     """What one edge alone changes: the receiver reads what the sender writes in the other run, everybody else what they read anyway, and what comes
-    after the receiver is computed. As a share of the distance of the two runs; noising."""
+    after the receiver is computed. As a share of the distance of the two runs; noising. `beside`: a head or MLP that writes what it writes in the other run
+    all the time; changes are counted from the run with that alone."""
     hf, (clean, corrupt) = bare(planted), ids_of(tp)
-    base_logits, base = seen(hf, clean)
     donor_logits, donor = seen(hf, corrupt)
+    whole = ld(hf(input_ids=clean).logits, tp)
+    def keep(_, args, out=None):
+        act, where = (args[0] if out is None else out).clone(), slice(None) if beside.head is None else heads(beside)
+        act[:, at(beside, tp), where] = donor[beside.site, beside.layer][0, at(beside, tp), where]
+        return (act,) if out is None else act
+    def held():
+        if beside is None: return []
+        m = module(hf, beside.site, beside.layer)
+        return [m.register_forward_pre_hook(keep) if beside.site == "z" else m.register_forward_hook(keep)]
+    with hooks(held()): base_logits, base = seen(hf, clean)
 
     def change(n):
         i = at(n, tp)
@@ -112,12 +122,12 @@ def edge_effects(planted, edges, tp):
             for row, i, where, value in writes: out[row, i, where] = value
             return out
         return hook
-    with hooks([module(hf, *key).register_forward_hook(writer(writes)) for key, writes in put.items()]):
+    with hooks([*(module(hf, *key).register_forward_hook(writer(writes)) for key, writes in put.items()), *held()]):
         out = hf(input_ids=clean.repeat(len(edges), 1)).logits[:, -1:]
     for row, edge in enumerate(edges):
         if edge.receiver.site == "logits": out[row, 0] = end[row]
     start, goal = ld(base_logits, tp), ld(donor_logits, tp)
-    return ((ld(out, tp) - start) / (start - goal).abs()).tolist()
+    return ((ld(out, tp) - start) / (whole - goal).abs()).tolist()
 
 
 def gradients(planted, nodes, tp, stop=()):

@@ -7,7 +7,7 @@ import pytest
 
 from bizzaroworld.patch.interventions import Edit, grid
 from bizzaroworld.patch.sweep import sweep
-from bizzaroworld.planted.scoreboard import (QUESTIONS, as_edge_scores, as_scores, asked, auroc, board, change, edges_from_nodes, edges_of, exact, exact_given, exact_scores, nodes_of,
+from bizzaroworld.planted.scoreboard import (QUESTIONS, as_edge_scores, as_scores, asked, auroc, board, change, edges_from_nodes, edges_of, exact, exact_edges, exact_given, exact_scores, nodes_of,
                                              noise_for, places, score, scoreboard)
 from bizzaroworld.planted.truth import Edge, truth_of
 from bizzaroworld.planted.variants import VARIANTS, plant
@@ -91,6 +91,24 @@ def test_the_right_question_finds_every_circuit(zoo, name):
     p = plant(name, n=1)
     row = scoreboard({"given": exact_given(at=("entity", "final"))}, [p]).iloc[0]
     assert row.exact and (row.precision, row.recall, row.auroc, row.phases) == (1, 1, 1, 3)
+
+
+@pytest.mark.parametrize("name", ["backup", "cancelled", "spread"])
+def test_edges_that_do_nothing_alone_are_found_beside_the_nodes(name):
+    p, truth = plant(name, n=1), truth_of(VARIANTS[name])
+    alone, beside = (scoreboard({"paths": exact_edges(beside=nodes)}, [p], "edges").iloc[0] for nodes in (None, lambda model, pairs: dict.fromkeys(truth.nodes, 1.0)))
+    assert not alone.extra and set(alone.missed) == {e for e in truth.edges if e in truth.masked}
+    assert beside.exact and beside.auroc == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("direction", ["noising", "denoising"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_right_question_finds_every_circuit_of_edges(name, direction, family):
+    """Nobody tells it the nodes: it finds these by the right question, too."""
+    row = scoreboard({"paths": exact_edges(direction, beside=exact_given(direction))}, [plant(name, n=1, family=family)], "edges").iloc[0]
+    assert row.exact and (row.precision, row.recall, row.auroc) == (1, 1, 1)
 
 
 @pytest.mark.slow

@@ -1,12 +1,15 @@
 """What is said to be true of planted circuits, against brute force: surgery, every edge on the bare model, gradients."""
+from dataclasses import replace
+
 import pytest
 import torch
 from bare_planted import bare, edge_effects, gradients, heads, ld
 
+from bizzaroworld.circuits.paths import edges, path_effects
 from bizzaroworld.methods.attention import Head, attention_to
 from bizzaroworld.patch.interventions import Edit
 from bizzaroworld.patch.sweep import sweep
-from bizzaroworld.planted.scoreboard import edges_of, exact, nodes_of
+from bizzaroworld.planted.scoreboard import as_edge_scores, edges_of, exact, nodes_of
 from bizzaroworld.planted.truth import Edge, outside, truth_of, wiring, without
 from bizzaroworld.planted.variants import VARIANTS, plant
 from bizzaroworld.planted.weights import LOGIT, Lookup, Mover, Plan
@@ -78,6 +81,28 @@ def test_the_edges_are_those_of_brute_force(name):
     alone = set(truth.edges) - truth.masked
     assert {str(e) for e, effect in effects.items() if abs(effect) > 0.1} == {str(e) for e in alone}
     assert max(abs(effect) for e, effect in effects.items() if e not in alone) < 1e-3
+    tp, masked = p.pairs[0], [e for e in truth.edges if e in truth.masked]
+    other_way = edge_effects(p, masked, replace(tp, clean_ids=tp.corrupt_ids, corrupt_ids=tp.clean_ids))
+    assert max(map(abs, other_way), default=0) < 1e-3  # and as little in denoising: no question about one edge sees it
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if any(isinstance(x, Edge) for x in truth_of(VARIANTS[name]).masked) else pytest.mark.slow) for name in NAMES])
+def test_beside_the_right_node_every_edge_is_seen_and_no_other(name):
+    """Brute force in the runs in which one node of the circuit is patched already: path effects are the same numbers, and the edges that do something in one of them are the circuit's."""
+    p, truth, found = planted(name), truth_of(VARIANTS[name]), set()
+    tp, every = p.pairs[0], edges_of(p.model, p.pairs[:1])
+    some = [e for e in every if e.sender.position in ("entity_first", "entity", "final")]
+    for node in truth.nodes:
+        effects, ours = dict(zip(some, edge_effects(p, some, tp, node))), {}
+        for at in ("entity_first", "entity", "final"):
+            asked = [path for path in edges(p.model) if at == "final" or path[-1].kind != "logits"]
+            ours |= as_edge_scores(path_effects(p.model, tp, asked, sender_at=at, receiver_at=at, beside=node).to_frame(), p.model, at)
+        assert set(ours) == set(some) and max(abs(ours[e] - effects[e]) for e in some) < 1e-3
+        shown = {e for e, effect in effects.items() if abs(effect) > 0.1}
+        assert max(abs(effect) for e, effect in effects.items() if e not in shown) < 1e-2
+        found |= shown
+    alone = {e for e in truth.edges if e not in truth.masked}
+    assert found | alone == set(truth.edges) and {e for e in truth.masked if isinstance(e, Edge)} <= found
 
 
 @pytest.mark.parametrize("name", NAMES)
