@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib, json, platform
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -19,12 +19,12 @@ from ..battery.formats import battery_sha256, load_battery, read_pairs
 from ..battery.pairs import PromptPair
 from ..battery.tokens import TokenPair
 from ..battery.triage import triage
-from ..dictionaries.harvest import Blocks, Streamed, blocks, documents
+from ..dictionaries.harvest import Blocks, Streamed, activations, blocks, documents
 from ..dictionaries.learning import train_sae
 from ..dictionaries.pursuit import frontier, reconstructions
 from ..dictionaries.recipes import Recipe
 from ..dictionaries.sae_files import load_sae, save_sae
-from ..dictionaries.saes import SAE
+from ..dictionaries.saes import SAE, DictionaryError
 from ..dictionaries.scores import frequencies, frequency_histogram, frontier_with_loss, neuron_basis, one_direction, score
 from ..dictionaries.shipped import shipped, shipped_for, text_of
 from ..dictionaries.splicing import check_fit, read_for
@@ -32,7 +32,8 @@ from ..dictionaries.splicing import check_fit, read_for
 # %% auto #0
 __all__ = ['HELD', 'POSITIONS', 'FEWEST', 'RARE', 'STRENGTHS', 'FILES', 'Features', 'dictionary_for', 'trained', 'untrained_for',
            'known_facts', 'measure', 'attention', 'ask_facts', 'follow', 'to_steer', 'where_to_steer', 'steering',
-           'chosen_features', 'write_page', 'plates_of', 'run_features', 'place_of', 'about', 'features_lines']
+           'chosen_features', 'write_page', 'plates_of', 'run_features', 'place_of', 'given_dictionary', 'about',
+           'features_lines']
 
 # %% ../../nbs/library/commands/09_features_run.ipynb #a77e0003
 from ..features.effects import agreement, by_feature, carried, controls_of, feature_effects, flips, in_place_of, joint
@@ -57,7 +58,7 @@ from ..tasks.registry import make_task
 # %% ../../nbs/library/commands/09_features_run.ipynb #236219c6
 @dataclass(eq=False)
 class Features(Tables):
-    "A run of the features on its way. `facts`: pairs of which the model prefers both answers. `others`: more dictionaries of the same model, for the phases."
+    "A run of the features on its way. `facts`: pairs of which the model prefers both answers. `others`: more dictionaries of the same model, for the phases. `unseen`: whether it is known that the held-out text was not trained on."
     model: Model
     folder: Path
     sae: SAE
@@ -65,6 +66,7 @@ class Features(Tables):
     untrained: SAE | None
     text: Blocks
     facts: list[TokenPair]
+    unseen: bool = False
     seed: int = 0
     advance: Advance | None = None
     steps: int = 20
@@ -96,9 +98,9 @@ def trained(model: Model, folder: Path, text: Blocks, place: tuple[str, int], re
     return load_sae(target), table
 
 
-def untrained_for(model: Model, folder: Path, text: Blocks, sae: SAE, recipe: Recipe, asked: bool | SAE | str | Path, comes_along: bool, advance: Advance | None = None) -> SAE | None:
+def untrained_for(model: Model, folder: Path, text: Blocks, sae: SAE, recipe: Recipe, asked: bool | SAE, comes_along: bool, advance: Advance | None = None) -> SAE | None:
     "The control of a run: a dictionary of an untrained model. It is given, trained here if that is asked for, or comes with the package; else there is none."
-    if isinstance(asked, (SAE, str, Path)): return asked if isinstance(asked, SAE) else load_sae(asked, place=sae.writes, model=model.name)
+    if isinstance(asked, SAE): return asked
     if asked: return trained(untrained(model), folder, text, sae.writes, recipe, "-untrained", advance)[0]
     return shipped("untrained", *sae.writes) if comes_along and model.name == "bizzaro-nano" and sae.writes in shipped_for("untrained") else None
 
@@ -171,8 +173,7 @@ def to_steer(run: Features) -> tuple[Sequence[TokenPair], Sequence[TokenPair], s
 
 def where_to_steer(folder: Path) -> str:
     "The position at which patching the whole site does most: elsewhere there is little to steer."
-    def effect(position): return abs(pd.read_csv(folder / f"joint_{position}.csv").query("dictionary == 'dictionary' and what == 'site'").value.iloc[0])
-    return max(POSITIONS, key=effect)
+    return max(POSITIONS, key=lambda position: abs(pd.read_csv(folder / f"joint_{position}.csv").query("dictionary == 'dictionary' and what == 'site'").value.iloc[0]))
 
 
 def steering(run: Features) -> pd.DataFrame:
@@ -217,37 +218,39 @@ def plates_of(folder: str | Path, model: str) -> list[Plate]:
     return feature_plates({name: table for name, table in tables.items() if len(table)}, model)
 
 # %% ../../nbs/library/commands/09_features_run.ipynb #39ea51c2
-def run_features(model: str | Model, *, sae: SAE | str | Path | None = None, also: Iterable[SAE | str | Path] = (), site: str = "resid_post", layer: int | None = None, recipe: Recipe = Recipe(n_features=1024, k=16, steps=500), train: bool = False, untrained: bool | SAE | str | Path = False, text: str | Path | Iterable[str] | Blocks = "facts", tokens: int | None = 400_000,
+def run_features(model: str | Model, *, sae: SAE | str | Path | None = None, also: Iterable[SAE | str | Path] = (), site: str | None = None, layer: int | None = None, recipe: Recipe = Recipe(n_features=1024, k=16, steps=500), train: bool = False, untrained: bool | SAE | str | Path = False, text: str | Path | Iterable[str] | Blocks = "facts", tokens: int | None = 400_000,
                  context: int = 64, pairs: str | Path | Sequence[PromptPair] | None = None, most: int = 60, public: str = "", out: str | Path | None = None, seed: int = 0, device: str | None = None, dtype: str = "float32", revision: str | None = None, progress: Advance | None = None) -> Path:
     """What the features of a dictionary do in a model; returns the folder (else `features/MODEL/SITE-LAYER`).
 
-    `sae`: a dictionary, or the path of one; else one that comes with the package, at `site` and `layer` (the middle one); where there is none, or with `train`, one is trained by the `recipe`. `also`: more dictionaries of the model, for the phases (those that come with the package, for an embedded model). `untrained`: one of an untrained model, as a control: given, or (`True`) trained by the `recipe` too. `text`, `tokens`, `context`: what it is trained
+    `sae`: a dictionary, or the path of one; else one that comes with the package, at `site` (resid_post) and `layer` (the middle one); where there is none, or with `train`, one is trained by the `recipe`. `also`: more dictionaries of the model, for the phases (those that come with the package, for an embedded model). `untrained`: one of an untrained model, as a control: given, or (`True`) trained by the `recipe` too. `text`, `tokens`, `context`: what it is trained
     and scored on (see `harvest.blocks`; or the blocks themselves); a part is held out (of facts, for a dictionary that comes with the package, the part that it was not trained on). `pairs`: a battery. `public`: its name at Neuronpedia. The folder gets a table for each question, `features.html` and figures; where the model knows too few facts, only what needs none. Started again on it, what is missing is done.
     Raises `DictionaryError` for a dictionary, text or place that does not fit, `ModelError`, `BatteryError`, `BusyError`, and `RunError` for a folder that holds another run."""
     if not isinstance(model, Model): model = load_model(model, device=device, dtype=dtype, revision=revision)
     neuronpedia(public, 0)
-    place = place_of(model, sae, site, layer)
-    sae = load_sae(sae, place=place, model=model.name) if isinstance(sae, (str, Path)) else sae
-    if sae is not None: check_fit(sae, model)
+    if most < FEWEST: raise DictionaryError(f"At most {most} pairs: features are asked about {FEWEST} or more.")
+    sae = given_dictionary(model, sae, site, layer)
+    place = place_of(model, sae, site or "resid_post", layer)
     asked = load_battery() if pairs is None else list(pairs) if not isinstance(pairs, (str, Path)) else read_pairs(pairs)
     comes_along = sae is None and not train and place in shipped_for(model.name)
     read = text if isinstance(text, Blocks) else text_of(model) if comes_along and text == "facts" else blocks(model, documents(text, None if text != "facts" or tokens is None else max(200, tokens // 12)), tokens, context)
+    if isinstance(untrained, (str, Path)): untrained = load_sae(untrained, place=place, model=model.name)
+    given, others = bool(also), [one if isinstance(one, SAE) else load_sae(one, model=model.name) for one in also] or [shipped(model.name, *p) for p in shipped_for(model.name) if p != place]
+    activations(model, read.held[:1], [place], read.lead)  # a place that is not there is refused before anything is written
     folder = Path(out) if out is not None else Path("features") / Path(called([model.name])[0]).name.replace(":", "-") / f"{place[0]}-{place[1]}"
     with held(folder):
-        options = {"command": "features", "place": list(place), "dictionary": _named(sae), "recipe": asdict(recipe) if sae is None and not comes_along else None, "text_sha256": read.sha256, "most": most, "seed": seed} | ({"untrained": untrained is True or str(untrained)} if untrained else {})
+        options = {"command": "features", "place": list(place), "dictionary": _named(sae), "recipe": asdict(recipe) if sae is None and not comes_along else None, "text_sha256": read.sha256, "most": most, "seed": seed} | ({"untrained": _named(untrained) if isinstance(untrained, SAE) else True} if untrained else {}) | ({"also": sorted(map(_named, others))} if given else {})
         claim(folder, {"model": describe(model), "battery_sha256": battery_sha256(asked), "options": options, "n_pairs": len(asked), "versions": {"bizzaroworld": __version__}, "environment": {"python": platform.python_version(), "device": str(model.device)}})
         found, history = dictionary_for(model, folder, read, place, sae, recipe, train, progress)
-        others = [one if isinstance(one, SAE) else load_sae(one, model=model.name) for one in also] or [shipped(model.name, *p) for p in shipped_for(model.name) if p != found.writes]
         control = untrained_for(model, folder, read, found, recipe, untrained, comes_along, progress)
         for other in (*others, *([] if control is None else [in_place_of(control, found)])): check_fit(other, model)
-        run = Features(model, folder, found, others, control, read, known_facts(model, asked, most), seed, progress)
+        run = Features(model, folder, found, others, control, read, known_facts(model, asked, most), comes_along or history is not None, seed, progress)
         measure(run)
         write_json(folder / "about.json", about(run, asked))
         if len(run.facts) >= FEWEST:
             ask_facts(run)
             write_json(folder / "about.json", about(run, asked) | {"not_steered": _steered(run)})
             follow(run)
-            write_page(run, f"Read: {len(read.held):,} blocks of {context} tokens that it was not trained on.", public)
+            write_page(run, f"Read: {len(read.held):,} blocks of {read.ids.shape[1]} tokens{' that it was not trained on' * run.unseen}.", public)
         write_plates(plates_of(folder, model.name), folder / "figures")
     return folder
 
@@ -258,10 +261,18 @@ def place_of(model: Model, sae: SAE | str | Path | None, site: str, layer: int |
     return site, model.n_layers // 2 - 1 if layer is None else layer
 
 
+def given_dictionary(model: Model, sae: SAE | str | Path | None, site: str | None, layer: int | None) -> SAE | None:
+    "The dictionary that is given, or read from a file: `site` and `layer` count where the file does not say them."
+    if isinstance(sae, (str, Path)): sae = load_sae(sae, site=site, layer=layer, model=model.name)
+    if sae is not None: check_fit(sae, model)
+    return sae
+
+
 def _named(sae: SAE | None) -> str:
-    "What tells a dictionary that was given from another: the hash of its directions."
+    "What tells a dictionary that was given from another: the hash of all that it is made of."
     if sae is None: return ""
-    parts = [part.cpu().float().contiguous().numpy().tobytes() for part in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)]
+    told = {f.name: getattr(sae, f.name) for f in fields(sae) if f.name not in ("model", "source")}
+    parts = [x.cpu().float().contiguous().numpy().tobytes() if isinstance(x, Tensor) else repr(x).encode() for x in told.values()]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
@@ -269,7 +280,7 @@ def about(run: Features, asked: Sequence[PromptPair]) -> dict:
     "What was asked, of which dictionary, in words."
     n = len(run.facts)
     told = f"Asked about {n} of {len(asked)} pairs: those of which {run.model.name} prefers both answers, the largest swings first." if n >= FEWEST else f"{run.model.name} prefers both answers on {n} of {len(asked)} pairs: too few to ask its features about facts."
-    return {"dictionary": str(run.sae), "others": [str(one) for one in run.others], "n_facts": n, "sentence": told}
+    return {"dictionary": str(run.sae), "others": [str(one) for one in run.others], "n_facts": n, "unseen": run.unseen, "sentence": told}
 
 # %% ../../nbs/library/commands/09_features_run.ipynb #fca6c988
 FILES = {"scores.csv": "how good the dictionary is", "frontier.csv": "features for each token against what is lost, several ways to choose them", "ablate_entity.csv": "each feature taken away at the entity token, exactly", "ablate_final.csv": "and at the final token",
@@ -281,8 +292,9 @@ def features_lines(folder: str | Path) -> list[str]:
     folder = Path(folder)
     told, rows = json.loads((folder / "about.json").read_text("utf-8")), pd.read_csv(folder / "scores.csv").set_index("score")
     def said(name, spec=".2f"): return f"{rows.value[name]:{spec}} [{rows.low[name]:{spec}}, {rows.high[name]:{spec}}]"
-    lines = [told["dictionary"], f"On held-out text: {said('l0', '.1f')} features for each token explain {said('explained')} of the variance; spliced in, the loss changes by {said('change', '+.3f')} nats.", told["sentence"]]
+    lines = [told["dictionary"], f"On {int(rows.n['explained'])} blocks of {'held-out ' * told.get('unseen', False)}text: {said('l0', '.1f')} features for each token explain {said('explained')} of the variance; spliced in, the loss changes by {said('change', '+.3f')} nats.", told["sentence"]]
     for position in POSITIONS if told["n_facts"] >= FEWEST else ():
         own = pd.read_csv(folder / f"joint_{position}.csv").query("dictionary == 'dictionary'").set_index("what")
-        lines.append(f"At the {position} token all features together carry {own.share['features']:.0%} of what patching the site does, what they leave over {own.share['error']:.0%}.")
-    return [*lines, "", *(f"{folder / name}  {what}" for name, what in FILES.items() if (folder / name).exists())]
+        far = own.low["site"] > 0 or own.high["site"] < 0
+        lines.append(f"At the {position} token " + (f"all features together carry {own.share['features']:.0%} [{own.share_low['features']:.0%}, {own.share_high['features']:.0%}] of what patching the site does, what they leave over {own.share['error']:.0%}." if far else f"patching the site changes {own.value['site']:+.2f} [{own.low['site']:.2f}, {own.high['site']:.2f}] logits: too little for shares."))
+    return [*lines, *filter(None, [told.get("not_steered")]), "", *(f"{folder / name}  {what}" for name, what in FILES.items() if (folder / name).exists())]

@@ -5,6 +5,7 @@
 # %% ../../nbs/library/dictionaries/05_learning.ipynb #8f2277b7
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -153,9 +154,10 @@ def learn(training: Training, x: Float[Tensor, "token d"]) -> None:
     if recipe.revive == "resample" and training.step % recipe.dead_after == 0 and training.step < 0.8 * recipe.steps: renew(training, x)
 
 # %% ../../nbs/library/dictionaries/05_learning.ipynb #0e0740e9
-def _identity(source: Source, recipe: Recipe, scale: float) -> dict:
+def _identity(source: Source, recipe: Recipe, scale: float, first: Float[Tensor, "token d"]) -> dict:
     "What a checkpoint belongs to."
-    return {"recipe": asdict(recipe), "place": list(source.place), "model": source.name, "chunks": len(source), "tokens": source.tokens(len(source) - 1), "scale": f"{scale:.4g}"}
+    seen = hashlib.sha256(first.cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+    return {"recipe": asdict(recipe), "place": list(source.place), "model": source.name, "chunks": len(source), "tokens": source.tokens(len(source) - 1), "scale": f"{scale:.4g}", "first": seen}
 
 
 def _save(training: Training, path: Path, identity: dict, scale: float) -> None:
@@ -205,7 +207,7 @@ def train_sae(source: Source, recipe: Recipe | None = None, folder: str | Path |
     first = source.chunk(0)
     if not first.isfinite().all(): raise DictionaryError(f"Activations of {source.name or 'the source'} at {source.place} are not all finite.")
     scale = scale_of(first)
-    training, identity = Training.fresh(recipe, first / scale, device), _identity(source, recipe, scale)
+    training, identity = Training.fresh(recipe, first / scale, device), _identity(source, recipe, scale, first)
     path = None if folder is None else Path(folder) / "checkpoint.safetensors"
     if path is not None and path.exists(): scale = _resumed(training, path, identity)
     batches = Batches(source, recipe, scale).starting_at(training.step)

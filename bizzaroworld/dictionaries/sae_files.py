@@ -114,7 +114,7 @@ def _scope_parts(found: Mapping[str, Tensor], reads: tuple[str, int], writes: tu
             **{name: found[name] for name in ("b_enc", "b_dec", "threshold")}, "W_skip": found.get("affine_skip_connection")}
 
 def _gemma_scope(file: Path, asked: _Asked) -> dict:
-    found, path = _tensors(file), file.absolute().as_posix()
+    found, path = {name.replace("W_", "w_"): part for name, part in _tensors(file).items()}, file.absolute().as_posix()  # the first has W_enc
     _only(found, file, _SCOPE)
     repository, layers = re.search(r"gemma-scope-(\d+b)-(pt|it)-(res|mlp|att|transcoders)", path), re.findall(r"/layer_(\d+)(?=/)", path)
     if repository and "/embedding/" in path: raise DictionaryError(f"{file} is a dictionary of token embeddings, which are at no site of a block.")

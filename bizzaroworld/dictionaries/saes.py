@@ -53,7 +53,7 @@ class SAE(SAEFacts):
     `reads`, `writes`: site and layer. `b_in`: taken off the input before the encoder. `threshold`: for `jumprelu` and `batchtopk`, one number for each feature. `k`: for `topk`. `r_mag`, `b_mag`: for `gated`, whose
     `b_enc` is the bias of its gate. `W_skip`: what a skip transcoder adds, linear in its input. `norm`: how the input is scaled: `none`, `scale` (all by the number `scale`), `token_norm` (each token to the norm
     sqrt(d_in)), `layer_norm` (each token to mean 0 and variance 1). `heads`: more than 1 where it reads the outputs of all heads (site `z`) one behind the other. `model`, `source`: which model it says it is for, and where it came from.
-    Raises `DictionaryError` for parts whose shapes do not fit each other, or that the kind needs and that are missing."""
+    Raises `DictionaryError` for parts whose shapes do not fit each other, or that the kind needs and that are missing, or numbers that are not finite."""
     kind: str
     W_enc: Float[Tensor, "d_in feature"]
     b_enc: Float[Tensor, "feature"]
@@ -100,11 +100,12 @@ def _check(sae: SAE) -> None:
         if getattr(sae, name) is None: raise DictionaryError(f"A {sae.kind} dictionary needs {name}, and none is there.")
     if sae.W_enc.ndim != 2 or sae.W_dec.ndim != 2: raise DictionaryError(f"W_enc has {sae.W_enc.ndim} axes and W_dec {sae.W_dec.ndim}: both are matrices.")
     (d_in, n), d_out = sae.W_enc.shape, sae.W_dec.shape[1]
-    shapes = {"W_dec": (n, d_out), "b_enc": (n,), "b_dec": (d_out,), "threshold": (n,), "b_in": (d_in,), "r_mag": (n,), "b_mag": (n,), "W_skip": (d_in, d_out)}
+    shapes = {"W_enc": (d_in, n), "W_dec": (n, d_out), "b_enc": (n,), "b_dec": (d_out,), "threshold": (n,), "b_in": (d_in,), "r_mag": (n,), "b_mag": (n,), "W_skip": (d_in, d_out)}
     for name, shape in shapes.items():
         part = getattr(sae, name)
         if part is not None and tuple(part.shape) != shape:
             raise DictionaryError(f"{name} is {' x '.join(map(str, part.shape))}, where W_enc ({d_in} x {n}) and W_dec ask for {' x '.join(map(str, shape))}.")
+        if part is not None and not part.is_meta and not part.isfinite().all(): raise DictionaryError(f"{name} holds {int((~part.isfinite()).sum())} numbers that are not finite: the dictionary is damaged, or its training went wrong.")
     if n < 1 or d_in < 1: raise DictionaryError(f"W_enc is {d_in} x {n}: a dictionary has features, and dimensions to read.")
     if sae.k is not None and not 1 <= sae.k <= n: raise DictionaryError(f"k is {sae.k}, of {n} features: give 1 to {n}.")
     if sae.heads < 1 or d_in % sae.heads: raise DictionaryError(f"{d_in} dimensions cannot be {sae.heads} heads of one size.")

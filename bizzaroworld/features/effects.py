@@ -81,6 +81,7 @@ def feature_values(model: Model, sae: SAE, pairs: PromptPair | TokenPair | Itera
     Raises `DictionaryError` as `check_fit` does, for a position of several tokens, and for two pairs of one id; `AlignmentError` as `align` does."""
     check_fit(sae, model)
     pairs, places = as_token_pairs(model, pairs), list(dict.fromkeys(map(seat_of, (sae.reads, sae.writes))))
+    if not pairs: raise DictionaryError("There are no pairs to read the dictionary on: give at least one.")
     check_pairs(model, pairs)
     if len({tp.id for tp in pairs}) < len(pairs): raise DictionaryError("Two pairs have one id: give each its own, since values are handed over by id.")
     at, kept = tokens_at(pairs, position), {(side, place): [None] * len(pairs) for side in SIDES for place in places}
@@ -286,12 +287,11 @@ def shuffled(sae: SAE, seed: int = 0) -> SAE:
 
 
 def in_place_of(untrained: SAE, sae: SAE) -> SAE:
-    """The features of a dictionary that was trained on an untrained model, in place of those of a dictionary: what centres and scales the activations stays as it is, since those of the two models differ in both.
-
-    Raises `DictionaryError` for dictionaries of different places or sizes."""
+    """The features of a dictionary that was trained on an untrained model, in place of those of a dictionary: what centres the activations stays as it is, and its directions are made as long as the dictionary's (on average; its encoder as much shorter), since the activations of the two models differ in both. Raises `DictionaryError` for dictionaries of different places or sizes."""
     for what in ("reads", "writes", "d_in", "d_out", "heads"):
         if getattr(untrained, what) != getattr(sae, what): raise DictionaryError(f"The untrained model's dictionary has {what} {getattr(untrained, what)}, and the dictionary {getattr(sae, what)}: give one of the same place.")
-    return replace(untrained.to(sae.W_dec.device, sae.W_dec.dtype), b_in=sae.b_in, b_dec=sae.b_dec, norm=sae.norm, scale=sae.scale, model=sae.model, source="an untrained model")
+    longer = float(sae.W_dec.norm(dim=1).mean() / untrained.W_dec.norm(dim=1).mean())
+    return replace(untrained, W_enc=untrained.W_enc / longer, W_dec=untrained.W_dec * longer, b_in=sae.b_in, b_dec=sae.b_dec, norm=sae.norm, scale=sae.scale, model=sae.model, source="an untrained model").to(sae.W_dec.device, sae.W_dec.dtype)
 
 
 def controls_of(sae: SAE, seed: int = 0, untrained: SAE | None = None) -> dict[str, SAE]:

@@ -5,6 +5,7 @@
 # %% ../../nbs/library/features/03_steering.ipynb #8aab9bd0
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -227,7 +228,8 @@ def steer(model: Model, pairs: Iterable[PromptPair | TokenPair], place: tuple[st
 
     `pairs`: those to try, none of which the vectors were made of (`held_out`). `place`: site and layer. `position`: where in the prompt. `text`: else the package's texts, 16 blocks of 64 tokens. `positions`: of each block, where the loss is read.
     Raises `ValueError` where the model cannot do the task, nothing can be added at the place, or nothing is given to steer with."""
-    if not methods: raise ValueError("There is nothing to steer with: give at least one method.")
+    if not methods or not strengths: raise ValueError("There is nothing to steer with: give at least one method and one strength.")
+    if not all(map(math.isfinite, strengths)): raise ValueError(f"A strength is not a number: {', '.join(map(str, strengths))}.")
     pairs = as_token_pairs(model, pairs)
     _check(model, place)
     require_ability(model, pairs, name)

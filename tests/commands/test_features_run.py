@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from bizzaroworld.battery.formats import load_battery
 from bizzaroworld.cli import app
-from bizzaroworld.commands.features_run import POSITIONS, Features, features_lines, known_facts, run_features, to_steer
+from bizzaroworld.commands.features_run import POSITIONS, Features, _named, features_lines, given_dictionary, known_facts, run_features, to_steer
 from bizzaroworld.dictionaries.recipes import Recipe
 from bizzaroworld.dictionaries.saes import DictionaryError, perfect
 from bizzaroworld.dictionaries.sae_files import load_sae, save_sae
@@ -39,7 +39,8 @@ def test_a_run_leaves_every_table_the_page_and_the_figures(nano, folder):
     assert {path.name for path in (folder / "figures").glob("*.png")} == set(captions) and len(captions) >= 4 and all(c["caption"] and c["alt"] for c in captions.values())
     joint = pd.read_csv(folder / "joint_entity.csv").set_index(["dictionary", "what"])
     assert joint.share["dictionary", "site"] == pytest.approx(1) and abs(joint.share["dictionary", "features"]) > abs(joint.share["random directions", "features"])
-    assert "features for each token explain" in "\n".join(features_lines(folder))
+    told = "\n".join(features_lines(folder))
+    assert "of held-out text" in told and "features for each token explain" in told and json.loads((folder / "about.json").read_text())["unseen"] is True
     assert set(joint.index.unique("dictionary")) == {"dictionary", "random directions", "shuffled", "untrained model"} and abs(joint.share["dictionary", "features"]) > abs(joint.share["untrained model", "features"])
     phases, heads = pd.read_csv(folder / "phases.csv"), pd.read_csv(folder / "attention.csv")
     assert set(zip(phases.site, phases.layer)) == {("resid_post", 1), *ALSO} and set(zip(heads.site, heads.layer)) == {ALSO[0]} and heads.total.abs().is_monotonic_decreasing
@@ -71,11 +72,22 @@ def test_a_dictionary_that_does_not_fit_is_refused_before_anything_is_written(na
     save_sae(perfect(16, "resid_post", 2), tmp_path / "small")
     with pytest.raises(DictionaryError, match="16"): run_features(nano, sae=tmp_path / "small", layer=2, out=tmp_path / "run", tokens=5_000)
     assert not (tmp_path / "run").exists()
+    with pytest.raises(DictionaryError, match="layers are 0 to 7"): run_features(nano, layer=77, out=tmp_path / "run", tokens=5_000)
+    with pytest.raises(DictionaryError, match="6 or more"): run_features(nano, most=5, out=tmp_path / "run")
     with pytest.raises(DictionaryError, match="MODEL/SOURCE"): run_features(nano, public="x", out=tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
 @torch.no_grad()
+def test_a_dictionary_says_where_it_belongs_and_another_one_is_another_run(nano, tmp_path):
+    save_sae(shipped("bizzaro-nano", "attn_out", 6), tmp_path / "saved")
+    assert given_dictionary(nano, tmp_path / "saved", None, None).writes == ("attn_out", 6)
+    with pytest.raises(DictionaryError, match="Leave the layer out"): given_dictionary(nano, tmp_path / "saved", None, 2)
+    sae = shipped("bizzaro-nano", "resid_post", 4)
+    others = [replace(sae, k=4), replace(sae, scale=2 * sae.scale), replace(sae, kind="relu", k=None), replace(sae, b_in=None)]
+    assert len({_named(one) for one in (sae, *others)}) == 5 and _named(sae) == _named(replace(sae, source="elsewhere"))
+
+
 def test_facts_are_those_that_the_model_knows(nano):
     "Both answers preferred, by the bare model's own logits; a pair with its answers exchanged is not known."
     pairs = load_battery()

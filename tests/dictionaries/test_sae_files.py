@@ -170,7 +170,7 @@ def scope(file, skip=None, dtype=torch.float32, **shapes):
     parts = {"w_enc": w["W_enc"], "w_dec": w["W_dec"], "b_enc": w["b_enc"], "b_dec": w["b_dec"], "threshold": drawn(N, seed=4).abs()} | ({} if skip is None else {"affine_skip_connection": skip})
     parts = {name: part.to(dtype).contiguous() for name, part in parts.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    if file.suffix == ".npz": np.savez(file, **{name: part.numpy() for name, part in parts.items()})
+    if file.suffix == ".npz": np.savez(file, **{name.replace("w_", "W_"): part.numpy() for name, part in parts.items()})  # the first has capitals
     else: save_file(parts, file)
     parts = {name: part.float() for name, part in parts.items()}
     pre = X @ parts["w_enc"] + parts["b_enc"]

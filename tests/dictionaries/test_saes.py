@@ -126,3 +126,11 @@ def test_what_does_not_fit_is_refused(change, match):
 def test_activations_and_features_of_another_size_are_refused(x):
     with pytest.raises(DictionaryError, match="5 dimensions cannot be read by a dictionary of 8"): made().encode(torch.zeros(2, 5))
     with pytest.raises(DictionaryError, match="7 features cannot be written by a dictionary of 20"): made().decode(torch.zeros(50, 7, dtype=torch.float64), x)
+
+
+def test_numbers_that_are_not_finite_are_refused():
+    sae = perfect(8)
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        part = getattr(sae, name).clone()
+        part.view(-1)[3] = float("nan")
+        with pytest.raises(DictionaryError, match=f"{name} holds 1 numbers that are not finite"): replace(sae, **{name: part})

@@ -1,4 +1,5 @@
 """Single features: against plain hooks, against what they add up to, and against one sweep for each."""
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -10,8 +11,9 @@ from bizzaroworld.battery.formats import load_battery
 from bizzaroworld.battery.tokens import align
 from bizzaroworld.dictionaries.learning import Held, train_sae
 from bizzaroworld.dictionaries.recipes import Recipe
+from bizzaroworld.dictionaries.sae_files import load_sae, save_sae
 from bizzaroworld.dictionaries.saes import SAE, DictionaryError, perfect
-from bizzaroworld.features.effects import (agreement, attributed, by_feature, carried, changes, controls_of, exact_effects, feature_effects, feature_values, flips, joint, random_directions, shuffled, slots_of, steps_of, swept, wholes)
+from bizzaroworld.features.effects import (agreement, attributed, by_feature, carried, changes, controls_of, exact_effects, feature_effects, feature_values, flips, in_place_of, joint, random_directions, shuffled, slots_of, steps_of, swept, wholes)
 from bizzaroworld.model.load import load_model
 from bizzaroworld.patch.interventions import Edit
 from bizzaroworld.patch.sweep import sweep
@@ -255,11 +257,15 @@ def test_controls_are_as_long_and_keep_the_values(model, pairs):
     assert torch.equal(random_directions(sae, 1).W_dec, random_directions(sae, 1).W_dec) and not torch.equal(random_directions(sae, 1).W_dec, random_directions(sae, 2).W_dec)
 
 
-def test_an_untrained_models_dictionary_brings_its_features_and_nothing_else(model, pairs):
-    sae, other = replace(tied(128), scale=3.0, b_dec=torch.full((128,), 0.5)), replace(tied(128, seed=5), scale=7.0, model="untrained bizzaro-nano")
+def test_an_untrained_models_dictionary_brings_its_features_and_nothing_else(model, pairs, tmp_path):
+    sae, other = replace(tied(128), norm="scale", scale=3.0, b_dec=torch.full((128,), 0.5)), replace(tied(128, seed=5), norm="scale", scale=7.0, model="untrained bizzaro-nano")
     control = controls_of(sae, untrained=other)["untrained model"]
-    assert torch.equal(control.W_dec, other.W_dec) and torch.equal(control.W_enc, other.W_enc)
-    assert control.scale == 3.0 and torch.equal(control.b_dec, sae.b_dec) and control.model == sae.model and "untrained" in control.source
+    torch.testing.assert_close(torch.cosine_similarity(control.W_dec, other.W_dec), torch.ones(300))
+    assert control.W_dec.norm(dim=1).mean() == pytest.approx(float(sae.W_dec.norm(dim=1).mean()), rel=1e-5) and (control.scale, control.model) == (3.0, sae.model) and torch.equal(control.b_dec, sae.b_dec) and "untrained" in control.source
+    x = torch.randn(20, 128)
+    for mine, theirs in ((sae, other), (other, sae)):  # a file holds the scale in its weights: the control is the same
+        kept = [load_sae(save_sae(one, tmp_path / f"{i}{one.scale}")) for i, one in enumerate((mine, theirs))]
+        for a, b in itertools.product((mine, kept[0]), (theirs, kept[1])): torch.testing.assert_close(in_place_of(b, a)(x), in_place_of(theirs, mine)(x), rtol=1e-3, atol=1e-3)
     with pytest.raises(DictionaryError, match="has reads .*'resid_post', 5.*give one of the same place"): controls_of(sae, untrained=perfect(128, "resid_post", 5))
 
 
@@ -291,6 +297,7 @@ def test_what_cannot_be_used_is_refused(model, pairs):
     with pytest.raises(DictionaryError, match="It reads 64 dimensions, and resid_post of layer 0 in bizzaro-nano has 128"): feature_values(model, perfect(64), pairs)
     with pytest.raises(DictionaryError, match="layer 8|0 to 7"): feature_values(model, perfect(128, "resid_post", 8), pairs)
     with pytest.raises(DictionaryError, match="features are changed at one token"): feature_values(model, good, pairs, "all")
+    with pytest.raises(DictionaryError, match="There are no pairs"): feature_values(model, good, [])
     with pytest.raises(DictionaryError, match="Two pairs have one id"): feature_values(model, good, [pairs[0], pairs[0]])
     with pytest.raises(DictionaryError, match="use ablate or patch"): feature_effects(model, good, pairs[:1], how="kill")
     with pytest.raises(ValueError, match="Unknown direction"): feature_effects(model, good, pairs[:1], direction="up")
