@@ -82,8 +82,8 @@ def test_the_edges_are_those_of_brute_force(name):
     assert {str(e) for e, effect in effects.items() if abs(effect) > 0.1} == {str(e) for e in alone}
     assert max(abs(effect) for e, effect in effects.items() if e not in alone) < 1e-3
     tp, masked = p.pairs[0], [e for e in truth.edges if e in truth.masked]
-    other_way = edge_effects(p, masked, replace(tp, clean_ids=tp.corrupt_ids, corrupt_ids=tp.clean_ids))
-    assert max(map(abs, other_way), default=0) < 1e-3  # and as little in denoising: no question about one edge sees it
+    if masked:  # and as little in denoising: no question about one edge sees it
+        assert max(map(abs, edge_effects(p, masked, replace(tp, clean_ids=tp.corrupt_ids, corrupt_ids=tp.clean_ids)))) < 1e-3
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if any(isinstance(x, Edge) for x in truth_of(VARIANTS[name]).masked) else pytest.mark.slow) for name in NAMES])
