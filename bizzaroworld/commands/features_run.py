@@ -182,7 +182,7 @@ def steering(run: Features) -> pd.DataFrame:
     difference = answer_differences(model, made_of, tried, place, position)
     nearest = each(lambda v: feature_direction(run.sae, nearest_feature(run.sae, v)), difference)
     methods = {"difference": Steering(difference), "nearest feature": Steering(as_long_as(nearest, difference)), "random": Steering(random_like(difference, run.seed)), "project out": Steering(difference, project=True)}
-    return pareto(steer(model, tried, place, methods, STRENGTHS, position=position, text=replace(run.text, ids=run.text.held[:16]), name=name, seed=run.seed)).assign(position=position, pairs=name)
+    return pareto(found := steer(model, tried, place, methods, STRENGTHS, position=position, text=replace(run.text, ids=run.text.held[:16]), name=name, seed=run.seed)).assign(front_all=pareto(found, cost="loss").front, position=position, pairs=name)
 
 
 def _steered(run: Features) -> str:

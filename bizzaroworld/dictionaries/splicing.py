@@ -205,9 +205,9 @@ def hooks_in_text(changes: Iterable[Change], lead: int) -> list[tuple[str, int, 
     return [(site, layer, of(function)) for site, layer, function in changes]
 
 
-def sampled(ids: Int[Tensor, "row pos"], lead: int, positions: int | None = 32, seed: int = 0) -> Int[Tensor, "row sample"]:
-    "Positions after the first `lead` that have a next token: `positions` of each block, drawn; all of them for `None`."
-    n = ids.shape[1] - 1 - lead
+def sampled(ids: Int[Tensor, "row pos"], lead: int, positions: int | None = 32, seed: int = 0, later: int = 0) -> Int[Tensor, "row sample"]:
+    "Positions after the first `lead` (and so many `later` ones) that have a next token: `positions` of each block, drawn; all of them for `None`."
+    n, lead = ids.shape[1] - 1 - lead - later, lead + later
     if n < 1: raise DictionaryError(f"Blocks of {ids.shape[1]} tokens leave none to predict: give at least {lead + 2}.")
     rng, take = torch.Generator().manual_seed(seed), n if positions is None else min(positions, n)
     return torch.stack([torch.randperm(n, generator=rng)[:take].sort().values + lead for _ in ids])
@@ -225,13 +225,13 @@ def nats(model: Model, hidden: Float[Tensor, "token d_model"], targets: Int[Tens
 
 
 @torch.no_grad()
-def text_loss(model: Model, ids: Int[Tensor, "row pos"], lead: int, change: Change | Sequence[Change] | None = None, positions: int | None = 32, seed: int = 0, at_once: int = 8) -> Float[Tensor, "row sample"]:
+def text_loss(model: Model, ids: Int[Tensor, "row pos"], lead: int, change: Change | Sequence[Change] | None = None, positions: int | None = 32, seed: int = 0, at_once: int = 8, later: int = 0) -> Float[Tensor, "row sample"]:
     """The next token's cross entropy in nats at `sampled` positions of blocks, with `change` (one, or several that are made together) at every token after the first `lead`; on the processor.
 
     Raises `DictionaryError` for a site or layer that the model does not have, and for blocks with nothing to predict."""
     changes = () if change is None else (change,) if isinstance(change[0], str) else tuple(change)
     for site, layer, _ in changes: _check_place(model, (site, layer))
-    where, hooks, losses = sampled(ids, lead, positions, seed), hooks_in_text(changes, lead), []
+    where, hooks, losses = sampled(ids, lead, positions, seed, later), hooks_in_text(changes, lead), []
     for rows in torch.arange(len(ids)).split(at_once):
         hidden = hidden_states(model, ids[rows], hooks)
         chosen, targets = hidden[torch.arange(len(rows))[:, None], where[rows]], ids[rows].gather(1, where[rows] + 1)

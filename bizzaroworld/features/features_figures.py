@@ -155,23 +155,29 @@ def draw_frequencies(histograms: Mapping[str, pd.DataFrame]) -> Figure:
 # %% ../../nbs/library/features/04_features_figures.ipynb #deb39e0f
 @styled
 def draw_steering(table: pd.DataFrame) -> Figure:
-    "Rows with `method`, `strength`, `success` (`low`, `high`), `loss` (`loss_low`, `loss_high`; nats), and `front` or `pareto`: whether nothing else wins as much for less. Strengths are written at ringed points, where there is room."
-    front = table["pareto" if "pareto" in table else "front"].astype(bool)
-    figure, (ax,) = panels(1, 4.8)
+    "Rows with `method`, `strength`, `success` (`low`, `high`), `later` (`later_low`, `later_high`; nats), and `front` or `pareto`: whether nothing else wins as much for less; with `loss` and `front_all` a second panel. Strengths are written at ringed points, where there is room."
+    costs = [("later", "pareto" if "pareto" in table else "front", "later tokens")] + [("loss", "front_all", "all tokens")] * ("front_all" in table)
+    figure, axes = panels(len(costs), 4.8)
+    for ax, (cost, front, title) in zip(axes, costs): _priced(ax, table, cost, table[front].astype(bool), title if len(costs) > 1 else "")
+    axes[0].set_ylabel("Other answer preferred (share)")
+    legend(figure, axes[0], 2)
+    return figure
+
+
+def _priced(ax, table: pd.DataFrame, cost: str, front: pd.Series, title: str) -> None:
+    "Success against one cost."
     levels(ax, 0, 1)
     for (method, rows), look in zip(table.groupby("method", sort=False), RUN_LOOKS):
         rows = rows.sort_values("strength")
-        error = [np.nan_to_num(np.stack([rows[of] - rows[low], rows[high] - rows[of]])).clip(0) for of, low, high in (("success", "low", "high"), ("loss", "loss_low", "loss_high"))]
-        ax.errorbar(rows.loss, rows.success, *error, color=look["color"], elinewidth=0.8, lw=0, alpha=0.5)
-        ax.plot(rows.loss, rows.success, **{**look, "ms": 5}, label=method)
-    ax.plot(table.loss[front], table.success[front], ls="", marker="o", ms=10, mfc="none", color=ACCENT, mew=1.5, label="on the front")
-    ax.set_xscale("symlog", linthresh=_straight(table.loss))
+        error = [np.nan_to_num(np.stack([rows[of] - rows[low], rows[high] - rows[of]])).clip(0) for of, low, high in (("success", "low", "high"), (cost, f"{cost}_low", f"{cost}_high"))]
+        ax.errorbar(rows[cost], rows.success, *error, color=look["color"], elinewidth=0.8, lw=0, alpha=0.5)
+        ax.plot(rows[cost], rows.success, **{**look, "ms": 5}, label=method)
+    ax.plot(table[cost][front], table.success[front], ls="", marker="o", ms=10, mfc="none", color=ACCENT, mew=1.5, label="on the front")
+    ax.set_xscale("symlog", linthresh=_straight(table[cost]) * (10 if cost == "later" else 1))  # some prices of later tokens are below zero: fewer ticks around it
     ax.xaxis.set_major_formatter(PLAIN)
-    ax.set(xlabel="Loss added to other text (nats)", ylabel="Other answer preferred (share)", ylim=(-0.05, 1.08))
-    legend(figure, ax, 2)
+    ax.set(xlabel="Loss added to other text (nats)", title=title, ylim=(-0.05, 1.08))
     ringed = table[front].reset_index(drop=True)
-    for note in name_points(ax, ringed.loss.tolist(), ringed.success.tolist(), {i: f"{s:g}" for i, s in enumerate(ringed.strength) if s}): note.set_bbox({"fc": "white", "ec": "none", "alpha": 0.75, "pad": 0.5})
-    return figure
+    for note in name_points(ax, ringed[cost].tolist(), ringed.success.tolist(), {i: f"{s:g}" for i, s in enumerate(ringed.strength) if s}): note.set_bbox({"fc": "white", "ec": "none", "alpha": 0.75, "pad": 0.5})
 
 
 def _straight(loss: pd.Series) -> float:
@@ -221,7 +227,7 @@ def _phases_text(table: pd.DataFrame) -> tuple[str, str]:
 def _steering_text(table: pd.DataFrame) -> tuple[str, str]:
     best = [f"{m}: {number(some.success.max())}" for m, some in table.groupby("method", sort=False)]
     n = f" (n = {_n(table, 'n')} pairs)" if "n" in table else ""
-    return (f"Steering from the prompt's answer to the other{n}, by method and strength: share of pairs where the other answer is preferred, against the loss that is added to other text. 0: never, 1: always. Ringed, with their strength: no method wins as much for less. Whiskers: 95% intervals (Wilson over pairs; bootstrap over blocks of text).",
+    return (f"Steering from the prompt's answer to the other{n}, by method and strength: share of pairs where the other answer is preferred, against the loss that is added to other text: at its later tokens, if one of them is steered likewise (left), and if all are (right). 0: never, 1: always. Ringed, with their strength: no method wins as much for less. Whiskers: 95% intervals (Wilson over pairs; bootstrap over blocks of text).",
             f"Lines of success against loss. Highest: {'; '.join(best)}.")
 
 

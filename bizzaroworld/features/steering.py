@@ -200,16 +200,25 @@ def steered_answers(model: Model, pairs: Iterable[PromptPair | TokenPair], place
 
 # %% ../../nbs/library/features/03_steering.ipynb #51aac26a
 def added_loss(model: Model, place: tuple[str, int], methods: Mapping[str, Steering], strengths: Sequence[float], text: Blocks, positions: int = 16, seed: int = 0) -> pd.DataFrame:
-    "A row for each method, strength and block of text: by how many nats the cross entropy rises at sampled positions of it."
+    """A row for each method, strength and block of text: by how many nats the cross entropy rises at sampled positions of it. `later`: one token is changed, a quarter
+    into the block, and the loss is read after it; `loss`: all tokens are changed."""
     _check(model, place)
-    def losses(change=None): return text_loss(model, text.ids, text.lead, change, positions, seed, at_once=len(text.ids)).mean(1).double()
+    at = (text.ids.shape[1] - text.lead) // 4
+    def losses(change=None, later=0): return text_loss(model, text.ids, text.lead, change, positions, seed, at_once=len(text.ids), later=later).mean(1).double()
+    def only(site, layer, function):
+        def at_one(act):
+            act[:, at:at + 1] = function(act[:, at:at + 1])
+            return act
+        return site, layer, at_one
     def change(way, strength):
         own = list(way.vectors.values()) if way.by_pair else [way.vectors]
         push = torch.stack([own[i % len(own)] for i in range(len(text.ids))])[:, None].to(model.device)  # each block another pair's
         return (*place, project_out(push, strength) if way.project else lambda act: act + (strength * push).to(act))
-    plain = losses()
-    return pd.DataFrame([{"method": name, "strength": s, "block": i, "loss": float(loss)} for name, s in product(methods, dict.fromkeys(map(float, strengths)))
-                         for i, loss in enumerate(losses(change(methods[name], s)) - plain if s else 0 * plain)])
+    plain, after, rows = losses(), losses(later=at + 1), []
+    for name, s in product(methods, dict.fromkeys(map(float, strengths))):
+        found = (losses(changed := change(methods[name], s)) - plain, losses(only(*changed), at + 1) - after) if s else (0 * plain, 0 * after)
+        rows += [{"method": name, "strength": s, "block": i, "loss": float(loss), "later": float(later)} for i, (loss, later) in enumerate(zip(*found))]
+    return pd.DataFrame(rows)
 
 # %% ../../nbs/library/features/03_steering.ipynb #efae6508
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
@@ -224,7 +233,7 @@ def require_ability(model: Model, pairs: Iterable[PromptPair | TokenPair], name:
 def steer(model: Model, pairs: Iterable[PromptPair | TokenPair], place: tuple[str, int], methods: Mapping[str, Steering], strengths: Sequence[float] = STRENGTHS, *, position: str | int = "final", text: Blocks | None = None,
           name: str = "the task", positions: int = 16, seed: int = 0) -> pd.DataFrame:
     """A row for each method and strength: `success` with `low` and `high` (the corrupted answer is preferred to the clean one while the clean prompt is read), `first` with `first_low` and `first_high` (it comes first of all), `n` pairs;
-    `loss` with `loss_low` and `loss_high` (nats that other text costs more), `blocks` of text.
+    what other text costs more, in nats: `later` with `later_low` and `later_high` (at later tokens, if one is steered), `loss` with `loss_low` and `loss_high` (if all tokens are); `blocks` of text.
 
     `pairs`: those to try, none of which the vectors were made of (`held_out`). `place`: site and layer. `position`: where in the prompt. `text`: else the package's texts, 16 blocks of 64 tokens. `positions`: of each block, where the loss is read.
     Raises `ValueError` where the model cannot do the task, nothing can be added at the place, or nothing is given to steer with."""
@@ -235,22 +244,22 @@ def steer(model: Model, pairs: Iterable[PromptPair | TokenPair], place: tuple[st
     require_ability(model, pairs, name)
     text = blocks(model, documents("texts"), 16 * 63, 64, seed=seed) if text is None else text
     answers, cost, rows = steered_answers(model, pairs, place, methods, strengths, position), added_loss(model, place, methods, strengths, text, positions, seed), []
-    losses = cost.groupby(["method", "strength"])["loss"]
+    losses = cost.groupby(["method", "strength"])
     for (method, strength), some in answers.groupby(["method", "strength"], sort=False):
-        won, first, loss = estimate_share(int((some["ld"] > 0).sum()), len(some)), estimate_share(int((some["rank"] == 0).sum()), len(some)), estimate(losses.get_group((method, strength)).to_numpy())
+        won, first, (loss, later) = estimate_share(int((some["ld"] > 0).sum()), len(some)), estimate_share(int((some["rank"] == 0).sum()), len(some)), [estimate(losses.get_group((method, strength))[c].to_numpy()) for c in ("loss", "later")]
         rows.append({"method": method, "strength": strength, "success": won.value, "low": won.low, "high": won.high, "first": first.value, "first_low": first.low, "first_high": first.high, "n": len(some),
-                     "loss": loss.value, "loss_low": loss.low, "loss_high": loss.high, "blocks": loss.n})
+                     "loss": loss.value, "loss_low": loss.low, "loss_high": loss.high, "later": later.value, "later_low": later.low, "later_high": later.high, "blocks": loss.n})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/library/features/03_steering.ipynb #ecb64436
-def pareto(table: pd.DataFrame, value: str = "success", cost: str = "loss") -> pd.DataFrame:
+def pareto(table: pd.DataFrame, value: str = "success", cost: str = "later") -> pd.DataFrame:
     "The table of `steer` with a column `front`: whether no row has at least as much of `value` for at most the `cost`, and more or less of one."
     v, c = (table[name].to_numpy(float) for name in (value, cost))
     better = (v[None] >= v[:, None]) & (c[None] <= c[:, None]) & ((v[None] > v[:, None]) | (c[None] < c[:, None]))
     return table.assign(front=~better.any(1))
 
 
-def at_cost(table: pd.DataFrame, nats: float, value: str = "success", cost: str = "loss") -> pd.DataFrame:
+def at_cost(table: pd.DataFrame, nats: float, value: str = "success", cost: str = "later") -> pd.DataFrame:
     "For each method its row with the most of `value` among those that cost at most `nats`; the cheaper one of equals. A method that has none is left out."
     some = table[table[cost] <= nats].sort_values([value, cost], ascending=[False, True], kind="stable").drop_duplicates("method")
     return some.sort_index().reset_index(drop=True)

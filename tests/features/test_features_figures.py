@@ -50,7 +50,7 @@ def steering(name="pareto"):
     for m in ("difference", "feature", "random"):
         for s in (4.0, 0.5, 2.0, 1.0, 0.0):
             w = rng.uniform(0.1, 0.9)
-            rows.append({"method": m, "strength": s, "success": w, "low": w - 0.1, "high": w + 0.1, "n": 30, "loss": 0.01 * s ** 2 * rng.uniform(1, 2) - 0.001, "loss_low": -0.01, "loss_high": 0.4})
+            rows.append({"method": m, "strength": s, "success": w, "low": w - 0.1, "high": w + 0.1, "n": 30, "later": 0.01 * s ** 2 * rng.uniform(1, 2) - 0.001, "later_low": -0.01, "later_high": 0.4})
     return pd.DataFrame(rows).assign(**{name: [i % 4 == 0 for i in range(len(rows))]})
 
 
@@ -131,10 +131,19 @@ def test_steering_is_drawn_from_weak_to_strong_with_its_front(column):
     drawn = lines(ax)
     for method, rows in table.groupby("method"):
         rows = rows.sort_values("strength")
-        assert drawn[method].get_xdata().tolist() == rows.loss.tolist() and drawn[method].get_ydata().tolist() == rows.success.tolist()
-    assert sorted(drawn["on the front"].get_xdata()) == sorted(table.loss[table[column]])
+        assert drawn[method].get_xdata().tolist() == rows.later.tolist() and drawn[method].get_ydata().tolist() == rows.success.tolist()
+    assert sorted(drawn["on the front"].get_xdata()) == sorted(table.later[table[column]])
     assert {t.get_text() for t in ax.texts} <= {f"{s:g}" for s in table.strength[table[column]] if s} and ax.texts
     assert not any("$" in t.get_text() for t in ax.get_xticklabels())
+
+
+def test_both_prices_of_steering_have_a_panel():
+    table = steering("front")
+    table = table.assign(loss=10 * table.later + 1, loss_low=0.0, loss_high=9.0, front_all=table.strength == 1)
+    left, right = draw_steering(table).axes
+    for ax, cost, front in ((left, "later", "front"), (right, "loss", "front_all")):
+        assert sorted(lines(ax)["on the front"].get_xdata()) == sorted(table[cost][table[front]])
+    assert (left.get_title(), right.get_title()) == ("later tokens", "all tokens")
 
 
 def test_a_toy_grid_has_its_numbers_in_their_fields():

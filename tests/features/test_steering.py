@@ -77,7 +77,7 @@ def test_strength_0_changes_nothing_at_all(model, split, text):
     at_0 = table[table.strength == 0]
     assert at_0.ld[at_0.method == "a"].tolist() == at_0.ld[at_0.method == "b"].tolist() == pytest.approx(plain, abs=1e-4)
     assert (table.ld[(table.strength == 1)].to_numpy() != at_0.ld.to_numpy()).all()
-    assert (added_loss(model, PLACE, {"a": push}, [0], text).loss == 0).all()
+    assert (added_loss(model, PLACE, {"a": push}, [0], text)[["loss", "later"]] == 0).all(axis=None)
     alone = steered_answers(model, tried, PLACE, {"a": Steering({tp.id: push.vectors for tp in tried}, True)}, [0])
     assert alone.ld.tolist() == pytest.approx(plain, abs=1e-4)
     small = steered_answers(model, tried, PLACE, {"a": push}, [0, 1e-12])  # through the engine, and still nothing
@@ -109,15 +109,21 @@ def test_a_steered_run_is_that_of_a_plain_hook_on_the_bare_model(model, bare, sp
             return out
         logits = by_hand(bare, [tp.clean_ids], 5, change)[0, -1]
         assert ld == pytest.approx(float(difference_of(logits, tp)), abs=1e-4) and rank == int((logits > logits[tp.corrupt_target_id]).sum())
-    costs = added_loss(model, PLACE, {"way": way}, [strength], text, positions=None).loss
-    for row, cost in zip((0, 1, 2, 3), costs):
+    found = added_loss(model, PLACE, {"way": way}, [strength], text, positions=None)
+    costs, at = found.loss, text.lead + (text.ids.shape[1] - text.lead) // 4
+    for row, cost, later in zip((0, 1, 2, 3), costs, found.later):
         v = list(vectors.values())[row % 3 if by_pair else 0]
         def change(out):
             out[:, text.lead:] = changed(out[:, text.lead:], v)
             return out
         def loss(change): return torch.nn.functional.cross_entropy(by_hand(bare, text.ids[row:row + 1].tolist(), 5, change)[0, text.lead:-1], text.ids[row, text.lead + 1:])
         assert cost == pytest.approx(float(loss(change) - loss(lambda out: out)), abs=1e-4)
-    assert costs.abs().max() > 1e-2
+        def change_one(out):
+            out[:, at] = changed(out[:, at], v)
+            return out
+        def after(change): return torch.nn.functional.cross_entropy(by_hand(bare, text.ids[row:row + 1].tolist(), 5, change)[0, at + 1:-1], text.ids[row, at + 2:])
+        assert later == pytest.approx(float(after(change_one) - after(lambda out: out)), abs=1e-4)
+    assert costs.abs().max() > 1e-2 and found.later.abs().max() > 1e-4
 
 
 def test_projecting_out_twice_is_once_and_leaves_nothing_along_it():
@@ -194,7 +200,7 @@ def test_places_where_nothing_can_be_added(model, split, place, says):
 
 
 def test_the_front_is_what_nothing_dominates():
-    table = pd.DataFrame({"method": list("aabbc"), "success": [0.0, 0.8, 0.8, 0.5, 0.9], "loss": [0.0, 1.0, 0.5, 0.6, 2.0]})
+    table = pd.DataFrame({"method": list("aabbc"), "success": [0.0, 0.8, 0.8, 0.5, 0.9], "later": [0.0, 1.0, 0.5, 0.6, 2.0]})
     assert pareto(table).front.tolist() == [True, False, True, False, True]
     assert pareto(pd.concat([table.iloc[2:3]] * 2)).front.tolist() == [True, True]  # equals do not dominate each other
     assert at_cost(table, 0.7)[["method", "success"]].values.tolist() == [["a", 0.0], ["b", 0.8]]
