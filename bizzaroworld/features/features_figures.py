@@ -173,7 +173,9 @@ def _priced(ax, table: pd.DataFrame, cost: str, front: pd.Series, title: str) ->
         ax.errorbar(rows[cost], rows.success, *error, color=look["color"], elinewidth=0.8, lw=0, alpha=0.5)
         ax.plot(rows[cost], rows.success, **{**look, "ms": 5}, label=method)
     ax.plot(table[cost][front], table.success[front], ls="", marker="o", ms=10, mfc="none", color=ACCENT, mew=1.5, label="on the front")
-    ax.set_xscale("symlog", linthresh=_straight(table[cost]) * (10 if cost == "later" else 1))  # some prices of later tokens are below zero: fewer ticks around it
+    ax.set_xscale("symlog", linthresh=_straight(table[cost]))
+    first, (low, high) = 10 ** np.ceil(np.log10(_straight(table[cost]) * (3 if cost == "later" else 1))), ax.get_xlim()
+    ax.set_xticks([v for v in (-first, 0, *first * 10.0 ** np.arange(6)) if low <= v <= high])
     ax.xaxis.set_major_formatter(PLAIN)
     ax.set(xlabel="Loss added to other text (nats)", title=title, ylim=(-0.05, 1.08))
     ringed = table[front].reset_index(drop=True)
