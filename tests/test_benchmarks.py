@@ -224,3 +224,13 @@ def test_the_readme_says_what_was_measured():
     said = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert (f"{task['interventions']} interventions, takes {task['seconds']['sweep']['median']:.1f} s on two CPU cores: {faster['batched_loop']} the loop") in said
     assert f"{faster['nnsight'].removesuffix(' than')} than nnsight" in said and f"{faster['transformer_lens']} TransformerLens's stock loop" in said
+
+
+@pytest.mark.slow
+def test_dictionaries_are_trained_and_scored_at_a_tiny_size(repo, tmp_path):
+    (tmp_path / "text.txt").write_text((repo / "README.md").read_text("utf-8"), "utf-8")
+    asked = ["--text", str(tmp_path), "--facts", "400", "--tokens", "4000", "--context", "32", "--held", "2", "--width", "64", "-k", "4", "--steps", "3", "--places", "resid_post:1,z:4", "--main", "resid_post:1", "--parts", "places,untrained", "--out", str(tmp_path / "out")]
+    subprocess.run([sys.executable, repo / "benchmarks" / "dictionaries.py", *asked], check=True, cwd=tmp_path)
+    rows = pd.read_csv(tmp_path / "out" / "places.csv")
+    assert rows[["site", "layer"]].values.tolist() == [["resid_post", 1], ["z", 4]] and (rows.l0 == 4).all() and rows.first_direction.between(0, 1).all()
+    assert (tmp_path / "out" / "saes-untrained" / "resid_post-1" / "cfg.json").exists()

@@ -226,7 +226,7 @@ def nats(model: Model, hidden: Float[Tensor, "token d_model"], targets: Int[Tens
 
 @torch.no_grad()
 def text_loss(model: Model, ids: Int[Tensor, "row pos"], lead: int, change: Change | Sequence[Change] | None = None, positions: int | None = 32, seed: int = 0, at_once: int = 8, later: int = 0) -> Float[Tensor, "row sample"]:
-    """The next token's cross entropy in nats at `sampled` positions of blocks, with `change` (one, or several that are made together) at every token after the first `lead`; on the processor.
+    """The next token's cross entropy in nats at `sampled` positions of blocks, with `change` (one, or several that are made together) at every token after the first `lead`; on the processor. `later`: read it after so many more tokens only.
 
     Raises `DictionaryError` for a site or layer that the model does not have, and for blocks with nothing to predict."""
     changes = () if change is None else (change,) if isinstance(change[0], str) else tuple(change)
