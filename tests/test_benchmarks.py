@@ -2,10 +2,12 @@
 import copy
 import json
 import re
+import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from tiny import BUILDERS, random_pair, tiny_model
