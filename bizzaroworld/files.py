@@ -35,12 +35,12 @@ def _beside(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}{secrets.randbelow(10 ** 6):06}.tmp")  # processes of two machines may have one number
     temporary.unlink(missing_ok=True)  # a link of that name would be written through
     try: yield temporary
-    except OSError as error:
-        error.filename, error.filename2 = str(path), None
-        raise
     except Exception as error:
-        if not _FULL.search(str(error)): raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        number = error.errno if isinstance(error, OSError) else None
+        if number is None and _FULL.search(str(error)): number = errno.ENOSPC
+        if number is not None: raise OSError(number, os.strerror(number), str(path)) from error
+        if isinstance(error, OSError): raise OSError(f"{path}: {error}") from error
+        raise
     finally: temporary.unlink(missing_ok=True)
 
 

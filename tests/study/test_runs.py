@@ -1,6 +1,7 @@
 """Run folders: nothing half-written, nothing mixed up, nothing done twice."""
 import csv
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -29,6 +30,19 @@ def test_a_failure_leaves_the_old_file_and_no_litter(tmp_path, before):
             raise KeyboardInterrupt
     assert (path.read_text() if path.exists() else None) == before
     assert [p.name for p in tmp_path.iterdir()] == (["file.txt"] if before else [])
+
+
+@pytest.mark.parametrize("error, said", [
+    (OSError(28, "No space left on device"), r"^\[Errno 28\] No space left on device: '{path}'$"),
+    (OSError(28, "No space left on device", ".out.json.1.tmp", None, "out.json"), r"^\[Errno 28\] No space left on device: '{path}'$"),
+    (RuntimeError("writer: No space left on device (os error 28)"), r"^\[Errno 28\] No space left on device: '{path}'$"),
+    (PermissionError(13, "Permission denied"), r"^\[Errno 13\] Permission denied: '{path}'$"),
+    (OSError("the stream is closed"), r"^{path}: the stream is closed$")])
+def test_an_error_names_the_file_that_was_to_be_and_says_what_it_said(tmp_path, error, said):
+    path = tmp_path / "out.json"
+    with pytest.raises(OSError, match=said.format(path=re.escape(str(path)))) as raised:
+        with replacing(path): raise error
+    assert raised.value.errno == getattr(error, "errno", 28) and isinstance(raised.value, PermissionError) == isinstance(error, PermissionError)
 
 
 def test_tables_survive_the_round_trip(tmp_path):
