@@ -119,7 +119,7 @@ def triage(model: ModelName = "bizzaro-nano", battery: BatteryFile = None,
         from bizzaroworld.model.load import load_model
         loaded = load_model(model, device=device, dtype=dtype, revision=revision)
         if chat: pairs, spares = in_chat(loaded, pairs), in_chat(loaded, spares)
-        result = run_triage(loaded, pairs, spares, bos=bos, multi_token=multi_token)
+        with progress("Triage") as advance: result = run_triage(loaded, pairs, spares, bos=bos, multi_token=multi_token, advance=advance)
         print_frame(result.table.head(top), ["rank", "total_swing", "ld_clean", "ld_corrupt", "pair_id"])
         typer.echo(f"{count_words(len(result.table), 'pair')} ranked, {len(result.excluded)} excluded. {result.line}")
         for line in notes_lines(result.table.warnings): typer.echo(line)

@@ -34,10 +34,10 @@ from .patch.telling import announced
 from .scale.folders import LEFT_OUT, held, is_done, note_left_out, pair_file
 from .scale.processes import source_of
 from .scale.ray import crew_of
-from .scale.units import Advance, Crew, Say, Share, end_of_share, read_pairs, sweep_missing
+from .scale.units import Advance, Crew, Say, Share, end_of_share, read_pairs, size_by, sweep_missing
 from .scale.workers import asked
-from .study.controls import CONTROLLED, CONTROLS, Control, controls_of, default_controls
-from .study.experiments import EXPERIMENTS, sweep_experiments
+from .study.controls import CONTROLLED, CONTROLS, Control, controls_of, default_controls, rows_of
+from .study.experiments import EXPERIMENTS, interventions_of, sweep_experiments
 from .study.foreseen import NOTHING, check_room, sweeps_of
 from .study.runs import Run, claim, open_run
 
@@ -83,15 +83,17 @@ def _controls(model: Model, token_pairs: Sequence[TokenPair], names: Sequence[st
     return [c for c in controls_of(token_pairs, [*CONTROLS, *names], direction, max_rows) if c.token_pairs and (c.name in names or whole(c))]
 
 
-def sweep_study(crew: Crew, result: Triage, controls: Sequence[Control], folder: Path, direction: str, max_rows: int,
+def sweep_study(model: Model, crew: Crew, result: Triage, controls: Sequence[Control], folder: Path, direction: str, max_rows: int,
                 progress: Advance | None = None, say: Say | None = None) -> dict[str, dict[str, str]]:
     "Sweep what is missing of experiments and controls; return which pairs could not be, in each part. Writes `effects.parquet` and `controls.parquet`."
     pairs, tables = result.golden("C"), []
-    failed = {"pairs": sweep_missing(pairs, folder, partial(sweep_experiments, direction=direction, max_rows=max_rows), crew, advance=progress, say=say)}
+    recipe, size = partial(sweep_experiments, direction=direction, max_rows=max_rows), size_by(model, len(interventions_of(model)))
+    failed = {"pairs": sweep_missing(pairs, folder, recipe, crew, size=size, advance=progress, say=say)}
     if not isinstance(crew, Share): write_table(folder / "effects.parquet", collect(folder, result))
     for control in controls:
         part, told = f"controls/{control.name}", progress and partial(noted, progress, f"control: {control.name}")
-        try: failed[part] = sweep_missing(control.token_pairs, folder, control.recipe, crew, part=part, advance=told, say=say)
+        size = size_by(model, rows_of(model, control.name))
+        try: failed[part] = sweep_missing(control.token_pairs, folder, control.recipe, crew, part=part, size=size, advance=told, say=say)
         except OSError: raise  # the disk is full, or gone: so it is for what follows
         except Exception as error:
             failed[part] = {tp.id: f"{type(error).__name__}: {error}"[:500] for tp in control.token_pairs}
@@ -150,11 +152,11 @@ def run_study(model: str | Model, *, battery: str | Path | None = None, out: str
     if chat: pairs, spares = in_chat(model, pairs), in_chat(model, spares)
     with held(folder, asked(workers).share), crew_of(workers, source, model, say) as crew:
         claim(folder, info)
-        result = triage(model, pairs, spares, **aligned)
+        result = triage(model, pairs, spares, advance=progress, **aligned)
         result.save(folder)
         possible = _controls(model, result.golden("C"), default_controls(model) if controls is None else controls, folder, direction, max_rows)
         if say and not isinstance(crew, Share): _announce(model, study_forecast(model, result, possible, folder, direction, max_rows), result, crew.n, say)
-        note_left_out(folder, sweep_study(crew, result, possible, folder, direction, max_rows, progress, say))
+        note_left_out(folder, sweep_study(model, crew, result, possible, folder, direction, max_rows, progress, say))
         run, n = open_run(folder), len(result.table)
         def told(stage, what):
             if progress: progress(n, n, f"{stage}: {what}")

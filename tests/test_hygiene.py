@@ -20,7 +20,7 @@ WINGS = {wing: rooms.split() for wing, rooms in {
     "tasks": "drafts recipes ioi greater_than docstring arithmetic choices recall registry ability",
     "patch": "interventions metrics noise passes engine means forecast telling sweep hops",
     "scale": "folders workers units processes ray slurm configs needs simulate",
-    "methods": "detections multiverse grid attention cross_model masks",
+    "methods": "donors detections multiverse grid attention cross_model masks",
     "circuits": "gradients attribution atp_star search_baselines paths interactions knockout edge_sets faithfulness search",
     "study": "runs experiments controls foreseen",
     "planted": "weights families variants truth scoreboard lookups",

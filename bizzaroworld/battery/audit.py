@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -17,7 +17,7 @@ from .pairs import PromptPair
 from .tokens import AlignmentError, TokenPair, align, get_tokenizer
 
 # %% auto #0
-__all__ = ['Entry', 'Audit', 'audit']
+__all__ = ['Advance', 'Entry', 'Audit', 'one_by_one', 'audit']
 
 # %% ../../nbs/library/battery/05_audit.ipynb #fb9d8818
 @dataclass(frozen=True)
@@ -116,14 +116,25 @@ def _named(given: Any) -> Mapping[str, Any]:
     return {PurePath(where).name or "tokenizer": given}
 
 
+Advance = Callable[[int, int, str], None]  # how many are done, of how many, and of what
+
+
+def one_by_one(things: Sequence[Any], advance: Advance | None, what: str) -> Iterator[Any]:
+    """The same things, and word of how many are done: some hundred times in all."""
+    for i, thing in enumerate(things):
+        if advance and not i % -(-len(things) // 100): advance(i, len(things), what)
+        yield thing
+
+
 def audit(tokenizers: Mapping[str, Any] | Any, pairs: Sequence[PromptPair], spares: Sequence[PromptPair] = (), *,
-          bos: bool | None = None, multi_token: bool = False, mend: bool = True) -> Audit:
+          bos: bool | None = None, multi_token: bool = False, mend: bool = True, advance: Advance | None = None) -> Audit:
     """Align a battery under one tokenizer or several and find a spare for each pair that is refused.
 
     Parameters
     ----------
     tokenizers : a fast tokenizer or a model that has one; or several, name to each.
     bos, multi_token, mend : as in `align`.
+    advance : is told how far it is.
 
     Raises
     ------
@@ -133,7 +144,7 @@ def audit(tokenizers: Mapping[str, Any] | Any, pairs: Sequence[PromptPair], spar
         raise ValueError(f"pairs and spares share ids ({', '.join(twice[:5])}); give each pair an id of its own")
     entries, spares_usable = {}, {}
     for name, tok in ((name, get_tokenizer(t)) for name, t in _named(tokenizers).items()):
-        own = [_try_align(tok, p, bos, multi_token, mend) for p in pairs]
+        own = [_try_align(tok, p, bos, multi_token, mend) for p in one_by_one(pairs, advance, "tokens")]
         extra = [s for s in (_try_align(tok, p, bos, multi_token, mend) for p in spares) if isinstance(s, TokenPair)]
         found = _substitutes([p for p, o in zip(pairs, own) if isinstance(o, AlignmentError)], extra)
         entries[name] = tuple(Entry(i, p, o, found.get(p.id)) if isinstance(o, AlignmentError) else Entry(i, p, None, o)

@@ -16,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .audit import Entry, audit
+from .audit import Advance, Entry, audit, one_by_one
 from .knowing import DEGREES, VERDICT_SWING, counts, known_words, pairs_that
 from .pairs import PromptPair
 from .tokens import TokenPair
@@ -77,14 +77,14 @@ def check_ids(model: Any, whose: str, ids: Iterable[int]) -> None:
                               "(load_model(model, tokenizer=...)); if tokens were added to that, hf_model.resize_token_embeddings(len(tokenizer)) makes room.")
 
 @torch.no_grad()
-def baselines(model: Any, token_pairs: Sequence[TokenPair], batch_size: int = 32) -> list[tuple[dict, dict]]:
+def baselines(model: Any, token_pairs: Sequence[TokenPair], batch_size: int = 32, advance: Advance | None = None) -> list[tuple[dict, dict]]:
     """The clean and the corrupted run of each pair, as `read_targets` describes them, in plain numbers; with `kind_rank`, among the `of_kind` answers of `kinds`, and
     `finite`: whether all logits are."""
     for tp in token_pairs: check_ids(model, tp.id, (*tp.clean_ids, *tp.corrupt_ids, tp.clean_target_id, tp.corrupt_target_id))
     kind = kinds(token_pairs)
     runs = [(tp, side) for tp in token_pairs for side in ("clean_ids", "corrupt_ids")]
     out: list[dict] = [{}] * len(runs)
-    for rows in batches_by_length([len(tp.clean_ids) for tp, _ in runs], batch_size):
+    for rows in one_by_one(list(batches_by_length([len(tp.clean_ids) for tp, _ in runs], batch_size)), advance, "triage"):
         ids = torch.tensor([getattr(*runs[i]) for i in rows], device=model.device)
         tps = [runs[i][0] for i in rows]
         targets = torch.tensor([(tp.clean_target_id, tp.corrupt_target_id) for tp in tps], device=model.device)
@@ -191,7 +191,7 @@ def _excluded(entries: Sequence[Entry], wrong: Mapping[str, str]) -> pd.DataFram
 
 # %% ../../nbs/library/battery/07_triage.ipynb #cd9d746f
 def triage(model: Any, pairs: Sequence[PromptPair], spares: Sequence[PromptPair] = (), batch_size: int = 32, *, bos: bool | None = None,
-           multi_token: bool = False, mend: bool = True) -> Triage:
+           multi_token: bool = False, mend: bool = True, advance: Advance | None = None) -> Triage:
     """Run both sides of every pair and rank the pairs by TotalSwing.
 
     Parameters
@@ -200,13 +200,14 @@ def triage(model: Any, pairs: Sequence[PromptPair], spares: Sequence[PromptPair]
     spares : take the places of pairs that the model's tokenizer cannot align.
     batch_size : how many prompts share a pass; it bounds the memory and changes results by no more than rounding.
     bos, multi_token, mend : as in `align`.
+    advance : is called with (how many are done, of how many, of what).
 
     Raises
     ------
     ValueError : no pair can be used, or one has a token that the model has no embedding for. A pair that is too long for the model or its memory, or on which its logits
         are not finite, is excluded.
     """
-    found = audit({"model": model}, pairs, spares, bos=bos, multi_token=multi_token, mend=mend)
+    found = audit({"model": model}, pairs, spares, bos=bos, multi_token=multi_token, mend=mend, advance=advance)
     excluded = found.dropped("model")
     entries = [e for e in found.entries["model"] if e.used is not None]
     if not entries:
@@ -214,7 +215,7 @@ def triage(model: Any, pairs: Sequence[PromptPair], spares: Sequence[PromptPair]
         raise TriageError(f"none of {len(pairs)} pairs can be used with this model's tokenizer{why}")
     long = {e.used.id: why for e in entries if (why := _too_long(model, len(e.used.clean_ids)))}
     short = [e for e in entries if e.used.id not in long]
-    runs = {e.used.id: r for e, r in zip(short, baselines(model, [e.used for e in short], batch_size))}
+    runs = {e.used.id: r for e, r in zip(short, baselines(model, [e.used for e in short], batch_size, advance))}
     wrong = long | {i: NOT_FINITE for i, r in runs.items() if not all(side["finite"] for side in r)}
     if len(wrong) == len(entries): raise TriageError(f"none of {len(pairs)} pairs can be used with this model; {entries[0].used.id}: {wrong[entries[0].used.id]}")
     excluded = pd.concat([excluded, _excluded(entries, wrong)], ignore_index=True) if wrong else excluded

@@ -21,14 +21,14 @@ from ..battery.tokens import TokenPair
 from .gradients import Graph, Key, Read, graph_batches, ids_of, keys_of, nodes_of, reader_of, recorded, run_graph
 from ..model.hooked import NEURONS, Model
 from ..patch.forecast import DIRECTIONS
-from ..patch.interventions import check_site, letter
+from ..patch.interventions import Intervention, check_site, grid, letter
 from ..patch.metrics import effect, recovery
 from ..patch.passes import as_token_pairs, check_pairs
 from ..patch.sweep import Sweep
 
 # %% auto #0
 __all__ = ['Attribution', 'Ends', 'ends_of', 'products', 'first_order', 'integrated', 'relevance', 'relevant', 'attributed',
-           'attribution', 'beside']
+           'attribution', 'each_token', 'beside']
 
 # %% ../../nbs/library/circuits/01_attribution.ipynb #96d4c1e1
 @dataclass(frozen=True, eq=False, repr=False)
@@ -201,6 +201,11 @@ def attribution(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPai
     return attributed(model, pairs, direction, metric, sites, max_pairs, method, known[method])
 
 # %% ../../nbs/library/circuits/01_attribution.ipynb #fc76ad11
+def each_token(model: Model, tp: TokenPair, sites: Iterable[str] | None = None) -> list[Intervention]:
+    "What an attribution estimates for a pair, to be swept: each node at each token, from the first on in which the prompts differ."
+    return grid(model, nodes_of(model, sites), range(min(tp.differing, default=0), len(tp.clean_ids)))
+
+
 def beside(exact: Sweep | pd.DataFrame, *estimated: Attribution) -> pd.DataFrame:
     """The table of a sweep with a column of effects for each attribution, named by its method.
 

@@ -22,7 +22,7 @@ from ..patch.hops import Node, Path, as_node, as_path, check_node, end_of, follo
 from ..patch.interventions import Edit, Intervention, check_site, positions_of
 from ..patch.metrics import check_metrics, effect
 from ..patch.passes import as_token_pairs
-from ..scale.units import Sweeper
+from ..scale.units import Sweeper, part_of
 from ..patch.sweep import sweep, tidy
 
 # %% auto #0
@@ -181,5 +181,5 @@ def path_effects(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPa
 
 # %% ../../nbs/library/circuits/04_paths.ipynb #a8c0de11
 def sweep_paths(model: Model, paths: Sequence, direction: str, **options) -> Sweeper:
-    "A recipe: these paths on every pair, with the options of `path_effects`."
-    return lambda pairs: path_effects(model, pairs, paths, direction, **options).to_frame()
+    "A recipe: these paths on every pair, with the options of `path_effects`. It can be cut."
+    return lambda unit: path_effects(model, unit, part_of(unit, paths), direction, **options).to_frame()

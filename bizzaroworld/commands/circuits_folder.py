@@ -30,7 +30,7 @@ from ..results.estimates import estimate_means
 from ..scale.folders import LEFT_OUT, held, is_done, note_left_out
 from ..scale.processes import source_of
 from ..scale.ray import crew_of
-from ..scale.units import Advance, Crew, Recipe, Say, Share, end_of_share, sweep_missing
+from ..scale.units import Advance, Crew, Recipe, Say, Share, end_of_share, size_by, sweep_missing
 from ..scale.workers import asked
 from ..study.runs import claim
 
@@ -75,19 +75,20 @@ class Opened:
     say: Say | None
     failed: dict[str, dict[str, str]] = field(default_factory=dict)
 
-    def sweep(self, part: str, recipe: Recipe, at_once: int = 1) -> None:
-        "Sweep what is missing of a part."
+    def sweep(self, part: str, recipe: Recipe, at_once: int = 1, asked: int | Callable[[TokenPair], int] | None = None) -> None:
+        "Sweep what is missing of a part. `asked`: how many things of each pair, of a recipe that can be cut."
+        size = None if asked is None else size_by(self.model, asked)
         told = self.advance and partial(noted, self.advance, "" if part == "pairs" else part.rpartition("/")[2])
-        with named(): self.failed[part] = sweep_missing(self.pairs, self.folder, recipe, self.crew, part=part, at_once=at_once, by_length=False, grows=True, advance=told, say=self.say)
+        with named(): self.failed[part] = sweep_missing(self.pairs, self.folder, recipe, self.crew, part=part, at_once=at_once, by_length=False, size=size, grows=True, advance=told, say=self.say)
 
     def table(self, part: str) -> pd.DataFrame:
         "The table of a part, of all pairs that could be swept. Raises `ShareDone` where this process sweeps only a share of them."
         end_of_share(self.crew)
         return collect(self.folder, self.triage, [tp.id for tp in self.pairs], part)
 
-    def swept(self, part: str, recipe: Recipe, at_once: int = 1) -> pd.DataFrame:
+    def swept(self, part: str, recipe: Recipe, at_once: int = 1, asked: int | None = None) -> pd.DataFrame:
         "Both."
-        self.sweep(part, recipe, at_once)
+        self.sweep(part, recipe, at_once, asked)
         return self.table(part)
 
     def has(self, part: str) -> bool:
@@ -123,7 +124,7 @@ def opened(command: str, model: str | Model, settings: dict, check: Callable[[Mo
     usual = {k: v for k, v in info["options"].items() if k not in ("experiments", "metrics")}
     info["options"] = json.loads(json.dumps({"command": command, **usual, "known": known, **settings}))
     if chat: pairs, spares = in_chat(model, pairs), in_chat(model, spares)
-    result = triage(model, pairs, spares, **aligned)
+    result = triage(model, pairs, spares, advance=progress, **aligned)
     there = result.golden("C", None if known == "all" else known)
     if not there: raise CircuitsError(f"{model.name}: of {len(result.table)} pairs none is {DEGREES[known]} on both prompts. Ask for all of them (--known all), or give another battery.")
     with named(): check(model, there[:n])

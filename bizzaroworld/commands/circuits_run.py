@@ -17,7 +17,7 @@ from scipy import stats
 
 from ..battery.tokens import TokenPair
 from ..circuits.atp_star import atp_star
-from ..circuits.attribution import Attribution, attribution
+from ..circuits.attribution import Attribution, attribution, each_token
 from ..circuits.faithfulness import ABLATIONS, EdgeCircuits, Measured, NodeCircuits, check_places, completeness, curve, draw_halves, minimality, name, nodes_at, worth
 from ..circuits.gradients import DIFFERENTIABLE, nodes_of
 from ..circuits.paths import edges, sweep_paths
@@ -28,10 +28,10 @@ from .circuits_folder import CircuitsError, Opened, chosen_line, file_lines, int
 from ..files import write_json, write_table
 from ..model.hooked import Model
 from ..patch.hops import Node, as_path
-from ..patch.interventions import Intervention, grid, positions_of
+from ..patch.interventions import Intervention, positions_of
 from ..patch.metrics import check_metrics
 from ..patch.sweep import sweep
-from ..scale.units import Sweeper, swept
+from ..scale.units import Sweeper, part_of, swept
 from ..results.estimates import estimate, estimate_share
 
 # %% auto #0
@@ -60,7 +60,7 @@ def run_paths(model: str | Model, *, paths: Sequence[str] = (), senders: Sequenc
         if norms not in ("exact", "frozen"): raise CircuitsError(f"Unknown norms {norms!r}: use exact or frozen.")
         for tp in pairs: _reach(tp, sender_at, receiver_at)
     with opened("paths", model, settings, check, **asked) as run:
-        table = run.swept("pairs", partial(sweep_paths, paths=wanted, direction=run.direction, metrics=metrics, sender_at=sender_at, receiver_at=receiver_at, norms=norms, max_rows=max_rows))
+        table = run.swept("pairs", partial(sweep_paths, paths=wanted, direction=run.direction, metrics=metrics, sender_at=sender_at, receiver_at=receiver_at, norms=norms, max_rows=max_rows), asked=len(wanted))
         write_table(run.folder / "paths.parquet", table)
         what = table[["path", "sender", "receiver", "hops"]].drop_duplicates()
         means = [what.merge(over_pairs(rows, "path"), on="path", how="right").assign(metric=metric) for metric, rows in table.groupby("metric", sort=False)]
@@ -126,7 +126,7 @@ def run_attribution(model: str | Model, *, methods: Sequence[str] = ("atp", "atp
     with opened("attribute", model, {"sites": None if sites is None else list(sites), "metric": metric}, check, **asked) as run:
         how, exact = {"direction": run.direction, "metric": metric, "sites": chosen}, exact or run.has("exact")
         for m in (methods := [m for m in METHODS if m in methods or run.has(f"estimates/{m}")]): run.sweep(f"estimates/{m}", partial(sweep_estimates, method=m, **how), 8)
-        if exact: run.sweep("exact", partial(sweep_nodes, max_rows=max_rows, **how))
+        if exact: run.sweep("exact", partial(sweep_nodes, max_rows=max_rows, **how), asked=lambda tp: len(each_token(run.model, tp, chosen)))
         parts = {part.rpartition("/")[2]: run.table(part) for part in [*(f"estimates/{m}" for m in methods), *["exact"] * exact]}
         table = parts[methods[0]][["category", "place", *NODE]]
         for method, part in parts.items(): table = table.merge(part[["pair_id", "intervention", "effect"]].rename(columns={"effect": method}), on=["pair_id", "intervention"], validate="1:1")
@@ -141,9 +141,9 @@ def sweep_estimates(model: Model, method: str, direction: str, metric: str, site
 
 
 def sweep_nodes(model: Model, direction: str, metric: str, sites: Sequence[str], max_rows: int) -> Sweeper:
-    "A recipe: the exact effects of the same nodes."
-    def one(tp): return sweep(model, tp, grid(model, sites, range(min(tp.differing, default=0), len(tp.clean_ids))), direction, metrics=[metric], max_rows=max_rows, progress=False)
-    return lambda pairs: with_places(pd.concat([one(tp).to_frame() for tp in pairs]), pairs)
+    "A recipe: the exact effects of the same nodes. It can be cut."
+    def one(tp, unit): return sweep(model, tp, part_of(unit, each_token(model, tp, sites)), direction, metrics=[metric], max_rows=max_rows, progress=False)
+    return lambda unit: with_places(pd.concat([one(tp, unit).to_frame() for tp in unit]), unit)
 
 # %% ../../nbs/library/commands/04_circuits_run.ipynb #0605ad0f
 def by_place(table: pd.DataFrame, methods: Sequence[str]) -> pd.DataFrame:
@@ -195,8 +195,8 @@ def parts_of(model: Model, of: str, at: Sequence[str | int]) -> list:
 def effects_of(run: Opened, parts: list, of: str, metric: str, max_rows: int) -> pd.DataFrame:
     "Exact effects of each part on each pair, those that are missing swept; `part` is its name."
     asked = dict(direction=run.direction, metrics=[metric], max_rows=max_rows)
-    if of == "edges": return run.swept("pairs", partial(sweep_paths, paths=parts, **asked)).assign(part=lambda t: t.path)
-    return run.swept("pairs", partial(swept, interventions=[Intervention(e) for e in parts], **asked), 8).assign(part=lambda t: t.intervention)
+    if of == "edges": return run.swept("pairs", partial(sweep_paths, paths=parts, **asked), asked=len(parts)).assign(part=lambda t: t.path)
+    return run.swept("pairs", partial(swept, interventions=[Intervention(e) for e in parts], **asked), 8, len(parts)).assign(part=lambda t: t.intervention)
 
 # %% ../../nbs/library/commands/04_circuits_run.ipynb #90542b55
 def run_circuit(model: str | Model, *, of: str = "nodes", at: Sequence[str | int] = ("all",), ablation: str = "noising", metric: str = "ld", threshold: float = 0.01, rounds: int = 1,

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from random import Random
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,6 +19,7 @@ import pandas as pd
 
 from ..battery.tokens import TokenPair
 from ..files import write_first, write_table
+from .donors import strangers, words_of
 from .multiverse import window_layers
 from ..model.hooked import Model
 from ..model.load import untrained
@@ -29,7 +30,7 @@ from ..patch.noise import Noise
 from ..patch.sweep import DIRECTIONS, Sweep, sweep
 from ..patch.telling import announced
 from ..scale.folders import is_done, note_left_out
-from ..scale.units import Advance, Alone, Crew, Recipe, Say, Share, Sweeper, end_of_share, read_pairs, sweep_missing
+from ..scale.units import Advance, Alone, Crew, Recipe, Say, Share, Size, Sweeper, end_of_share, part_of, read_pairs, size_by, sweep_missing
 from ..tasks.recipes import Task
 
 # %% auto #0
@@ -117,10 +118,9 @@ def parts_of(corruptions: Sequence[str] = CORRUPTIONS, directions: Sequence[str]
 
 def unrelated(pairs: Sequence[TokenPair], seed: int = 0) -> dict[str, TokenPair]:
     "For the id of each pair another one of as many tokens, with no answer or entity in common; none for some."
-    def words(tp): return {tp.pair.clean_target, tp.pair.corrupt_target, tp.pair.clean_entity, tp.pair.corrupt_entity}
-    def fits(a, b): return len(a.clean_ids) == len(b.clean_ids) and not words(a) & words(b)
-    others = {tp.id: [o for o in pairs if fits(tp, o)] for tp in pairs}
-    return {i: Random(f"unrelated {seed} {i}").choice(some) for i, some in others.items() if some}
+    of_length = defaultdict(list)
+    for tp in pairs: of_length[len(tp.clean_ids)].append(tp)
+    return {i: donor for some in of_length.values() for i, donor in strangers(some, words_of, seed).items()}
 
 # %% ../../nbs/library/methods/06_grid.ipynb #6a1d0a14
 PAIRS_OF_A_WORDING = 5
@@ -162,13 +162,14 @@ def _twin(model: Model) -> Model:
 
 def sweep_part(model: Model, task: Task, part: Part, *, metrics: Sequence[str], widths: Sequence[int | float] = WIDTHS,
                noise: Noise | None = None, donors: dict[str, TokenPair] | None = None, max_rows: int = 8192) -> Sweeper:
-    "A recipe of `scale.units`: one part of a grid; see `run_grid`."
+    "A recipe of `scale.units`: one part of a grid; see `run_grid`. It can be cut."
     if part.control == "untrained": model = _twin(model)
     places, worded = places_in(model, task, part, widths), wordings(task)
-    def run(pairs):
-        done = sweep(model, pairs, [p.intervention for p in places], part.direction, metrics=metrics, max_rows=max_rows, progress=False,
-                     noise=noise if part.corruption == "GN" else None, donors=[donors[tp.id] for tp in pairs] if part.control == "unrelated" else None)
-        return _table(done, worded, places, task.name, part)
+    def run(unit):
+        some = part_of(unit, places)
+        done = sweep(model, unit, [p.intervention for p in some], part.direction, metrics=metrics, max_rows=max_rows, progress=False,
+                     noise=noise if part.corruption == "GN" else None, donors=[donors[tp.id] for tp in unit] if part.control == "unrelated" else None)
+        return _table(done, worded, some, task.name, part)
     return run
 
 # %% ../../nbs/library/methods/06_grid.ipynb #6a1d0a17
@@ -231,6 +232,10 @@ class Work:
         return partial(sweep_part, task=self.task, part=part, metrics=(*self.settings.metrics, *of_mean), widths=self.settings.widths,
                        noise=self.noise, donors=self.donors, max_rows=self.max_rows)
 
+    def size(self, part: Part) -> Size:
+        draws = self.settings.draws if part.corruption == "GN" else 1
+        return size_by(self.model, len(places_in(self.model, self.task, part, self.settings.widths)), draws)
+
     def forecast(self, part: Part, pairs: Sequence[TokenPair]) -> Forecast:
         return forecast(self.model, pairs, [p.intervention for p in places_in(self.model, self.task, part, self.settings.widths)], part.direction, max_rows=self.max_rows,
                         noise=self.noise if part.corruption == "GN" else None, donors=[self.donors[tp.id] for tp in pairs] if part.control == "unrelated" else None)
@@ -264,7 +269,7 @@ def run_grid(model: Model, task: Task, folder: str | Path, settings: Settings = 
     for part in work.parts:
         pairs, told = work.pairs(part), progress and (lambda n, _, __: progress(done + n, total, str(part)))
         if not pairs: continue
-        failed[str(part)] = sweep_missing(pairs, folder, work.recipe(part), crew, part=work.place(part), at_once=settings.group, by_length=False, advance=told, say=say)
+        failed[str(part)] = sweep_missing(pairs, folder, work.recipe(part), crew, part=work.place(part), at_once=settings.group, by_length=False, size=work.size(part), advance=told, say=say)
         done += len(pairs)
     end_of_share(crew)
     note_left_out(folder, failed)

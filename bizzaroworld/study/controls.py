@@ -6,59 +6,45 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import pandas as pd
 
 from ..battery.tokens import TokenPair
+from ..methods.donors import strangers, words_of
 from ..model.hooked import Model
 from ..model.load import untrained
-from ..patch.interventions import grid
+from ..patch.interventions import Intervention, grid
 from ..patch.sweep import sweep
-from ..scale.units import Recipe, Sweeper
+from ..scale.units import Recipe, Sweeper, Unit, part_of
 from .experiments import EXPERIMENTS, interventions_of, label
 
 # %% auto #0
 __all__ = ['CONTROLLED', 'CONTROLS', 'TWIN', 'unrelated_donors', 'sweep_unrelated', 'shuffled_positions', 'sweep_shuffled',
-           'sweep_untrained', 'default_controls', 'Control', 'controls_of']
+           'sweep_untrained', 'rows_of', 'default_controls', 'Control', 'controls_of']
 
 # %% ../../nbs/library/study/02_controls.ipynb #3433dd08
 CONTROLLED = {"unrelated": ("1", "2A", "2B", "3", "4F"), "shuffled": ("1", "3"), "untrained": ("1", "3")}  # experiments
 CONTROLS = tuple(CONTROLLED)
 
 # %% ../../nbs/library/study/02_controls.ipynb #5a5c8a39
-def _kin(tp: TokenPair) -> set[tuple]:
+def _kin(tp: TokenPair) -> set:
     "What makes a pair related to another that has one of it: its category, entities and answers."
-    pair = tp.pair
-    return {("category", pair.category), *((word,) for word in (pair.clean_target, pair.corrupt_target, pair.clean_entity, pair.corrupt_entity))}
-
-
-def _missing(taken: np.ndarray, k: int) -> int:
-    "The `k`-th number (0 is the first) that is not among those that are taken, which are sorted and without repeats."
-    return k + int(np.searchsorted(taken - np.arange(len(taken)), k, side="right"))
+    return {("category", tp.pair.category), *words_of(tp)}
 
 
 def unrelated_donors(token_pairs: Sequence[TokenPair], seed: int = 0) -> dict[str, TokenPair]:
     """For the id of each pair a pair of another category, without a word in common; a pair that is related to all others has none."""
-    candidates, where, donors = sorted(token_pairs, key=lambda tp: tp.id), defaultdict(list), {}
-    for i, tp in enumerate(candidates):
-        for key in _kin(tp): where[key].append(i)
-    places = {key: np.array(found) for key, found in where.items()}
-    for tp in token_pairs:
-        related = np.unique(np.concatenate([places[key] for key in _kin(tp)]))
-        if (left := len(candidates) - len(related)) > 0: donors[tp.id] = candidates[_missing(related, random.Random(f"unrelated {seed} {tp.id}").choice(range(left)))]
-    return donors
+    return strangers(sorted(token_pairs, key=lambda tp: tp.id), _kin, seed)
 
 # %% ../../nbs/library/study/02_controls.ipynb #a7695908
 def sweep_unrelated(model: Model, donors: dict[str, TokenPair], direction: str, max_rows: int) -> Sweeper:
     "The controlled experiments, each pair with its donor in `donors`."
     interventions = interventions_of(model, CONTROLLED["unrelated"])
-    def run(token_pairs):
-        result = sweep(model, token_pairs, interventions, direction, donors=[donors[tp.id] for tp in token_pairs],
+    def run(unit):
+        result = sweep(model, unit, part_of(unit, interventions), direction, donors=[donors[tp.id] for tp in unit],
                        max_rows=max_rows, progress=False)
         return label(result.to_frame(), CONTROLLED["unrelated"])
     return run
@@ -70,20 +56,23 @@ def shuffled_positions(token_pairs: Sequence[TokenPair], seed: int = 0) -> dict[
     return {i: random.Random(f"shuffled {seed} {i}").choice(some) for i, some in between.items() if some}
 
 # %% ../../nbs/library/study/02_controls.ipynb #5bf106e7
-def _at(model: Model, token_pairs: Sequence[TokenPair], position: int, direction: str, max_rows: int) -> pd.DataFrame:
-    "The sites of the controlled experiments at one position, as rows of those at entity and final token."
-    names = CONTROLLED["shuffled"]
-    sites = dict.fromkeys(s for e in names for s in EXPERIMENTS[e].sites if s in model.sites)
-    frame = sweep(model, token_pairs, grid(model, sites, position), direction, max_rows=max_rows, progress=False).to_frame()
-    both = pd.concat([label(frame.assign(position=named), names) for named in ("entity", "final")], ignore_index=True)
+def _elsewhere(model: Model, position: int) -> list[Intervention]:
+    "The sites of the controlled experiments, at one position."
+    return grid(model, dict.fromkeys(s for e in CONTROLLED["shuffled"] for s in EXPERIMENTS[e].sites if s in model.sites), position)
+
+
+def _at(model: Model, token_pairs: Sequence[TokenPair], position: int, unit: Unit, direction: str, max_rows: int) -> pd.DataFrame:
+    "What a unit asks of those of its pairs that are patched at this position, as rows of the experiments at entity and final token."
+    frame = sweep(model, token_pairs, part_of(unit, _elsewhere(model, position)), direction, max_rows=max_rows, progress=False).to_frame()
+    both = pd.concat([label(frame.assign(position=named), CONTROLLED["shuffled"]) for named in ("entity", "final")], ignore_index=True)
     return both.assign(position=str(position))
 
 
 def sweep_shuffled(model: Model, positions: dict[str, int], direction: str, max_rows: int) -> Sweeper:
     "The controlled experiments, each pair at its position in `positions`."
-    def run(token_pairs):
-        groups = {p: [tp for tp in token_pairs if positions[tp.id] == p] for p in sorted({positions[tp.id] for tp in token_pairs})}
-        return pd.concat([_at(model, group, p, direction, max_rows) for p, group in groups.items()], ignore_index=True)
+    def run(unit):
+        groups = {p: [tp for tp in unit if positions[tp.id] == p] for p in sorted({positions[tp.id] for tp in unit})}
+        return pd.concat([_at(model, group, p, unit, direction, max_rows) for p, group in groups.items()], ignore_index=True)
     return run
 
 # %% ../../nbs/library/study/02_controls.ipynb #673fb3ad
@@ -91,9 +80,14 @@ def sweep_untrained(model: Model, direction: str, max_rows: int) -> Sweeper:
     "The controlled experiments on an untrained twin of the model."
     twin, names = untrained(model), CONTROLLED["untrained"]
     interventions = interventions_of(twin, names)
-    return lambda token_pairs: label(sweep(twin, token_pairs, interventions, direction, max_rows=max_rows, progress=False).to_frame(), names)
+    return lambda unit: label(sweep(twin, unit, part_of(unit, interventions), direction, max_rows=max_rows, progress=False).to_frame(), names)
 
 # %% ../../nbs/library/study/02_controls.ipynb #ad699be8
+def rows_of(model: Model, name: str) -> int:
+    "How many interventions a control makes on each pair."
+    return len(_elsewhere(model, -1) if name == "shuffled" else interventions_of(model, CONTROLLED[name]))
+
+
 TWIN = 1e9  # parameters
 
 

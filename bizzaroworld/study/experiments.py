@@ -14,7 +14,7 @@ from ..battery.tokens import TokenPair
 from ..model.hooked import Model
 from ..patch.interventions import Intervention, grid
 from ..patch.sweep import sweep
-from ..scale.units import Sweeper
+from ..scale.units import Sweeper, part_of
 
 # %% auto #0
 __all__ = ['SUBLAYERS', 'EXPERIMENTS', 'Experiment', 'interventions_of', 'label', 'run_experiments', 'sweep_experiments']
@@ -66,11 +66,11 @@ def label(frame: pd.DataFrame, names: Sequence[str] = tuple(EXPERIMENTS)) -> pd.
 
 def run_experiments(model: Model, token_pairs: Sequence[TokenPair], names: Sequence[str] = tuple(EXPERIMENTS), *,
                     direction: str = "noising", max_rows: int = 8192, progress: bool = True) -> pd.DataFrame:
-    "Run experiments on pairs: the table of `Sweep.to_frame`, with a column `experiment`."
-    result = sweep(model, token_pairs, interventions_of(model, names), direction, max_rows=max_rows, progress=progress)
+    "Run experiments on pairs, or their part on a slice: the table of `Sweep.to_frame`, with a column `experiment`."
+    result = sweep(model, token_pairs, part_of(token_pairs, interventions_of(model, names)), direction, max_rows=max_rows, progress=progress)
     return label(result.to_frame(), names)
 
 
 def sweep_experiments(model: Model, direction: str, max_rows: int) -> Sweeper:
-    "All experiments, as a recipe of `scale.units`."
-    return lambda token_pairs: run_experiments(model, token_pairs, direction=direction, max_rows=max_rows, progress=False)
+    "All experiments, as a recipe of `scale.units`. It can be cut."
+    return lambda unit: run_experiments(model, unit, direction=direction, max_rows=max_rows, progress=False)

@@ -148,16 +148,16 @@ def test_quotes_are_those_of_python_where_they_are_short():
 
 @pytest.mark.parametrize("field", [*FIELDS, "entity_token", "unknown"])
 def test_fifty_megabytes_in_a_field_are_a_message_of_a_few_lines(field):
-    start = time.perf_counter()
+    start = time.process_time()
     assert tried(pairs_from_rows, [GOOD | {field: "x y " * 12_500_000}]) is None
     assert tried(pairs_from_rows, [GOOD | {"x" * 50_000_000: "x"}]) is None
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_a_row_with_a_hundred_thousand_unknown_fields():
-    start = time.perf_counter()
+    start = time.process_time()
     assert tried(pairs_from_rows, [GOOD | {f"clean_{i}": "x" for i in range(100_000)}] * 3) is None
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_many_kinds_of_problem_are_counted():
@@ -189,9 +189,9 @@ def test_deep_json_is_refused_in_words(tmp_path):
 # --- as quick as the size of the file
 
 def seconds(make, *args) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     make(*args)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 @pytest.mark.parametrize("given", [(), ("clean_entity", "corrupt_entity", "id"), ("entity_token",)])

@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GemmaConfig, GemmaForCausalLM, PreTrainedTokenizerFast
 
+from bizzaroworld.battery.audit import one_by_one
 from bizzaroworld.battery.pairs import PromptPair
 from bizzaroworld.battery.tokens import TokenPair
 from bizzaroworld.battery.triage import STUDY_COLUMNS, TriageError, baselines, kind_ranks, kinds, read_targets, triage
@@ -301,6 +302,14 @@ def test_results_do_not_depend_on_the_batch():
     fewer = triage(model, pairs[::2]).table.set_index("pair_id")
     whole = alone.table.set_index("pair_id").loc[fewer.index]
     assert fewer.total_swing.tolist() == pytest.approx(whole.total_swing.tolist(), abs=1e-5)
+
+
+def test_it_tells_how_far_it_is_and_that_changes_nothing():
+    model, pairs, told = Real(), many(6), []
+    pd.testing.assert_frame_equal(triage(model, pairs, advance=lambda *how: told.append(how)).table, triage(model, pairs).table)
+    assert told[:6] == [(i, 6, "tokens") for i in range(6)] and told[6:] and [done for done, *_ in told[6:]] == list(range(told[6][1])) and {what for *_, what in told[6:]} == {"triage"}
+    told.clear()
+    assert list(one_by_one(range(1234), lambda *how: told.append(how), "x")) == list(range(1234)) and 90 < len(told) < 110
 
 
 def test_against_one_run_at_a_time():

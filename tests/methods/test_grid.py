@@ -1,11 +1,14 @@
 """The grid of methods: what it patches, that it is what single sweeps give, and that it can be stopped."""
 import json
 import pickle
+import random
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+from tiny import random_pair
 from typer.testing import CliRunner
 
 from bizzaroworld.cli import app
@@ -115,6 +118,20 @@ def test_a_folder_holds_one_grid(model, task, made):
     folder, _ = made
     with pytest.raises(GridError, match="another settings"): run_grid(model, task, folder, Settings(metrics=("ld",), widths=(1, 3), draws=2, group=2))
     with pytest.raises(GridError, match="another pairs"): run_grid(model, make_task("facts", model, n=4, seed=1), folder, SMALL)
+
+
+@pytest.mark.parametrize("n, words", [(1, 1), (40, 30), (60, 500), (50, 4)])
+def test_unrelated_donors_are_those_of_the_definition(n, words):
+    """Every pair against every other, of as many tokens, as it was first written: grids that are there keep their donors."""
+    drawn = random.Random(n)
+    fields = ("clean_target", "corrupt_target", "clean_entity", "corrupt_entity")
+    def made(i):
+        tp = random_pair(i % 50, 9 + i % 3)
+        return replace(tp, pair=replace(tp.pair, id=f"p{i}", **{f: f"w{drawn.randrange(words)}" for f in fields}))
+    some = [made(i) for i in range(n)]
+    def named(tp): return {getattr(tp.pair, f) for f in fields}
+    others = {tp.id: [o for o in some if len(o.clean_ids) == len(tp.clean_ids) and not named(tp) & named(o)] for tp in some}
+    assert unrelated(some, 3) == {i: random.Random(f"unrelated 3 {i}").choice(those) for i, those in others.items() if those}
 
 
 def test_unrelated_donors_share_nothing(model):
