@@ -15,7 +15,7 @@ NNSIGHT := .venv-nnsight
 export TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help study test test-browser quick notebooks bench docs clean
+.PHONY: help study test test-browser quick weekly notebooks bench docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,10 @@ test: $(VENV)/.installed-dev  ## install with the development requirements, then
 
 quick: $(VENV)/.installed-dev  ## the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow and not browser"
+
+weekly: $(VENV)/.installed-dev  ## what CI runs once a week only: more combinations, long measurements made anew, the slow cells of the notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m weekly
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --flags slow --n_workers 2
 
 test-browser: $(VENV)/.installed-browser  ## the pages and widgets in a real Chromium and JupyterLab (installs Chromium where it is missing)
 	PATH="$(abspath $(BIN)):$$PATH" .ci/chromium

@@ -13,7 +13,7 @@ settings.load_profile("repeatable")
 
 
 # The files that take longest. Side by side with others they come first: one that begins last keeps everybody waiting.
-LONG = ("test_wheel.py", "paper/test_report.py", "test_study.py", "test_docs.py", "zoo/test_micro.py", "zoo/test_changed.py", "zoo/test_embedded.py",
+LONG = ("test_wheel.py", "scale/test_shares.py", "scale/test_faults.py", "planted/test_planted_scoreboard.py", "patch/test_families.py", "paper/test_report.py", "test_study.py", "test_docs.py", "zoo/test_micro.py", "zoo/test_changed.py", "zoo/test_embedded.py",
         "lookup/test_hypotheses.py", "planted/test_lookups.py", "commands/test_lookup_run.py", "commands/test_features_run.py", "zoo/test_people_model.py", "tasks/test_ability.py", "battery/test_chat.py", "model/test_gemma.py", "replication/test_claims.py")
 
 

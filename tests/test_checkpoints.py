@@ -11,6 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import (AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM,
                           PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
 from typer.testing import CliRunner
+from weekly import mostly
 
 from bizzaroworld.battery.formats import load_battery
 from bizzaroworld.cli import app
@@ -73,7 +74,7 @@ KINDS = {
     "gpt2": Kind(lambda: byte_level(False, False), lambda n: GPT2LMHeadModel(GPT2Config(vocab_size=n, n_embd=32, n_layer=LAYERS, n_head=4, n_positions=64)), "<|endoftext|>", False, "transformer.h", "attn.c_proj")}
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=mostly(KINDS, ["llama", "pythia", "gpt2"]))
 def checkpoint(request, tmp_path_factory):
     """A folder as `save_pretrained` leaves it, and what kind it is."""
     kind, folder = KINDS[request.param], tmp_path_factory.mktemp("checkpoint") / f"some-{request.param}"

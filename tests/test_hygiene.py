@@ -1,5 +1,6 @@
 """The rules of the house that a machine can see. Every check is also shown a sample that breaks its rule."""
 import ast
+import functools
 import json
 import re
 import sys
@@ -214,12 +215,14 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+owners = functools.cache(packages_distributions)
+
+
 def undeclared(name: str, text: str) -> list[str]:
     """Imports of packages that are there by luck only: nothing in settings.ini requires them."""
     tops = {m.partition(".")[0] for m in imported(ast.parse(text), name) if m not in FLOW} - set(sys.stdlib_module_names)
-    owners = packages_distributions()
     return [top for top in sorted(tops - {"bizzaroworld", "__version__"})
-            if not declared() & {canonical(d) for d in owners.get(top, [top])}]
+            if not declared() & {canonical(d) for d in owners().get(top, [top])}]
 
 
 BAD_MODULES = [

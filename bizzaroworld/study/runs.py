@@ -127,10 +127,15 @@ def filled(effects: pd.DataFrame) -> pd.DataFrame:
 # %% ../../nbs/library/study/03_runs.ipynb #dbb650a5
 @dataclass(frozen=True)
 class Tables:
-    "The tables of a run folder, for all pairs or those in `only`. Damaged ones raise `DamagedError`."
+    "The tables of a run folder, for all pairs or those in `only`. Damaged ones raise `DamagedError`. `read`: the whole tables that were read; runs made from this one share them."
     folder: Path
     info: dict
     only: frozenset[str] | None = field(default=None, kw_only=True)
+    read: dict[str, pd.DataFrame] = field(default_factory=dict, kw_only=True, repr=False, compare=False)
+
+    def _table(self, name: str) -> pd.DataFrame:
+        if name not in self.read: self.read[name] = filled(_table(self.folder, name))
+        return _kept(self.read[name], self.only)
 
     @property
     def model_name(self) -> str: return self.info["model"]["name"]
@@ -138,30 +143,30 @@ class Tables:
     def n_layers(self) -> int: return self.info["model"]["n_layers"]
 
     @cached_property
-    def triage(self) -> pd.DataFrame: return _kept(_table(self.folder, "triage.csv"), self.only)
+    def triage(self) -> pd.DataFrame: return self._table("triage.csv")
     @cached_property
     def excluded(self) -> pd.DataFrame: return _table(self.folder, "excluded.csv")
     @cached_property
     def left_out(self) -> pd.DataFrame:
         "The pairs that could not be swept: `pair_id`, `part` (`pairs` or a control's), `reason`. They are in the triage, and in no mode."
         there = (self.folder / LEFT_OUT).is_file()
-        return _kept(_table(self.folder, LEFT_OUT), self.only) if there else pd.DataFrame(columns=["pair_id", "part", "reason"])
+        return self._table(LEFT_OUT) if there else pd.DataFrame(columns=["pair_id", "part", "reason"])
     @cached_property
-    def effects(self) -> pd.DataFrame: return _kept(filled(_table(self.folder, "effects.parquet")), self.only)
+    def effects(self) -> pd.DataFrame: return self._table("effects.parquet")
 
     @cached_property
     def controls(self) -> pd.DataFrame:
         "The effects of the controls, as `effects`, with a column `control`. Raises `RunError` for a run without them."
         path = self.folder / "controls.parquet"
         if not path.is_file(): raise RunError(f"{self.folder} holds no controls. Run the same study again: it adds what is missing.")
-        return _kept(_table(self.folder, path.name), self.only)
+        return self._table(path.name)
 
 # %% ../../nbs/library/study/03_runs.ipynb #dbb650a8
 @dataclass(frozen=True)
 class Run(Tables):
     "A finished run, read from its folder, or those of its pairs that are in `only`. Damaged tables raise `DamagedError`."
     @cached_property
-    def _golden(self) -> dict[str, list[str]]: return {mode: _kept(_table(self.folder, f"golden_{mode}.csv"), self.only).pair_id.tolist() for mode in "ABC"}
+    def _golden(self) -> dict[str, list[str]]: return {mode: self._table(f"golden_{mode}.csv").pair_id.tolist() for mode in "ABC"}
 
     def pairs(self, mode: str = "C") -> list[str]:
         "Ids of the golden pairs of a mode: A (top 15 by TotalSwing), B (best per category), C (all), best first."
@@ -214,7 +219,7 @@ def control_run(run: Run, control: str) -> ControlRun:
     """A control of a run (`unrelated`, `shuffled`, `untrained`), to be analyzed like the run itself.
 
     Raises `RunError` if the run does not hold it."""
-    out = ControlRun(run.folder, run.info, control, only=run.only)
+    out = ControlRun(run.folder, run.info, control, only=run.only, read=run.read)
     out.effects
     return out
 

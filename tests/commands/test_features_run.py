@@ -47,6 +47,7 @@ def test_a_run_leaves_every_table_the_page_and_the_figures(nano, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_a_run_that_was_stopped_makes_only_what_is_missing(nano, folder):
     before = {path: path.read_bytes() for path in folder.glob("*.csv")}
     for name in ("flips_final", "frontier"): (folder / f"{name}.csv").unlink()
@@ -98,6 +99,8 @@ def test_facts_are_those_that_the_model_knows(nano):
     assert swings == sorted(swings, reverse=True) and [tp.id for tp in known_facts(nano, pairs[:12], 5)] == [tp.id for tp in facts[:5]]
 
 
+@pytest.mark.slow
+@pytest.mark.weekly
 def test_where_too_few_facts_share_answers_vectors_are_made_of_other_wordings(nano, monkeypatch):
     facts = known_facts(nano, load_battery(), 20)
     run = Features(nano, None, shipped("bizzaro-nano", "resid_post", 4), [], None, None, facts)

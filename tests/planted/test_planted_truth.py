@@ -86,7 +86,7 @@ def test_the_edges_are_those_of_brute_force(name):
         assert max(map(abs, edge_effects(p, masked, replace(tp, clean_ids=tp.corrupt_ids, corrupt_ids=tp.clean_ids)))) < 1e-3
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if any(isinstance(x, Edge) for x in truth_of(VARIANTS[name]).masked) else pytest.mark.slow) for name in NAMES])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if any(isinstance(x, Edge) for x in truth_of(VARIANTS[name]).masked) else (pytest.mark.slow, pytest.mark.weekly)) for name in NAMES])
 def test_beside_the_right_node_every_edge_is_seen_and_no_other(name):
     """Brute force in the runs in which one node of the circuit is patched already: path effects are the same numbers, and the edges that do something in one of them are the circuit's."""
     p, truth, found = planted(name), truth_of(VARIANTS[name]), set()

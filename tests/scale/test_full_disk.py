@@ -125,6 +125,7 @@ def test_the_disk_may_be_full_at_every_kind_of_file(nano, few, undisturbed, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_a_study_on_a_small_disk_stops_and_goes_on_when_there_is_room(nano, few, undisturbed, small):
     disk, sized = small
     said = []

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from recipes import failing, lengths
 from typer.testing import CliRunner
+from weekly import mostly
 
 from bizzaroworld.battery.builder import build_battery, questions_of
 from bizzaroworld.battery.facts import load_facts
@@ -155,7 +156,7 @@ RESULTS = {"study": ["effects.parquet", "controls.parquet", "summary.json"], "me
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", mostly(COMMANDS, ["attribute", "paths", "circuit"]))
 def test_every_command_can_be_shared_and_comes_to_the_same(name, few, tmp_path, monkeypatch):
     command, whole, shared = COMMANDS[name], tmp_path / "whole", tmp_path / "shared"
     command(battery=few, out=whole)
@@ -174,7 +175,7 @@ def test_every_command_can_be_shared_and_comes_to_the_same(name, few, tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", mostly(COMMANDS, ["attribute"]))
 def test_every_command_has_workers_and_comes_to_the_same(name, few, tmp_path, monkeypatch):
     """The processes do all of it: this one sweeps nothing."""
     more = {"each": True} if name == "circuit" else {}
@@ -341,6 +342,7 @@ def test_a_battery_is_not_made_in_shares(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_a_battery_is_the_same_whoever_asks(model, tmp_path):
     every = questions_of(load_facts())
     some = sorted({q.relation for q in every})[:6]

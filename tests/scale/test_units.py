@@ -131,6 +131,7 @@ def test_what_a_worker_cannot_read_is_told_and_the_worker_stays(pairs, two, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_a_script_without_a_guard_is_told_what_it_lacks(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("from bizzaroworld.pipeline import run_study\nrun_study('bizzaro-nano', out='run', workers=2)\n")
@@ -165,6 +166,8 @@ def test_an_error_that_cannot_travel_says_the_same(pairs, two, tmp_path):
     with pytest.raises(RuntimeError, match="Unpicklable: this and that"): sweep_missing(pairs[:1], tmp_path, strange, two)
 
 
+@pytest.mark.slow
+@pytest.mark.weekly
 def test_workers_end_with_the_crew(model, pairs, tmp_path):
     with crew_of(2, SOURCE, model) as crew:
         sweep_missing(pairs, tmp_path, lengths, crew, at_once=2)

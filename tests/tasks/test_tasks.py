@@ -87,6 +87,7 @@ def test_sixty_pairs(tok, name, choice):
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_it_is_the_same_in_another_process():
     """Nothing hangs on the order of a set."""
     code = ("from bizzaroworld.model.load import load_tokenizer\nfrom bizzaroworld.tasks.registry import TASKS, make_task\nimport hashlib\n"

@@ -140,6 +140,7 @@ def test_rows_of_a_trained_model_are_alike_where_nothing_was_read(nano):
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_a_row_is_alike_exactly_if_its_token_was_never_or_hardly_read(nano):
     """The whole corpus: of the others only what is not text was never read, of the group nothing ten times."""
     pairs = load_battery() + load_spares()

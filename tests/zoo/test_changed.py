@@ -61,6 +61,7 @@ def aligned(tokenizer, relation, n):
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_a_tuned_model_says_the_changed_facts_and_cross_patching_finds_the_way_they_take():
     relation = "country_capital"
     hf, tokenizer, losses = tune("bizzaro-nano", relation, options=replace(TUNING, tokens=600))  # a third of what is read is enough for this relation

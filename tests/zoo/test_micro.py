@@ -76,6 +76,7 @@ def test_the_engine_measures_where_the_fact_leaves_as_the_record_does(shipped):
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_the_record_agrees_with_a_new_measurement(parts, monkeypatch):
     """Questions of one length after another, and the effects by the engine: the same numbers in half the time."""
     monkeypatch.setattr(nano, "entity_effects", engine_effects)

@@ -100,6 +100,7 @@ def test_it_always_names_a_sport(parts, shipped):
 
 
 @pytest.mark.slow
+@pytest.mark.weekly
 def test_record_agrees_with_a_new_measurement(record, shipped, parts):
     kept, new = record["accuracy"], measure(*shipped, parts)
     assert kept.keys() == new.keys()
