@@ -50,15 +50,23 @@ def measured(shipped, parts): return {name: measure(*shipped[name], parts) for n
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_bar(name, shipped, measured):
+def test_the_bar(name, shipped):
     table = evaluate_pairs(*shipped[name], load_battery())
     assert len(table) == 60
     assert ((table.ld_clean > 0) & (table.ld_corrupt < 0)).sum() >= 58
     assert ((table.rank_clean == 1) & (table.rank_corrupt == 1)).sum() >= 56
-    held = measured[name]["held_out"]
+
+
+@pytest.mark.slow
+@pytest.mark.weekly
+@pytest.mark.parametrize("name", NAMES)
+def test_the_bar_of_what_was_never_read(name, measured):
+    held = measured[name]["held_out"]  # the other numbers are held against the record, below
     assert held["n"] > 500 and held["right"] / held["n"] >= 0.97
 
 
+@pytest.mark.slow
+@pytest.mark.weekly
 @pytest.mark.parametrize("name", NAMES)
 def test_record_agrees_with_a_new_measurement(name, measured):
     kept, new = record(name)["accuracy"], measured[name]
@@ -86,11 +94,11 @@ def test_record_and_sheet_belong_together(name):
     assert data_path("models", name, "README.md").read_text(encoding="utf-8") == model_card(kept)
 
 
-def test_the_two_models_read_the_same_and_route_in_different_layers(measured):
+def test_the_two_models_read_the_same_and_route_in_different_layers():
     tokenizers = [data_path("models", name, "tokenizer.json").read_bytes() for name in NAMES]
     assert tokenizers[0] == tokenizers[1]
     assert record(NAMES[0])["corpus"] == record(NAMES[1])["corpus"]
-    plain, local = (measured[name]["entity_effect_by_layer"] for name in ("bizzaro-nano", "bizzaro-nano-local"))
+    plain, local = (record(name)["accuracy"]["entity_effect_by_layer"] for name in ("bizzaro-nano", "bizzaro-nano-local"))
     assert plain[0] == local[0] == 1  # the whole entity is exchanged
     assert plain[3] > 0.8 and plain[4] < 0.2  # the fact leaves in layer 3
     assert local[4] > 0.8 and local[6] < 0.2  # the fact leaves in layers 4 and 5
