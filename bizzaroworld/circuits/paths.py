@@ -26,8 +26,8 @@ from ..scale.units import Sweeper, part_of
 from ..patch.sweep import sweep, tidy
 
 # %% auto #0
-__all__ = ['CHANGED', 'senders_of', 'receivers_of', 'edges', 'edit_of', 'name_of', 'as_paths', 'PathEffects', 'path_effects',
-           'sweep_paths']
+__all__ = ['CHANGED', 'senders_of', 'receivers_of', 'edges', 'edit_of', 'name_of', 'as_paths', 'reached', 'written_by',
+           'PathEffects', 'path_effects', 'sweep_paths']
 
 # %% ../../nbs/library/circuits/04_paths.ipynb #751d26d0
 def senders_of(model: Model) -> list[Node]:
@@ -78,16 +78,21 @@ def _chunks(paths: Sequence[Path], most: int) -> Iterator[list[Path]]:
     for i in range(0, len(chunks), most): yield [path for chunk in chunks[i:i + most] for path in chunk]
 
 # %% ../../nbs/library/circuits/04_paths.ipynb #e1430000
+def reached(tp: TokenPair, first: int, sender_at: str | int, receiver_at: str | int) -> tuple[list[int], tuple[int, ...]]:
+    "Where senders change, of prompts that part at token `first`, and where the last receivers can read that. Raises `ValueError` where there is no such place."
+    at = [p for p in positions_of(sender_at, tp) if p >= first]
+    changed = tuple(p for p in positions_of(receiver_at, tp) if at and p >= min(at))
+    if not changed: raise ValueError(f"{tp.id}: nothing changes from senders at {sender_at!r} to receivers at {receiver_at!r}; the prompts part at token {first}.")
+    return at, changed
+
+
 def _values(model, tp, donor, side, paths, sender_at, receiver_at, frozen, beside=(), at_once=2048) -> tuple[TokenPair, dict[Edit, torch.Tensor]]:
     "A pair with the place where its receivers change, and what goes there for each path. `at_once`: tokens of a block."
     base, other = (tp.clean_ids, donor.corrupt_ids) if side == "clean" else (tp.corrupt_ids, donor.clean_ids)
     if len(base) != len(other): raise ValueError(f"{tp.id} has {len(base)} tokens and its donor {donor.id} has {len(other)}. Paths need as many in both.")
     first = next((i for i, (a, b) in enumerate(zip(base, other)) if a != b), len(base))
-    at = [p for p in positions_of(sender_at, tp) if p >= first]
-    start = min(at, default=len(base))
-    changed = tuple(p for p in positions_of(receiver_at, tp) if p >= start)
-    if not changed: raise ValueError(f"{tp.id}: nothing changes from senders at {sender_at!r} to receivers at {receiver_at!r}; the prompts part at token {first}.")
-    already = defaultdict(list)
+    at, changed = reached(tp, first, sender_at, receiver_at)
+    start, already = min(at), defaultdict(list)
     for e in beside: already[e.site, e.layer].append((e.position, e.head))
     runs, where = two_runs(model, base, other, at, already), [p - start for p in changed]
     values = {path: value if path[-1].kind == "logits" else value[where] for some in _chunks(paths, max(1, at_once // (len(base) - start)))
@@ -95,6 +100,15 @@ def _values(model, tp, donor, side, paths, sender_at, receiver_at, frozen, besid
     return replace(tp, places=(*tp.places, (CHANGED, changed))), {edit_of(model, path): value for path, value in values.items()}
 
 # %% ../../nbs/library/circuits/04_paths.ipynb #e1430002
+def written_by(model: Model, names: str | Node | Iterable[str | Node], at: str | int = "all") -> tuple[Edit, ...]:
+    """What heads (`L3H2`) and MLPs (`L3.mlp`), by name, write in the other run at a place: edits that paths can be asked `beside`. Raises `ValueError` for another component, or one that the model does not have."""
+    nodes = [as_node(name) for name in ([names] if isinstance(names, (str, Node)) else names)]
+    for node in nodes:
+        if node.kind not in ("head", "mlp"): raise ValueError(f"{node}: paths can be asked beside heads (L3H2) and MLPs (L3.mlp).")
+        check_node(model, node, False)
+    return tuple(Edit("z" if node.kind == "head" else "mlp_out", node.layer, at, node.head) for node in nodes)
+
+
 def _already(model: Model, beside: Edit | Intervention | Iterable[Edit]) -> tuple[Edit, ...]:
     "Edits that are made in the base run already. Raises `ValueError` for what is not what a head or an MLP writes in the other run."
     edits = (beside,) if isinstance(beside, Edit) else beside.edits if isinstance(beside, Intervention) else tuple(beside)
@@ -157,7 +171,7 @@ def path_effects(model: Model, pairs: PromptPair | TokenPair | Iterable[PromptPa
 
     `paths`: `edges(model)`, or paths by name (`L3.mlp -> L11H3.v -> logits`). `direction`: `noising` (the sender writes what it writes in the corrupted run) or
     `denoising`. `donors`: pairs whose runs senders take it from instead (a control), of as many tokens. `sender_at`, `receiver_at`: the positions of the first sender and of the
-    last receiver (named, or an index). `beside`: heads (`z`) and MLPs (`mlp_out`) that are patched already, in a run from which effects are then counted: what a path does once
+    last receiver (named, or an index). `beside`: heads (`z`) and MLPs (`mlp_out`) that are patched already (`written_by` makes such edits of names), in a run from which effects are then counted: what a path does once
     they no longer make up for it. `norms`: `exact` runs a norm after attention anew; `frozen` scales what a head writes, `(z' - z) W_O`, as the norm scaled the base run
     (an approximation). `max_rows` and `memory` as in `sweep`.
 

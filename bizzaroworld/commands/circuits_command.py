@@ -39,6 +39,8 @@ def paths(model: ModelName = "bizzaro-nano", battery: BatteryFile = None, out: A
           receivers: Annotated[str, typer.Option(metavar="LIST", help="Only edges to these: L5H2.q, L5KV0.k (shared by heads), L3.mlp, logits.")] = "",
           sender_at: Annotated[str, typer.Option(metavar="PLACE", help="Where senders change: all, entity, entity_span, final, or an index.")] = "all",
           receiver_at: Annotated[str, typer.Option(metavar="PLACE", help="Where the last receiver reads the change.")] = "all",
+          beside: Annotated[list[str] | None, typer.Option("--beside", metavar="NAME", help="A head or MLP (L3H2, L3.mlp) that writes what it writes in the other run already: effects count from there. May be given again.")] = None,
+          beside_at: Annotated[str, typer.Option(metavar="PLACE", help="Where those of --beside do.")] = "all",
           norms: Annotated[Literal["exact", "frozen"], typer.Option(metavar="NAME", help="Norms after attention: run anew, or held (an approximation).")] = "exact",
           metrics: Annotated[str, typer.Option(metavar="LIST", help="ld, logprob, prob, prob_diff, kl, rank.")] = "ld",
           direction: Direction = "noising", rows: Rows = 8192, workers: Workers = None, device: Device = None, dtype: Dtype = "float32", revision: Revision = None, chat: Chat = False, bos: Bos = None,
@@ -46,19 +48,21 @@ def paths(model: ModelName = "bizzaro-nano", battery: BatteryFile = None, out: A
     """Which component talks to which? Exact path patching of every edge, with intervals over pairs.
 
     The sender writes what it writes in the other run, for one receiver's queries, keys, values or MLP, and for nobody else. Every
-    pair has its own file; started again on the same folder, it does only what is missing.
+    pair has its own file; started again on the same folder, it does only what is missing. An edge may do nothing alone because
+    another component makes up for it: --beside asks for it where that one is patched already.
 
     Examples:
 
         bizzaroworld paths
         bizzaroworld paths --model gemma-3-270m --receivers logits --pairs 30
         bizzaroworld paths --path "L0.mlp -> L3H1.v -> logits" --sender-at entity --out circuits/one-path
+        bizzaroworld paths --receivers logits --beside L4.mlp --out circuits/beside
     """
     with reported(debug):
         from bizzaroworld.commands.circuits_run import paths_lines, run_paths
         with progress(f"{Path(model).name} paths") as advance:
             folder = run_paths(model, paths=path or (), senders=listed(senders) or None, receivers=listed(receivers) or None, sender_at=place(sender_at), receiver_at=place(receiver_at),
-                               norms=norms, metrics=listed(metrics), max_rows=rows, battery=battery, out=out, n=n, known=known, direction=direction, device=device, dtype=dtype,
+                               beside=beside or (), beside_at=place(beside_at), norms=norms, metrics=listed(metrics), max_rows=rows, battery=battery, out=out, n=n, known=known, direction=direction, device=device, dtype=dtype,
                                revision=revision, chat=chat, bos=bos, multi_token=multi_token, workers=workers, progress=advance, say=advance.say)
         for line in paths_lines(folder): typer.echo(line)
 

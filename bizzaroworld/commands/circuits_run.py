@@ -20,7 +20,7 @@ from ..circuits.atp_star import atp_star
 from ..circuits.attribution import Attribution, attribution, each_token
 from ..circuits.faithfulness import ABLATIONS, EdgeCircuits, Measured, NodeCircuits, check_places, completeness, curve, draw_halves, minimality, name, nodes_at, worth
 from ..circuits.gradients import DIFFERENTIABLE, nodes_of
-from ..circuits.paths import edges, sweep_paths
+from ..circuits.paths import edges, reached, sweep_paths, written_by
 from ..circuits.search import Pruned, by_category, clusters, membership, prune, ranked, scores_of
 from ..circuits.search_baselines import overlooked
 from ..console import count_words
@@ -28,7 +28,7 @@ from .circuits_folder import CircuitsError, Opened, chosen_line, file_lines, int
 from ..files import write_json, write_table
 from ..model.hooked import Model
 from ..patch.hops import Node, as_path
-from ..patch.interventions import Intervention, positions_of
+from ..patch.interventions import Edit, Intervention, positions_of
 from ..patch.metrics import check_metrics
 from ..patch.sweep import sweep
 from ..scale.units import Sweeper, part_of, swept
@@ -41,15 +41,16 @@ __all__ = ['METHODS', 'SIZES', 'SITES', 'NODE', 'run_paths', 'paths_lines', 'att
 
 # %% ../../nbs/library/commands/04_circuits_run.ipynb #78ed9015
 def run_paths(model: str | Model, *, paths: Sequence[str] = (), senders: Sequence[str] | None = None, receivers: Sequence[str] | None = None, sender_at: str | int = "all",
-              receiver_at: str | int = "all", norms: str = "exact", metrics: Sequence[str] = ("ld",), max_rows: int = 8192, **asked) -> Path:
+              receiver_at: str | int = "all", beside: Sequence[str] = (), beside_at: str | int = "all", norms: str = "exact", metrics: Sequence[str] = ("ld",), max_rows: int = 8192, **asked) -> Path:
     """The exact effect of every edge, or of those named, on each pair; returns the folder.
 
-    `paths`: paths by name; else all edges between `senders` and `receivers` (all, unless given). Positions, `norms`, `metrics` and `max_rows` as in `path_effects`; other arguments
+    `paths`: paths by name; else all edges between `senders` and `receivers` (all, unless given). `beside`: heads and MLPs by name that write what they write in the other run already, at `beside_at`: effects count from there. Positions, `norms`, `metrics` and `max_rows` as in `path_effects`; other arguments
     and errors as in `opened`. The folder gets `paths.parquet` (each path of each pair) and `paths.csv` (means over pairs with intervals, the largest first)."""
     metrics, wanted = tuple(dict.fromkeys([metrics] if isinstance(metrics, str) else metrics)), []
-    paths, senders, receivers = ([one] if isinstance(one, (str, Node)) else one for one in (paths, senders, receivers))
+    paths, senders, receivers, beside = ([one] if isinstance(one, (str, Node)) else one for one in (paths, senders, receivers, beside))
     settings = {"paths": list(map(str, paths)), "senders": senders and list(map(str, senders)), "receivers": receivers and list(map(str, receivers)),
-                "sender_at": sender_at, "receiver_at": receiver_at, "norms": norms, "metrics": metrics}
+                "sender_at": sender_at, "receiver_at": receiver_at, "norms": norms, "metrics": metrics} | ({"beside": sorted({*map(str, beside)}), "beside_at": beside_at} if beside else {})
+    there: list[Edit] = []
 
     def check(model, pairs):
         if paths and (senders or receivers): raise CircuitsError("Give paths, or senders and receivers, but not both.")
@@ -58,29 +59,25 @@ def run_paths(model: str | Model, *, paths: Sequence[str] = (), senders: Sequenc
         if not metrics: raise CircuitsError("Give one metric or more.")
         check_metrics(metrics)
         if norms not in ("exact", "frozen"): raise CircuitsError(f"Unknown norms {norms!r}: use exact or frozen.")
-        for tp in pairs: _reach(tp, sender_at, receiver_at)
+        there.extend(written_by(model, settings.get("beside", []), beside_at))
+        for tp in pairs:
+            reached(tp, min(tp.differing, default=len(tp.clean_ids)), sender_at, receiver_at)
+            for e in there: positions_of(e.position, tp)
     with opened("paths", model, settings, check, **asked) as run:
-        table = run.swept("pairs", partial(sweep_paths, paths=wanted, direction=run.direction, metrics=metrics, sender_at=sender_at, receiver_at=receiver_at, norms=norms, max_rows=max_rows), asked=len(wanted))
+        table = run.swept("pairs", partial(sweep_paths, paths=wanted, direction=run.direction, metrics=metrics, sender_at=sender_at, receiver_at=receiver_at, beside=tuple(there), norms=norms, max_rows=max_rows), asked=len(wanted))
         write_table(run.folder / "paths.parquet", table)
         what = table[["path", "sender", "receiver", "hops"]].drop_duplicates()
         means = [what.merge(over_pairs(rows, "path"), on="path", how="right").assign(metric=metric) for metric, rows in table.groupby("metric", sort=False)]
         write_table(run.folder / "paths.csv", pd.concat(means, ignore_index=True))
     return run.folder
 
-# %% ../../nbs/library/commands/04_circuits_run.ipynb #a1707860
-def _reach(tp: TokenPair, sender_at: str | int, receiver_at: str | int) -> None:
-    "Raises `CircuitsError` where nothing that a sender changes comes to a receiver of this pair."
-    first = min(tp.differing, default=len(tp.clean_ids))
-    start = min((p for p in positions_of(sender_at, tp) if p >= first), default=len(tp.clean_ids))
-    if not any(p >= start for p in positions_of(receiver_at, tp)):
-        raise CircuitsError(f"{tp.id}: nothing changes from senders at {sender_at!r} to receivers at {receiver_at!r}; the prompts part at token {first}.")
-
 # %% ../../nbs/library/commands/04_circuits_run.ipynb #cf032083
 def paths_lines(folder: str | Path, top: int = 10) -> list[str]:
     "What a run of paths found, in a few lines."
     folder, table = Path(folder), pd.read_csv(Path(folder) / "paths.csv")
-    rows = table[table.metric == table.metric.iloc[0]]
-    return [chosen_line(folder), f"The largest of {count_words(len(rows), 'path')} ({rows.metric.iloc[0]}):", *(f"{row.path}: {mean_words(row)}" for row in rows.head(top).itertuples()),
+    rows, asked = table[table.metric == table.metric.iloc[0]], json.loads((folder / "run.json").read_text("utf-8"))["options"]
+    beside = [f"Patched already: {', '.join(asked['beside'])} (at {asked['beside_at']}). Effects count from the run with {'these' if len(asked['beside']) > 1 else 'it'}."] if asked.get("beside") else []
+    return [chosen_line(folder), *beside, f"The largest of {count_words(len(rows), 'path')} ({rows.metric.iloc[0]}):", *(f"{row.path}: {mean_words(row)}" for row in rows.head(top).itertuples()),
             *file_lines(folder, {"paths.csv": "each path: its mean effect over pairs, with an interval", "paths.parquet": "each path of each pair", "triage.csv": "every pair, ranked by TotalSwing"})]
 
 # %% ../../nbs/library/commands/04_circuits_run.ipynb #20a51039

@@ -20,7 +20,7 @@ __all__ = ['features']
 def features(model: ModelName = "bizzaro-nano",
              sae: Annotated[Path | None, typer.Option("--sae", metavar="PATH", help="A dictionary to use: SAELens' folder, Gemma Scope's params.npz or params.safetensors. Default: one is trained (the shipped one, for an embedded model).")] = None,
              site: Annotated[str | None, typer.Option(metavar="SITE", help="Where it reads, if it is trained, or where its file does not say: resid_post, mlp_out, attn_out, z. Default: resid_post.")] = None,
-             layer: Annotated[int | None, typer.Option(metavar="N", min=0, help="The layer. Default: the middle one.")] = None,
+             layer: Annotated[int | None, typer.Option(metavar="N", min=0, help="The layer. Default: the middle one of those with a dictionary that comes with the package, else of all.")] = None,
              train: Annotated[bool, typer.Option("--train", help="Train one even where one comes with the package.")] = False,
              kind: Annotated[str, typer.Option(metavar="KIND", help="Kind to train: topk, batchtopk, relu, jumprelu, gated.")] = "topk",
              width: Annotated[int, typer.Option(metavar="N", min=2, help="Features to train.")] = 1024,

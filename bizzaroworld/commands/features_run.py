@@ -25,21 +25,20 @@ from ..dictionaries.pursuit import frontier, reconstructions
 from ..dictionaries.recipes import Recipe
 from ..dictionaries.sae_files import load_sae, save_sae
 from ..dictionaries.saes import SAE, DictionaryError
-from ..dictionaries.scores import frequencies, frequency_histogram, frontier_with_loss, neuron_basis, one_direction, score
-from ..dictionaries.shipped import shipped, shipped_for, text_of
+from ..dictionaries.scores import frequencies, frequency_histogram, frontier_with_loss, neuron_basis, one_direction, score, score_beside
+from ..dictionaries.shipped import layer_for, shipped, shipped_control, shipped_for, text_of
 from ..dictionaries.splicing import check_fit, read_for
 
 # %% auto #0
 __all__ = ['HELD', 'POSITIONS', 'FEWEST', 'RARE', 'STRENGTHS', 'FILES', 'Features', 'dictionary_for', 'trained', 'untrained_for',
-           'known_facts', 'measure', 'attention', 'ask_facts', 'follow', 'to_steer', 'where_to_steer', 'steering',
-           'chosen_features', 'write_page', 'plates_of', 'run_features', 'place_of', 'given_dictionary', 'about',
-           'features_lines']
+           'known_facts', 'measure', 'ask_facts', 'follow', 'to_steer', 'where_to_steer', 'steering', 'chosen_features',
+           'write_page', 'plates_of', 'run_features', 'place_of', 'given_dictionary', 'about', 'features_lines']
 
 # %% ../../nbs/library/commands/09_features_run.ipynb #a77e0003
 from ..features.effects import agreement, by_feature, carried, controls_of, feature_effects, flips, in_place_of, joint
 from ..features.feature_page import feature_records, neuronpedia, write_feature_page
 from ..features.features_figures import feature_plates
-from ..features.phases import attention_features, enough_table, phase_table, phases
+from ..features.phases import attention_table, enough_table, phase_table, phases
 from ..features.steering import Steering, answer_differences, as_long_as, each, feature_direction, held_out, nearest_feature, other_wordings, pareto, random_like, steer
 from ..figures.run_figures import Plate, write_plates
 from ..files import write_json, write_table
@@ -69,7 +68,7 @@ class Features(Tables):
     unseen: bool = False
     seed: int = 0
     advance: Advance | None = None
-    steps: int = 20
+    steps: int = 21
     done: int = 0
 
     @cached_property
@@ -102,7 +101,7 @@ def untrained_for(model: Model, folder: Path, text: Blocks, sae: SAE, recipe: Re
     "The control of a run: a dictionary of an untrained model. It is given, trained here if that is asked for, or comes with the package; else there is none."
     if isinstance(asked, SAE): return asked
     if asked: return trained(untrained(model), folder, text, sae.writes, recipe, "-untrained", advance)[0]
-    return shipped("untrained", *sae.writes) if comes_along and model.name == "bizzaro-nano" and sae.writes in shipped_for("untrained") else None
+    return shipped_control(model.name, sae.writes) if comes_along else None
 
 # %% ../../nbs/library/commands/09_features_run.ipynb #db6cd5a0
 def known_facts(model: Model, pairs: Sequence[PromptPair], most: int) -> list[TokenPair]:
@@ -111,15 +110,15 @@ def known_facts(model: Model, pairs: Sequence[PromptPair], most: int) -> list[To
 
 # %% ../../nbs/library/commands/09_features_run.ipynb #a1036736
 def measure(run: Features) -> None:
-    "How good the dictionary is on text that it was not trained on: scores, frequencies, directions, and the frontier of features for each token against what is lost."
+    "How good the dictionary is on text that it was not trained on, and what its controls explain there: scores, frequencies, directions, and the frontier of features for each token against what is lost."
     model, sae, held = run.model, run.sae, run.text.held[:HELD]
     run.table("scores", lambda: score(model, sae, held, run.text.lead, seed=run.seed))
+    run.table("controls", lambda: score_beside(model, controls_of(sae, run.seed, run.untrained), held, run.text.lead, seed=run.seed))
     often = frequencies(sae, run.read)
     run.table("frequency", lambda: frequency_histogram(often))
     if min((often < RARE).sum(), (often >= RARE).sum()) >= 2: run.table("one_direction", lambda: one_direction(sae, often, RARE, seed=run.seed))
     run.table("axes", lambda: neuron_basis(sae, run.seed))
     if not sae.is_transcoder: run.table("frontier", lambda: _frontier(run))
-
 
 def _frontier(run: Features) -> pd.DataFrame:
     "The frontier, with what each reconstruction costs in the next token's loss (`loss_change` in nats, with its interval over blocks)."
@@ -130,12 +129,6 @@ def _frontier(run: Features) -> pd.DataFrame:
     return found.assign(reconstruction=found.method + " " + found.k.astype(str)).merge(cost, on="reconstruction", validate="1:1").drop(columns="reconstruction")
 
 # %% ../../nbs/library/commands/09_features_run.ipynb #a77e0002
-def attention(model: Model, dictionaries: Sequence[SAE], facts: Sequence[TokenPair], most: int = 12) -> pd.DataFrame:
-    "The features of attention outputs that do most at the final token when they get the other run's value: the table of `attention_features` for each `site` and `layer`, the first `most` rows."
-    found = [attention_features(model, one, facts, "final").head(most).assign(site=one.writes[0], layer=one.writes[1]) for one in sorted(dictionaries, key=lambda one: one.writes)]
-    return pd.concat(found, ignore_index=True)
-
-
 def ask_facts(run: Features) -> None:
     "What features do to facts: each alone, all together, those that flip, beside controls."
     model, sae, facts = run.model, run.sae, run.facts
@@ -144,7 +137,7 @@ def ask_facts(run: Features) -> None:
         run.table(f"joint_{position}", lambda: pd.concat([carried(joint(model, one, facts, position)).assign(dictionary=name) for name, one in controls_of(sae, run.seed, run.untrained).items()], ignore_index=True))
         run.table(f"flips_{position}", lambda: flips(model, sae, facts, position))
     run.table("agreement", lambda: pd.concat([agreement(pd.read_csv(run.folder / f"{how}_{position}.csv")).assign(how=how, position=position) for position in POSITIONS for how in ("ablate", "patch")], ignore_index=True))
-    if heads := [one for one in (sae, *run.others) if one.writes[0] in ("z", "attn_out")]: run.table("attention", lambda: attention(model, heads, facts))
+    if heads := [one for one in (sae, *run.others) if one.writes[0] in ("z", "attn_out")]: run.table("attention", lambda: attention_table(model, heads, facts))
 
 
 def follow(run: Features) -> None:
@@ -222,8 +215,8 @@ def run_features(model: str | Model, *, sae: SAE | str | Path | None = None, als
                  context: int = 64, pairs: str | Path | Sequence[PromptPair] | None = None, most: int = 60, public: str = "", out: str | Path | None = None, seed: int = 0, device: str | None = None, dtype: str = "float32", revision: str | None = None, progress: Advance | None = None) -> Path:
     """What the features of a dictionary do in a model; returns the folder (else `features/MODEL/SITE-LAYER`).
 
-    `sae`: a dictionary, or the path of one; else one that comes with the package, at `site` (resid_post) and `layer` (the middle one); where there is none, or with `train`, one is trained by the `recipe`. `also`: more dictionaries of the model, for the phases (those that come with the package, for an embedded model). `untrained`: one of an untrained model, as a control: given, or (`True`) trained by the `recipe` too. `text`, `tokens`, `context`: what it is trained
-    and scored on (see `harvest.blocks`; or the blocks themselves); a part is held out (of facts, for a dictionary that comes with the package, the part that it was not trained on). `pairs`: a battery. `public`: its name at Neuronpedia. The folder gets a table for each question, `features.html` and figures; where the model knows too few facts, only what needs none. Started again on it, what is missing is done.
+    `sae`: a dictionary, or the path of one; else one that comes with the package, at `site` (resid_post) and `layer` (that of `layer_for`: the middle one); where there is none, or with `train`, one is trained by the `recipe`. `also`: more dictionaries of the model, for the phases (those that come with the package, for an embedded model). `untrained`: one of an untrained model, as a control: given, or (`True`) trained by the `recipe` too. `text`, `tokens`, `context`: what it is trained
+    and scored on (see `harvest.blocks`; or the blocks themselves); a part is held out (of facts, for a dictionary that comes with the package, the part that it was not trained on). `pairs`: a battery. `public`: its name at Neuronpedia. The folder gets a table for each question (`controls.csv`: what its controls explain in its place), `features.html` and figures; where the model knows too few facts, only what needs none. Started again on it, what is missing is done.
     Raises `DictionaryError` for a dictionary, text or place that does not fit, `ModelError`, `BatteryError`, `BusyError`, and `RunError` for a folder that holds another run."""
     if not isinstance(model, Model): model = load_model(model, device=device, dtype=dtype, revision=revision)
     neuronpedia(public, 0)
@@ -256,9 +249,9 @@ def run_features(model: str | Model, *, sae: SAE | str | Path | None = None, als
 
 # %% ../../nbs/library/commands/09_features_run.ipynb #1d3a3423
 def place_of(model: Model, sae: SAE | str | Path | None, site: str, layer: int | None) -> tuple[str, int]:
-    "Where the dictionary writes: what it says itself, or `site` and `layer` (the middle one)."
+    "Where the dictionary writes: what it says itself, or `site` and `layer` (else that of `layer_for`)."
     if isinstance(sae, SAE): return sae.writes
-    return site, model.n_layers // 2 - 1 if layer is None else layer
+    return site, layer_for(model.name, site, model.n_layers) if layer is None else layer
 
 
 def given_dictionary(model: Model, sae: SAE | str | Path | None, site: str | None, layer: int | None) -> SAE | None:
@@ -283,16 +276,23 @@ def about(run: Features, asked: Sequence[PromptPair]) -> dict:
     return {"dictionary": str(run.sae), "others": [str(one) for one in run.others], "n_facts": n, "unseen": run.unseen, "sentence": told}
 
 # %% ../../nbs/library/commands/09_features_run.ipynb #fca6c988
-FILES = {"scores.csv": "how good the dictionary is", "frontier.csv": "features for each token against what is lost, several ways to choose them", "ablate_entity.csv": "each feature taken away at the entity token, exactly", "ablate_final.csv": "and at the final token",
+FILES = {"scores.csv": "how good the dictionary is", "controls.csv": "what its controls explain and cost at the same place", "frontier.csv": "features for each token against what is lost, several ways to choose them", "ablate_entity.csv": "each feature taken away at the entity token, exactly", "ablate_final.csv": "and at the final token",
          "joint_entity.csv": "all features together, and all else, beside controls", "phases.csv": "all dictionaries along the depth", "steering.csv": "success against what it costs elsewhere", "features.html": "a page of the features that do most", "figures": "all of it drawn"}
 
+
+def _controls_words(folder: Path) -> str:
+    "What each control explains; nothing where that was not measured."
+    if not (folder / "controls.csv").exists(): return ""
+    rows = pd.read_csv(folder / "controls.csv").query("dictionary != 'dictionary'").set_index(["dictionary", "score"])
+    def said(name): return "{} {:.2f} [{:.2f}, {:.2f}] ({:+.3f} nats)".format(name, *rows.loc[(name, "explained"), ["value", "low", "high"]], rows.value[name, "change"])
+    return f"In its place its controls explain, and change the loss by: {', '.join(map(said, rows.index.unique('dictionary')))}."
 
 def features_lines(folder: str | Path) -> list[str]:
     "What a run found, in a few lines."
     folder = Path(folder)
     told, rows = json.loads((folder / "about.json").read_text("utf-8")), pd.read_csv(folder / "scores.csv").set_index("score")
     def said(name, spec=".2f"): return f"{rows.value[name]:{spec}} [{rows.low[name]:{spec}}, {rows.high[name]:{spec}}]"
-    lines = [told["dictionary"], f"On {int(rows.n['explained'])} blocks of {'held-out ' * told.get('unseen', False)}text: {said('l0', '.1f')} features for each token explain {said('explained')} of the variance; spliced in, the loss changes by {said('change', '+.3f')} nats.", told["sentence"]]
+    lines = [told["dictionary"], f"On {int(rows.n['explained'])} blocks of {'held-out ' * told.get('unseen', False)}text: {said('l0', '.1f')} features for each token explain {said('explained')} of the variance; spliced in, the loss changes by {said('change', '+.3f')} nats.", *filter(None, [_controls_words(folder)]), told["sentence"]]
     for position in POSITIONS if told["n_facts"] >= FEWEST else ():
         own = pd.read_csv(folder / f"joint_{position}.csv").query("dictionary == 'dictionary'").set_index("what")
         far = own.low["site"] > 0 or own.high["site"] < 0

@@ -10,7 +10,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +19,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .saes import SAE, DictionaryError
+from .saes import SAE, DictionaryError, folded, of_centred
 from ..files import quoted, replacing, write_json
 from ..model.hooked import HEAD_SITES, SITES
 
 # %% auto #0
-__all__ = ['MLP_IN', 'MLP_NORMED', 'ARCHITECTURES', 'LAYOUTS', 'PICKLES', 'load_sae', 'as_saelens', 'save_sae']
+__all__ = ['MLP_IN', 'MLP_NORMED', 'ARCHITECTURES', 'LAYOUTS', 'PICKLES', 'load_sae', 'save_sae']
 
 # %% ../../nbs/library/dictionaries/02_sae_files.ipynb #263de47f
 MLP_IN, MLP_NORMED = "mlp_in", "mlp_normed"
-_BLOCK, _LAYER = re.compile(r"blocks\.(\d+)\.(.+)"), re.compile(r"(?:\w+\.)*layers\.(\d+)\.(.+)")
+_BLOCK, _LAYER = re.compile(r"blocks\.(\d{1,9})\.(.+)"), re.compile(r"(?:\w+\.)*layers\.(\d{1,9})\.(.+)")
 _READ = {hook.replace("hook_", ""): site for site, hook in SITES.items() if site == "z" or site not in HEAD_SITES} | {
     "mlp.post": "neurons", "mlp_in": MLP_IN, "mlp.in": MLP_IN, "ln2.normalized": MLP_NORMED}
 _READ_HF = {"output": "resid_post", "self_attn.o_proj.input": "z", "pre_feedforward_layernorm.output": MLP_IN, "post_feedforward_layernorm.output": "mlp_out"}
@@ -36,15 +36,15 @@ _WRITTEN = {site: SITES[site] for site in ("resid_pre", "attn_out", "resid_mid",
     "neurons": "mlp.hook_post", MLP_IN: "hook_" + "mlp_in", MLP_NORMED: "ln2.hook_normalized"}
 
 # %% ../../nbs/library/dictionaries/02_sae_files.ipynb #485d8764
-def hook_place(name: str) -> tuple[str, int]:
-    """Site and layer of a hook, by its TransformerLens or Hugging Face name.
+def hook_place(name: str, said: str = "") -> tuple[str, int]:
+    """Site and layer of a hook, by its TransformerLens or Hugging Face name. `said`: where it is said, for the error.
 
     Raises `DictionaryError` for a name that stands for no site: of a single head, of queries, keys or values, of embeddings."""
     for pattern, known in ((_BLOCK, _READ), (_LAYER, _READ_HF)):
         found = pattern.fullmatch(str(name))
         site = found and known.get(found[2].replace("hook_", ""))
         if site: return site, int(found[1])
-    raise DictionaryError(f"The hook {quoted(name)} is at no site where a dictionary can be used: {', '.join(_WRITTEN)}.")
+    raise DictionaryError(f"{said}The hook {quoted(name)} is at no site where a dictionary can be used: {', '.join(_WRITTEN)}.")
 
 # %% ../../nbs/library/dictionaries/02_sae_files.ipynb #16b16255
 _DAMAGED = (SafetensorError, zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, KeyError, NotImplementedError)
@@ -66,19 +66,36 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         raise DictionaryError(f"{file} holds what is no floating-point number: {', '.join(wrong)}. Write it in float32, float16 or bfloat16.")
     return {name: part if part.dtype == torch.float64 else part.float() for name, part in found.items()}
 
-def _json(file: Path) -> dict:
-    "The settings of a file."
-    try: found = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as e: raise DictionaryError(f"{file} cannot be read ({type(e).__name__}). Download or write it again.") from e
-    if isinstance(found, dict): return found
-    raise DictionaryError(f"{file} holds no settings by name.")
-
 def _only(found: Mapping[str, Tensor], file: Path, needed: tuple[str, ...], allowed: tuple[str, ...] = ()) -> None:
     "Refuse a file that lacks a part, or has one that would be ignored."
     if missing := [name for name in needed if name not in found]:
         raise DictionaryError(f"{file} has no {', '.join(missing)}; it has {', '.join(sorted(found)) or 'nothing'}.")
     if more := sorted(set(found) - {*needed, *allowed}):
         raise DictionaryError(f"{file} has {', '.join(more)} besides {', '.join(needed)}: what that does is not known here, and leaving it out may change the dictionary.")
+
+# %% ../../nbs/library/dictionaries/02_sae_files.ipynb #5d1fa9c1
+_TEXT, _FLAG, _KINDS = (str, type(None)), (bool, type(None)), {str: "text", bool: "true or false", int: "a whole number", float: "a number", dict: "settings by name", type(None): "null"}
+_TYPES = {"architecture": (str,), "activation_fn": _TEXT, "activation_fn_str": _TEXT, "activation_fn_kwargs": {"k": (int,)}, "k": (float, int, type(None)), "normalize_activations": (str, *_FLAG), "finetuning_scaling_factor": _FLAG,
+          "rescale_acts_by_decoder_norm": _FLAG, "apply_b_dec_to_input": (bool,), "affine_connection": _FLAG, "scaling_factor": (float, int, type(None)), "d_in": (int,), "d_sae": (int,), "d_out": (int,), "model_name": _TEXT,
+          "model_from_pretrained_kwargs": {"center_writing_weights": _FLAG}, "hf_hook_point_in": _TEXT, "hf_hook_point_out": _TEXT, "bizzaroworld": {"kind": (str,), "heads": (int,)},
+          **{f"hook_{name}": (int if "index" in name else str, type(None)) for name in ("name", "name_out", "point", "head_index", "point_head_index")}}
+_TYPES["metadata"] = dict(_TYPES)
+
+def _held(told: dict, file: Path, types: Mapping[str, tuple | dict] = _TYPES) -> dict:
+    "Settings, if those that are known are of their types, inner ones too."
+    for name, value in told.items():
+        known = types.get(name, (type(value),))
+        kinds = (dict, type(None)) if isinstance(known, dict) else known
+        if type(value) not in kinds: raise DictionaryError(f"{file} says {name} {quoted(value)}, where {' or '.join(_KINDS[kind] for kind in kinds if kind is not int or float not in kinds)} is known. Correct it, or download the file again.")
+        if value and isinstance(known, dict): _held(value, file, known)
+    return told
+
+def _json(file: Path) -> dict:
+    "The settings of a file."
+    try: found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as e: raise DictionaryError(f"{file} cannot be read ({type(e).__name__}). Download or write it again.") from e
+    if isinstance(found, dict): return _held(found, file)
+    raise DictionaryError(f"{file} holds no settings by name.")
 
 # %% ../../nbs/library/dictionaries/02_sae_files.ipynb #bf95b74c
 @dataclass(frozen=True)
@@ -130,10 +147,10 @@ def _gemma_scope_2(file: Path, asked: _Asked) -> dict:
     if told.get("affine_connection") and "affine_skip_connection" not in found: raise DictionaryError(f"{settings} says that there is a linear part, and {file} has no affine_skip_connection.")
     folders = re.findall(r"/(resid_post|attn_out|mlp_out|transcoder)(?:_all)?/layer_(\d+)_", file.absolute().as_posix())
     site, layer = (_SCOPE_2_SITES[folders[-1][0]], int(folders[-1][1])) if folders else (None, None)
-    if told.get("hf_hook_point_in"): site, layer = hook_place(told["hf_hook_point_in"])
+    if told.get("hf_hook_point_in"): site, layer = hook_place(told["hf_hook_point_in"], f"{settings}, hf_hook_point_in: ")
     reads = asked.place(file, site, layer)
-    writes = hook_place(told["hf_hook_point_out"]) if told.get("hf_hook_point_out") else _writes(reads)
-    model = str(told.get("model_name", "")).removeprefix("google/").replace("-v3", "-3")
+    writes = hook_place(told["hf_hook_point_out"], f"{settings}, hf_hook_point_out: ") if told.get("hf_hook_point_out") else _writes(reads)
+    model = (told.get("model_name") or "").removeprefix("google/").replace("-v3", "-3")
     return _scope_parts(found, reads, writes, model.removesuffix("-pt") if "270m" in model else model)  # the model's own name has no -pt there
 
 # %% ../../nbs/library/dictionaries/02_sae_files.ipynb #32bdcda4
@@ -145,16 +162,16 @@ def _settings(file: Path) -> dict:
     "The settings of a SAELens folder in one table; `hooks` are those of the hook, without that word."
     told = _json(file)
     told = {**(told.pop("metadata", None) or {}), **told}
-    hooks = {name.removeprefix("hook_").removeprefix("point_"): value for name, value in told.items() if name.startswith("hook_")}
-    told["hooks"] = hooks = {"name": hooks.get("point"), **hooks}
+    told["hooks"] = hooks = {name.removeprefix("hook_"): value for name, value in told.items() if name.startswith("hook_") and value is not None}
+    head = hooks.get("head_index", hooks.get("point_head_index"))
     architecture, activation = told.setdefault("architecture", "standard"), told.get("activation_fn_str") or told.get("activation_fn") or "relu"
     if architecture not in ARCHITECTURES: raise DictionaryError(f"{file} says architecture {quoted(architecture)}: known are {', '.join(ARCHITECTURES)}.")
     if activation == "topk" and architecture in ("standard", "topk"):
         given = told.get("activation_fn_kwargs") or {}
-        if set(given) - {"k"}: raise DictionaryError(f"{file} gives the activation function {', '.join(sorted(given))}, where k is known.")
+        if set(given) - {"k"}: raise DictionaryError(f"{file} gives the activation function {', '.join(map(quoted, sorted(given)))}, where k is known.")
         told |= {"architecture": "topk", "k": given.get("k", told.get("k"))}
     elif activation != "relu": raise DictionaryError(f"{file} says activation function {quoted(activation)} for {architecture}: only relu is known, and topk for a standard dictionary.")
-    if hooks.get("head_index") is not None: raise DictionaryError(f"{file} is for head {hooks['head_index']} alone. Dictionaries of all heads (hook_z) are read, those of one are not.")
+    if head is not None: raise DictionaryError(f"{file} is for head {head} alone. Dictionaries of all heads (hook_z) are read, those of one are not.")
     if told["architecture"] == "topk" and not isinstance(told.get("k"), int): raise DictionaryError(f"{file} does not say how many features are kept: k is {quoted(told.get('k'))}.")
     return told
 
@@ -185,7 +202,8 @@ def _saelens(file: Path, asked: _Asked) -> dict:
     _only(found, file, ("W_enc", "W_dec", "b_dec", *_PARTS[kind], *(("W_skip",) if "skip" in architecture else ())))
     for name, size in (("d_in", found["W_enc"].shape[0]), ("d_sae", found["W_enc"].shape[-1]), ("d_out", found["W_dec"].shape[-1])):
         if told.get(name, size) != size: raise DictionaryError(f"{settings} says {name} {told[name]}, and the weights in {file} have {size}.")
-    reads, ours = asked.place(settings, *(hook_place(told["hooks"]["name"]) if told["hooks"]["name"] else (None, None))), told.get("bizzaroworld") or {}
+    hook, ours = told["hooks"].get("name", told["hooks"].get("point")), told.get("bizzaroworld") or {}
+    reads = asked.place(settings, *(hook_place(hook, f"{settings}, the hook's name: ") if hook else (None, None)))
     parts = {"kind": kind, "reads": reads, "writes": reads, **_norm(told, settings, asked), "W_enc": found["W_enc"], "W_dec": found["W_dec"], "b_dec": found["b_dec"],
              "b_enc": found["b_gate" if kind == "gated" else "b_enc"], **{name: found.get(name) for name in ("threshold", "r_mag", "b_mag")},
              "k": told.get("k") if kind == "topk" else None, "model": told.get("model_name") or "", "heads": ours.get("heads", 1)}
@@ -207,7 +225,7 @@ def _and_out(parts: dict, told: dict, found: Mapping[str, Tensor], file: Path) -
         if told.get("apply_b_dec_to_input", True): parts["b_in"] = parts["b_dec"].clone()
         return
     if told.get("apply_b_dec_to_input"): raise DictionaryError(f"{file} is a transcoder that takes its output's bias off its input, which SAELens does for none.")
-    parts["writes"] = hook_place(told["hooks"]["name_out"]) if told["hooks"].get("name_out") else _writes(reads)
+    parts["writes"] = hook_place(told["hooks"]["name_out"], f"{file}, hook_name_out: ") if told["hooks"].get("name_out") else _writes(reads)
     if parts["writes"] == reads: raise DictionaryError(f"{file} is a transcoder, and does not say where it writes (hook_name_out).")
     if "W_skip" in found: parts["W_skip"] = found["W_skip"].T.contiguous()
 
@@ -215,14 +233,6 @@ def _in_lengths(parts: dict) -> None:
     "Features in units of their directions' lengths, put in place."
     lengths = parts["W_dec"].norm(dim=1).clamp_min(1e-12)
     parts |= {"W_enc": parts["W_enc"] * lengths, "b_enc": parts["b_enc"] * lengths, "W_dec": parts["W_dec"] / lengths[:, None]}
-
-def _centred(parts: dict, file: Path) -> None:
-    "An encoder that takes each token's mean off first, put in place."
-    if parts.get("norm") == "token_norm": raise DictionaryError(f"{file} scales each token by its norm, which centring changes. Such a dictionary is not read.")
-    rows = parts["W_enc"].mean(0)
-    gone = 0 if parts.get("b_in") is None else parts["b_in"].sum() * rows  # what is taken off is not centred
-    parts |= {"W_enc": parts["W_enc"] - rows, "b_enc": parts["b_enc"] - gone}
-    if parts["kind"] == "gated": parts["b_mag"] = parts["b_mag"] - gone * parts["r_mag"].exp()
 
 # %% ../../nbs/library/dictionaries/02_sae_files.ipynb #7ec4634c
 LAYOUTS: dict[str, Callable[[Path, _Asked], dict]] = {"sae_weights.safetensors": _saelens, "params.npz": _gemma_scope, "params.safetensors": _gemma_scope_2}
@@ -249,23 +259,13 @@ def load_sae(path: str | Path, *, place: tuple[str, int] | None = None, layer: i
     Raises `DictionaryError`, which names the file, for one that is damaged, that means something which is not known here, or whose parts do not fit."""
     (site, layer), (file, read) = place if place is not None else (site, layer), _weights(Path(path))
     parts = read(file, _Asked(site, layer, scale, centred))
-    if centred: _centred(parts, file)
     if heads is not None: parts["heads"] = heads
-    try: return SAE(**parts | {"model": model or parts["model"], "source": str(path)}).to(device, dtype)
+    try:
+        sae = SAE(**parts | {"model": model or parts["model"], "source": str(path)})
+        return (of_centred(sae) if centred else sae).to(device, dtype)
     except (DictionaryError, ValueError, IndexError) as e: raise DictionaryError(f"{file}: {e}") from e
 
 # %% ../../nbs/library/dictionaries/02_sae_files.ipynb #7f76ba76
-def as_saelens(sae: SAE) -> SAE:
-    "The same dictionary as far as SAELens' layout can say it: no number that activations are divided by, and nothing taken off the input but the decoder's bias."
-    parts = {name: getattr(sae, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec", "b_in", "b_mag")}
-    if sae.norm == "scale":
-        parts |= {"W_enc": sae.W_enc / sae.scale, "W_dec": sae.W_dec * sae.scale, "b_dec": sae.b_dec * sae.scale, "b_in": None if sae.b_in is None else sae.b_in * sae.scale}
-    b_in = parts["b_in"]
-    if b_in is not None and (sae.is_transcoder or not torch.equal(b_in, parts["b_dec"])):
-        gone = b_in @ parts["W_enc"]
-        parts |= {"b_in": None, "b_enc": parts["b_enc"] - gone, "b_mag": None if sae.b_mag is None else sae.b_mag - gone * sae.r_mag.exp()}
-    return replace(sae, **parts, norm="none" if sae.norm == "scale" else sae.norm, scale=1.0)
-
 _PLAIN, _ACROSS = {"relu": "standard", "batchtopk": "jumprelu"}, {"relu": "", "jumprelu": "jumprelu_", "batchtopk": "jumprelu_"}
 
 def _architecture(sae: SAE) -> str:
@@ -291,7 +291,7 @@ def save_sae(sae: SAE, folder: str | Path) -> Path:
     """Write a dictionary into a folder in SAELens' layout, and give back the folder.
 
     Raises `DictionaryError` for one that this layout cannot say."""
-    architecture, folder, said = _architecture(sae), Path(folder), as_saelens(sae)
+    architecture, folder, said = _architecture(sae), Path(folder), folded(sae)
     own = {"b_gate": said.b_enc, "r_mag": said.r_mag, "b_mag": said.b_mag} if said.kind == "gated" else {"b_enc": said.b_enc, "threshold": said.threshold if "jumprelu" in architecture else None}
     parts = {name: getattr(said, name) for name in ("W_enc", "W_dec", "b_dec")} | own | {"W_skip": None if said.W_skip is None else said.W_skip.T}
     (folder / "cfg.json").unlink(missing_ok=True)  # with weights that are not its own it would be worse than none

@@ -14,7 +14,7 @@ from torch import Tensor
 
 # %% auto #0
 __all__ = ['KINDS', 'NORMS', 'NEEDS', 'DictionaryError', 'SAEFacts', 'SAE', 'shift_and_scale', 'pre_activations', 'features_of',
-           'written', 'directions', 'error', 'perfect']
+           'written', 'directions', 'error', 'of_centred', 'folded', 'perfect']
 
 # %% ../../nbs/library/dictionaries/01_saes.ipynb #8cac15ef
 KINDS = ("relu", "jumprelu", "topk", "batchtopk", "gated")
@@ -109,7 +109,7 @@ def _check(sae: SAE) -> None:
     if n < 1 or d_in < 1: raise DictionaryError(f"W_enc is {d_in} x {n}: a dictionary has features, and dimensions to read.")
     if sae.k is not None and not 1 <= sae.k <= n: raise DictionaryError(f"k is {sae.k}, of {n} features: give 1 to {n}.")
     if sae.heads < 1 or d_in % sae.heads: raise DictionaryError(f"{d_in} dimensions cannot be {sae.heads} heads of one size.")
-    if not sae.scale > 0: raise DictionaryError(f"The input's scale is {sae.scale}: it must be positive.")
+    if not 0 < sae.scale < float("inf"): raise DictionaryError(f"The input's scale is {sae.scale}: it must be positive, and finite.")
 
 # %% ../../nbs/library/dictionaries/01_saes.ipynb #ca4e1e51
 def shift_and_scale(sae: SAE, x: Float[Tensor, "... d_in"]) -> tuple[Float[Tensor, "... 1"], Float[Tensor, "... 1"]]:
@@ -164,6 +164,27 @@ def error(sae: SAE, x: Float[Tensor, "... d_in"], y: Float[Tensor, "... d_out"] 
     "What the dictionary does not explain of what it is to give back: the activation itself, or for a transcoder `y`, what is there where it writes."
     if y is None and sae.is_transcoder: raise DictionaryError("A transcoder's error needs what is there at the place where it writes: give y.")
     return (x if y is None else y) - sae(x)
+
+# %% ../../nbs/library/dictionaries/01_saes.ipynb #5d1fa9c3
+def _taken_off(sae: SAE, gone: Float[Tensor, "feature"]) -> SAE:
+    "The same with so much less before each feature."
+    return replace(sae, b_enc=sae.b_enc - gone, b_mag=None if sae.b_mag is None else sae.b_mag - gone * sae.r_mag.exp())
+
+
+def of_centred(sae: SAE) -> SAE:
+    """The same of activations whose mean is taken off each token before anything else. Raises `DictionaryError` for one that scales each token by its norm, which centring changes."""
+    if sae.norm == "token_norm": raise DictionaryError("It scales each token by its norm, which centring changes. Such a dictionary is not read.")
+    rows = sae.W_enc.mean(0)
+    gone = torch.zeros_like(rows) if sae.b_in is None else sae.b_in.sum() * rows  # what is taken off is not centred
+    return _taken_off(replace(sae, W_enc=sae.W_enc - rows), gone)
+
+
+def folded(sae: SAE) -> SAE:
+    "The same dictionary with no number that activations are divided by, and nothing taken off the input but the decoder's bias."
+    if sae.norm == "scale":
+        sae = replace(sae, W_enc=sae.W_enc / sae.scale, W_dec=sae.W_dec * sae.scale, b_dec=sae.b_dec * sae.scale, b_in=None if sae.b_in is None else sae.b_in * sae.scale, norm="none")
+    if sae.b_in is not None and (sae.is_transcoder or not torch.equal(sae.b_in, sae.b_dec)): sae = _taken_off(replace(sae, b_in=None), sae.b_in @ sae.W_enc)
+    return replace(sae, scale=1.0)
 
 # %% ../../nbs/library/dictionaries/01_saes.ipynb #d3fcaa88
 def perfect(d: int, site: str = "resid_post", layer: int = 0, heads: int = 1) -> SAE:

@@ -19,10 +19,10 @@ from ..model.hooked import Model
 from ..results.estimates import Estimate, estimate
 
 # %% auto #0
-__all__ = ['block_losses', 'cost_rows', 'opponents', 'reconstruction_rows', 'score', 'loss_with', 'reconstructed_by',
-           'frontier_with_loss', 'frequencies', 'frequency_histogram', 'pairwise_cosine', 'along_one', 'one_direction',
-           'encoder_decoder_cosines', 'kurtosis', 'participation', 'neuron_basis', 'read_basis', 'ignored_shares',
-           'nullspace_ablation']
+__all__ = ['block_losses', 'cost_rows', 'opponents', 'reconstruction_rows', 'score', 'score_beside', 'loss_with',
+           'reconstructed_by', 'frontier_with_loss', 'frequencies', 'frequency_histogram', 'pairwise_cosine',
+           'along_one', 'one_direction', 'encoder_decoder_cosines', 'kurtosis', 'participation', 'neuron_basis',
+           'read_basis', 'ignored_shares', 'nullspace_ablation']
 
 # %% ../../nbs/library/dictionaries/09_scores.ipynb #09c2df0b
 def _row(score: str, unit: str, found: Estimate) -> dict:
@@ -76,6 +76,19 @@ def score(model: Model, sae: SAE, ids: Int[Tensor, "row pos"], lead: int, positi
     loss = block_losses(model, ids, lead, {**opponents(sae, y), "spliced": changes_of(sae, model)}, positions, seed, at_once)
     rows = [_row("loss" if name == "model" else f"loss_{name}", "nats", estimate(loss[name])) for name in ("model", "spliced", "zero", "mean")]
     return pd.DataFrame(rows + cost_rows(loss) + reconstruction_rows(sae.to("cpu", torch.float32), x, y))
+
+
+@torch.no_grad()
+def score_beside(model: Model, dictionaries: Mapping[str, SAE], ids: Int[Tensor, "row pos"], lead: int, positions: int | None = 32, seed: int = 0, at_once: int = 8) -> pd.DataFrame:
+    """Scores of several dictionaries of one place, such as one and its controls: `dictionary` (its name) and the columns of `score` for `change`, `recovered`, `recovered_mean`, `explained`, `cosine`, `l0` and `dead`.
+
+    Raises `DictionaryError` for none, for dictionaries of several places, or one that does not fit."""
+    places = {(sae.reads, sae.writes) for sae in dictionaries.values()}
+    if len(places) != 1: raise DictionaryError(f"Dictionaries of {len(places)} places: give one or more, all of one place.")
+    one = next(iter(dictionaries.values()))
+    x, y = read_for(model, one, ids, lead)
+    loss = block_losses(model, ids, lead, opponents(one, y) | {f"by {name}": changes_of(sae, model) for name, sae in dictionaries.items()}, positions, seed, at_once)
+    return pd.DataFrame([{"dictionary": name, **row} for name, sae in dictionaries.items() for row in (*cost_rows(loss, f"by {name}"), *reconstruction_rows(sae.to("cpu", torch.float32), x, y))])
 
 # %% ../../nbs/library/dictionaries/09_scores.ipynb #bbbd4471
 def loss_with(model: Model, sae: SAE, reconstruct: Callable[[Float[Tensor, "token d_in"]], Float[Tensor, "token d_out"]], ids: Int[Tensor, "row pos"], lead: int, positions: int | None = 32, seed: int = 0, at_once: int = 8) -> Float[Tensor, "row sample"]:

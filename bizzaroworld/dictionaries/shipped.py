@@ -23,13 +23,14 @@ from .sae_files import load_sae, save_sae
 from .saes import SAE, DictionaryError
 
 # %% auto #0
-__all__ = ['RECIPE', 'SHIPPED', 'TOKENS', 'CONTEXT', 'text_of', 'folder_of', 'shipped', 'shipped_for', 'make']
+__all__ = ['RECIPE', 'SHIPPED', 'TOKENS', 'CONTEXT', 'text_of', 'folder_of', 'layer_for', 'shipped', 'shipped_for',
+           'shipped_control', 'make']
 
 # %% ../../nbs/library/dictionaries/10_shipped.ipynb #ff71dfc2
 RECIPE = Recipe("topk", n_features=1024, k=16, steps=1000, batch=1024, lr=2e-3, revive="ghost")
 SHIPPED = {"bizzaro-nano": [*(("resid_post", l) for l in range(8)), *(("attn_out", l) for l in range(2, 8))],
            "bizzaro-nano-local": [("resid_post", l) for l in (1, 4, 6)],
-           "untrained": [("resid_post", 1)]}
+           "untrained bizzaro-nano": [("resid_post", l) for l in (1, 3)]}  # as `untrained` calls a model
 TOKENS, CONTEXT = 300_000, 64
 
 
@@ -38,16 +39,24 @@ def text_of(model: Model, n_tokens: int = TOKENS) -> Blocks:
     return blocks(model, documents("facts", max(200, n_tokens // 12)), n_tokens, CONTEXT)
 
 
+def _folder(name: str, place: tuple[str, int]) -> tuple[str, str]: return name.replace(" ", "-"), f"{place[0]}-{place[1]}"
+
+
 def folder_of(name: str, place: tuple[str, int]) -> Path:
     "Where a shipped dictionary lies."
-    return data_path("dictionaries", name, f"{place[0]}-{place[1]}")
+    return data_path("dictionaries", *_folder(name, place))
 
 # %% ../../nbs/library/dictionaries/10_shipped.ipynb #e7588469
+def layer_for(name: str, site: str = "resid_post", n_layers: int = 0) -> int | None:
+    "The layer that is meant where none is said, here and in `bizzaroworld features`: the middle one of those of which a dictionary of this site comes with the package, else of all `n_layers` (of an even number the lower of the two; `None` of none)."
+    layers = [l for s, l in SHIPPED.get(name, []) if s == site] or range(n_layers)
+    return layers[(len(layers) - 1) // 2] if layers else None
+
+
 def shipped(name: str, site: str = "resid_post", layer: int | None = None) -> SAE:
-    "A dictionary that comes with the package. Raises `DictionaryError` where there is none, and says which there are."
+    "A dictionary that comes with the package; `layer`: else that of `layer_for`. Raises `DictionaryError` where there is none, and says which there are."
     there = SHIPPED.get(name, [])
-    layers = [l for s, l in there if s == site]
-    if layer is None and layers: layer = layers[len(layers) // 2]
+    if layer is None: layer = layer_for(name, site)
     if (site, layer) not in there:
         has = ", ".join(f"{s} of layer {l}" for s, l in there) or "none"
         raise DictionaryError(f"No dictionary of {site}{'' if layer is None else f' of layer {layer}'} comes with the package for {name!r}. There are: {has}.")
@@ -58,15 +67,21 @@ def shipped_for(name: str) -> list[tuple[str, int]]:
     "The places of a model of which a dictionary comes with the package; none for most models."
     return list(SHIPPED.get(name, []))
 
+
+def shipped_control(name: str, place: tuple[str, int]) -> SAE | None:
+    "The dictionary that comes with the package of an untrained model of the same architecture at the same place, as a control; `None` where there is none."
+    twin = f"untrained {name}"
+    return shipped(twin, *place) if place in SHIPPED.get(twin, []) else None
+
 # %% ../../nbs/library/dictionaries/10_shipped.ipynb #e0ae4c04
 def make(name: str, folder: str | Path, places: Iterable[tuple[str, int]] | None = None, recipe: Recipe = RECIPE, progress: bool = True) -> pd.DataFrame:
     "Train the shipped dictionaries of a model anew into a folder (`data/dictionaries` of a checkout, to ship them); the last row of each training, by place."
-    real = load_model("bizzaro-nano" if name == "untrained" else name)
-    model, text = untrained(real) if name == "untrained" else real, text_of(real)
+    real = load_model(name.removeprefix("untrained "))
+    model, text = real if real.name == name else untrained(real), text_of(real)
     places, rows = list(places or SHIPPED[name]), []
     with TemporaryDirectory() as there:
         for place, source in store(model, text, places, there).items():
             sae, history = train_sae(source, recipe, progress=progress)
-            save_sae(replace(sae, model=name, source="bizzaroworld").to(dtype=torch.float16), Path(folder) / name / f"{place[0]}-{place[1]}")
+            save_sae(replace(sae, model=name, source="bizzaroworld").to(dtype=torch.float16), Path(folder, *_folder(name, place)))
             rows.append({"model": name, "site": place[0], "layer": place[1], **history.iloc[-1]})
     return pd.DataFrame(rows)

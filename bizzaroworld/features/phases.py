@@ -23,7 +23,7 @@ from ..results.estimates import estimate
 
 # %% auto #0
 __all__ = ['ENOUGH', 'PLACE', 'halves', 'best_on_others', 'best_of_own', 'cumulative', 'how_few', 'Phases', 'at_one_place',
-           'phases', 'phase_table', 'enough_table', 'handover', 'head_shares', 'attention_features']
+           'phases', 'phase_table', 'enough_table', 'handover', 'head_shares', 'attention_features', 'attention_table']
 
 # %% ../../nbs/library/features/02_phases.ipynb #88071cd9
 def halves(n: int, seed: int = 0) -> Int[np.ndarray, "pair"]:
@@ -167,3 +167,9 @@ def attention_features(model: Model, sae: SAE, pairs: PromptPair | TokenPair | I
     if sae.writes[0] != "z" or sae.heads < 2: return found
     share, head = head_shares(sae)[torch.from_numpy(found.feature.to_numpy().copy())].max(1)
     return found.assign(head=head.cpu().numpy(), head_share=share.cpu().numpy())
+
+
+def attention_table(model: Model, dictionaries: Iterable[SAE], pairs: Sequence[PromptPair | TokenPair], most: int = 12) -> pd.DataFrame:
+    "The features of attention outputs that do most at the final token when they get the other run's value: the table of `attention_features` for each `site` and `layer`, the first `most` rows."
+    found = [attention_features(model, one, pairs, "final").head(most).assign(site=one.writes[0], layer=one.writes[1]) for one in sorted(dictionaries, key=lambda one: one.writes)]
+    return pd.concat(found, ignore_index=True)

@@ -72,6 +72,23 @@ def test_paths_are_those_of_the_library_on_the_best_known_pairs(nano, ranked, to
     assert "3 pairs" in told[0] and "preferred on both prompts" in told[0] and path in told[2]
 
 
+def test_paths_beside_others_are_those_of_the_library(loaded, nano, ranked, to_logits, tmp_path):
+    asked = ["paths", "--receivers", "logits,L6.mlp", "--senders", "L3H2,L2.mlp,L5H1", "--pairs", "2", "--beside", "L4.mlp", "--beside", "L3H2", "--beside-at", "entity", "--out", str(tmp_path / "run")]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0, done.output
+    table, paths = pd.read_parquet(tmp_path / "run" / "paths.parquet"), [f"{s} -> {r}" for s in ("L3H2", "L2.mlp", "L5H1") for r in ("logits", "L6.mlp")]
+    theirs = path_effects(nano, ranked[:2], paths, beside=[Edit("mlp_out", 4, "entity"), Edit("z", 3, "entity", 2)])
+    found = table.pivot(index="pair_id", columns="path", values="effect").loc[list(theirs.pair_ids), paths]
+    assert np.allclose(found, theirs.effects(), atol=1e-5) and not np.allclose(found, path_effects(nano, ranked[:2], paths).effects(), atol=1e-2)
+    assert "Patched already: L3H2, L4.mlp (at entity). Effects count from the run with these." in " ".join(done.output.split())
+    options = json.loads((tmp_path / "run" / "run.json").read_text())["options"]
+    assert (options["beside"], options["beside_at"]) == (["L3H2", "L4.mlp"], "entity")
+    for other, told in ((["--beside", "L3H2"], r"beside \['L3H2', 'L4.mlp'\], not \['L3H2'\]"), ([], "beside_at 'entity', not None")):
+        with pytest.raises(RunError, match=told): run_paths(nano, receivers=["logits", "L6.mlp"], senders=["L3H2", "L2.mlp", "L5H1"], n=2, out=tmp_path / "run", beside=other[1:], **({"beside_at": "entity"} if other else {}))
+    run_paths(nano, receivers=["logits", "L6.mlp"], senders=["L3H2", "L2.mlp", "L5H1"], n=2, out=tmp_path / "run", beside=["L3H2", "L4.mlp", "L3H2"], beside_at="entity")
+    assert "beside" not in json.loads((to_logits / "run.json").read_text())["options"] and not any("Patched already" in line for line in paths_lines(to_logits)), "a run without is what it was"
+
+
 def test_a_run_that_was_stopped_does_only_what_is_missing(nano, to_logits, tmp_path, monkeypatch):
     def stop(done, total, note):
         if done == 2 and note not in ("tokens", "triage"): raise KeyboardInterrupt
@@ -329,6 +346,8 @@ def test_a_circuit_of_edges(nano, tmp_path):
 
 @pytest.mark.parametrize("options, told", [
     (["paths", "--path", "L3.mlp -> L2H0.q"], "There is no path from L3.mlp"), (["paths", "--path", "L99.mlp -> logits"], "has layers 0 to 7"), (["paths", "--senders", "nobody"], "'nobody' is no component"),
+    (["paths", "--beside", "L3H2.q"], "L3H2.q: paths can be asked beside heads (L3H2) and MLPs (L3.mlp)"), (["paths", "--beside", "L3"], "'L3' is no component"), (["paths", "--beside", "L9.mlp"], "has layers 0 to 7"),
+    (["paths", "--beside", "L3H2", "--beside-at", "middle"], "Unknown position 'middle'"),
     (["paths", "--metrics", "loss"], "Unknown metric 'loss'"), (["paths", "--sender-at", "middle"], "Unknown position 'middle'"), (["paths", "--sender-at", "final", "--receiver-at", "entity"], "nothing changes from senders"),
     (["paths", "--path", "embed -> logits", "--senders", "embed"], "not both"), (["paths", "--senders", "L7.mlp", "--receivers", "L0.mlp"], "No edge leads"), (["paths", "--metrics", ""], "one metric or more"),
     (["attribute", "--methods", "eap"], "Unknown method 'eap'"), (["attribute", "--metric", "rank"], "'rank' has no gradient"), (["attribute", "--sites", "heads"], "Unknown site 'heads'"), (["attribute", "--methods", ""], "Unknown method"),

@@ -33,7 +33,7 @@ def folder(nano, tmp_path_factory):
 @pytest.mark.slow
 def test_a_run_leaves_every_table_the_page_and_the_figures(nano, folder):
     there = {path.name for path in folder.iterdir()}
-    names = {"scores", "frequency", "axes", "frontier", "agreement", "attention", "phases", "enough", "steering"} | {f"{t}_{p}" for p in POSITIONS for t in ("ablate", "patch", "joint", "flips")}
+    names = {"scores", "controls", "frequency", "axes", "frontier", "agreement", "attention", "phases", "enough", "steering"} | {f"{t}_{p}" for p in POSITIONS for t in ("ablate", "patch", "joint", "flips")}
     assert {f"{n}.csv" for n in names} | {"features.html", "about.json", "run.json"} <= there
     captions = json.loads((folder / "figures" / "captions.json").read_text())
     assert {path.name for path in (folder / "figures").glob("*.png")} == set(captions) and len(captions) >= 4 and all(c["caption"] and c["alt"] for c in captions.values())
@@ -42,6 +42,13 @@ def test_a_run_leaves_every_table_the_page_and_the_figures(nano, folder):
     told = "\n".join(features_lines(folder))
     assert "of held-out text" in told and "features for each token explain" in told and json.loads((folder / "about.json").read_text())["unseen"] is True
     assert set(joint.index.unique("dictionary")) == {"dictionary", "random directions", "shuffled", "untrained model"} and abs(joint.share["dictionary", "features"]) > abs(joint.share["untrained model", "features"])
+    controls, scores = pd.read_csv(folder / "controls.csv").set_index(["dictionary", "score"]), pd.read_csv(folder / "scores.csv").set_index("score")
+    assert all(controls.value["dictionary", name] == scores.value[name] for name in ("explained", "change", "recovered", "l0")) and set(controls.index.unique("dictionary")) == set(joint.index.unique("dictionary"))
+    assert controls.value["dictionary", "explained"] > controls.value["untrained model", "explained"] > controls.value["random directions", "explained"] and controls.value["dictionary", "recovered"] > controls.value["untrained model", "recovered"]
+    assert f"untrained model {controls.value['untrained model', 'explained']:.2f} [" in told and f"({controls.value['untrained model', 'change']:+.3f} nats)" in told
+    (without := folder.parent / "older").mkdir()
+    for name in ("about.json", "scores.csv", *(f"joint_{p}.csv" for p in POSITIONS)): (without / name).write_bytes((folder / name).read_bytes())
+    assert not any("its controls explain" in line for line in features_lines(without)), "a folder that was made before has no such table"
     phases, heads = pd.read_csv(folder / "phases.csv"), pd.read_csv(folder / "attention.csv")
     assert set(zip(phases.site, phases.layer)) == {("resid_post", 1), *ALSO} and set(zip(heads.site, heads.layer)) == {ALSO[0]} and heads.total.abs().is_monotonic_decreasing
 

@@ -4,10 +4,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from bizzaroworld.dictionaries.sae_files import as_saelens, hook_place, load_sae, save_sae
-from bizzaroworld.dictionaries.saes import SAE, DictionaryError
+from bizzaroworld.dictionaries.sae_files import hook_place, load_sae, save_sae
+from bizzaroworld.dictionaries.saes import SAE, DictionaryError, folded
 
 D, N, OUT = 8, 24, 6
 
@@ -244,6 +246,64 @@ def test_what_is_not_known_is_refused(tmp_path, change, says):
     with pytest.raises(DictionaryError, match=says): load_sae(saelens(tmp_path, weights(), **{"hook_name": "blocks.1.hook_resid_pre"} | change))
 
 
+@pytest.mark.parametrize("change, says", [
+    ({"d_in": "8"}, r"says d_in '8', where a whole number is known"), ({"d_sae": True}, "says d_sae True"), ({"d_in": None}, "says d_in None"), ({"architecture": ["standard"]}, r"says architecture \['standard'\], where text is known"),
+    ({"architecture": None}, "says architecture None"), ({"architecture": "topk", "k": None}, "does not say how many features are kept: k is None"), ({"architecture": "topk", "k": True}, "says k True, where a number or null is known"),
+    ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": [3]}}, r"says k \[3\]"), ({"activation_fn_kwargs": 3}, "says activation_fn_kwargs 3, where settings by name or null is known"), ({"activation_fn_str": {}}, "says activation_fn_str {}"),
+    ({"normalize_activations": 1}, "says normalize_activations 1, where text or true or false or null is known"), ({"normalize_activations": [1]}, "says normalize_activations"), ({"hook_name": 5}, "says hook_name 5, where text or null is known"),
+    ({"hook_name": "blocks." + 5000 * "9" + ".hook_resid_pre"}, "is at no site"), ({"hook_head_index": "3"}, "says hook_head_index '3'"), ({"apply_b_dec_to_input": "no"}, "says apply_b_dec_to_input 'no', where true or false is known"),
+    ({"model_name": 3}, "says model_name 3"), ({"metadata": [1]}, r"says metadata \[1\]"), ({"metadata": {"hook_name": 5}}, "says hook_name 5"), ({"bizzaroworld": "x"}, "says bizzaroworld 'x'"), ({"bizzaroworld": {"heads": 1.5}}, "says heads 1.5"),
+    ({"model_from_pretrained_kwargs": ["center_writing_weights"]}, "says model_from_pretrained_kwargs"), ({"finetuning_scaling_factor": 2.0}, "says finetuning_scaling_factor 2.0")])
+def test_a_setting_of_a_wrong_type_is_refused_by_file_field_and_value(tmp_path, change, says):
+    with pytest.raises(DictionaryError, match=says) as told: load_sae(saelens(tmp_path, weights(), **{"hook_name": "blocks.1.hook_resid_pre"} | change))
+    assert str(told.value).startswith(str(tmp_path / "cfg.json")) and (says.startswith(("does", "is at")) or str(told.value).endswith("Correct it, or download the file again."))
+
+
+def test_settings_beside_the_weights_are_held_to_their_types_too(tmp_path):
+    scope(tmp_path / "params.safetensors")
+    for told, says in (({"architecture": 3}, "says architecture 3"), ({"affine_connection": "no"}, "says affine_connection 'no'"), ({"hf_hook_point_in": [1]}, r"says hf_hook_point_in \[1\]"), ({"hf_hook_point_in": "x"}, "hf_hook_point_in: The hook 'x' is at no site"), ({"model_name": {}}, "says model_name {}")):
+        (tmp_path / "config.json").write_text(json.dumps(told))
+        with pytest.raises(DictionaryError, match=rf"config\.json.*{says}"): load_sae(tmp_path, place=("resid_post", 1))
+    folder = saelens(tmp_path, weights(), NEW, normalize_activations="expected_average_only_in")
+    for factor in ("2", True, [2], {"a": 1}):
+        (tmp_path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": factor}))
+        with pytest.raises(DictionaryError, match=r"activation_scaler\.json says scaling_factor"): load_sae(folder / "sae_weights.safetensors")
+    for factor in (-1, 1e-320, float("nan"), float("inf"), 10 ** 400):
+        (tmp_path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": factor}))
+        with pytest.raises(DictionaryError, match="scale is .*: it must be positive"): load_sae(folder / "sae_weights.safetensors")
+    (tmp_path / "cfg.json").write_text(50_000 * "[" + 50_000 * "]")
+    with pytest.raises(DictionaryError, match=r"cfg\.json cannot be read"): load_sae(folder / "sae_weights.safetensors")
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["topk", "gated", "none", "scale", "standard", "batchtopk", "transcoder", "blocks.1.hook_resid_pre", "blocks.1.ln2.hook_normalized"]),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4) | st.sampled_from(["k", "heads", "kind", "hook_name", "architecture"]), inner, max_size=3), max_leaves=6)
+KEYS = ["d_in", "d_sae", "d_out", "architecture", "activation_fn", "activation_fn_str", "activation_fn_kwargs", "k", "normalize_activations", "finetuning_scaling_factor", "rescale_acts_by_decoder_norm", "apply_b_dec_to_input", "model_name",
+        "model_from_pretrained_kwargs", "metadata", "bizzaroworld", "hooks", "hook_name", "hook_name_out", "hook_point", "hook_head_index", "hook_point_head_index"]
+BEGUN = {"standard": {}, "topk": {"k": 3}, "batchtopk": {"k": 3.0}, "transcoder": {"hook_name_out": "blocks.1.hook_mlp_out"}, "gated": {}}
+
+
+@pytest.mark.parametrize("inside", [(), ("metadata",), ("bizzaroworld",), ("activation_fn_kwargs",), ("model_from_pretrained_kwargs",)], ids=lambda inside: "".join(inside) or "itself")
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(begun=st.sampled_from(sorted(BEGUN)), changes=st.dictionaries(st.sampled_from([*KEYS, "heads", "kind", "center_writing_weights"]), JSON, min_size=1, max_size=2))
+def test_whatever_a_setting_is_a_dictionary_is_read_or_refused_by_name(tmp_path, inside, begun, changes):
+    parts = weights() | {"batchtopk": {"topk_threshold": torch.tensor(1.0)}}.get(begun, {})
+    if begun == "gated": parts = {name: parts[name] for name in ("W_enc", "W_dec", "b_dec")} | {name: drawn(N) for name in ("b_gate", "r_mag", "b_mag")}
+    told = {"architecture": begun, "hook_name": "blocks.1.hook_resid_mid", **BEGUN[begun]}
+    try: sae = load_sae(saelens(tmp_path, parts, **told | ({inside[0]: changes} if inside else changes)))
+    except DictionaryError as error: assert str(tmp_path) in str(error)
+    else: assert isinstance(sae.model, str) and type(sae.heads) is int and (sae.k is None) == (sae.kind != "topk")
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.dictionaries(st.sampled_from(["architecture", "affine_connection", "hf_hook_point_in", "hf_hook_point_out", "model_name"]), JSON, min_size=1, max_size=2))
+@example(changes={"hf_hook_point_in": "blocks.1.hook_mlp_in", "hf_hook_point_out": 3})
+def test_nor_does_gemma_scope_fall_over_a_setting(tmp_path, changes):
+    scope(tmp_path / "params.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(changes))
+    try: assert isinstance(load_sae(tmp_path, layer=1).model, str)
+    except DictionaryError as error: assert str(tmp_path) in str(error)
+
+
 def test_parts_that_are_not_known_or_do_not_fit_are_refused(tmp_path):
     cfg = dict(hook_name="blocks.1.hook_resid_pre")
     with pytest.raises(DictionaryError, match="has log_sigma besides"): load_sae(saelens(tmp_path, weights(log_sigma=drawn(N)), **cfg))
@@ -328,7 +388,7 @@ def test_what_the_layout_cannot_say_is_folded_in(tmp_path, kind, b_in):
     assert (again.norm, again.scale) == ("none", 1) and (again.b_in is None) == (b_in != "decoder's")
     agree(again, sae.encode(X), sae(X), atol=1e-4)
     same(again, load_sae(save_sae(again, tmp_path)))
-    same(again, as_saelens(again))
+    same(again, folded(again))
 
 
 def test_a_scaled_transcoder_with_a_linear_part_and_a_bias_of_its_own(tmp_path):

@@ -2,6 +2,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny import tiny_model
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from bizzaroworld.dictionaries.harvest import activations, blocks, documents
 from bizzaroworld.dictionaries.saes import SAE, DictionaryError, perfect
 from bizzaroworld.dictionaries.scores import (along_one, encoder_decoder_cosines, frequencies, frequency_histogram, frontier_with_loss, ignored_shares, kurtosis, loss_with, neuron_basis,
-                                              nullspace_ablation, one_direction, pairwise_cosine, participation, read_basis, score)
+                                              nullspace_ablation, one_direction, pairwise_cosine, participation, read_basis, score, score_beside)
 from bizzaroworld.dictionaries.splicing import sampled
 from bizzaroworld.model.load import load_model
 from bizzaroworld.model.names import embedded_models
@@ -116,6 +117,18 @@ def test_any_reconstruction_is_measured_as_a_dictionary_is(model, text):
 
 
 # --- frequencies and directions
+
+def test_dictionaries_beside_each_other_are_scored_as_each_alone(model, text):
+    sae = random_sae(128, "resid_post")
+    both = {"dictionary": sae, "nothing": replace(sae, W_dec=sae.W_dec * 0, b_dec=sae.b_dec * 0), "perfect": perfect(128, "resid_post", LAYER)}
+    table = score_beside(model, both, text.held, text.lead, positions=8)
+    for name, one in both.items():
+        alone = score(model, one, text.held, text.lead, positions=8)
+        pd.testing.assert_frame_equal(table[table.dictionary == name].drop(columns="dictionary").reset_index(drop=True), alone[alone.score.isin(table.score)].reset_index(drop=True))
+    assert set(table.score) == {"change", "recovered", "recovered_mean", "explained", "cosine", "l0", "dead"}
+    for wrong in ({}, both | {"elsewhere": perfect(128, "resid_post", LAYER + 1)}):
+        with pytest.raises(DictionaryError, match="give one or more, all of one place"): score_beside(model, wrong, text.held, text.lead)
+
 
 def test_frequencies_are_counted():
     sae, x = perfect(3), torch.tensor([[1.0, 0, -1], [1, 0, 0], [1, 2, 0], [1, 0, 0]]).repeat(200, 1)
