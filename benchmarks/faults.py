@@ -23,9 +23,11 @@ import torch
 
 torch.set_num_threads(1)  # a fork has one thread
 
+from bizzaroworld import pipeline
 from bizzaroworld.battery.formats import load_battery
 from bizzaroworld.model.load import load_model
 from bizzaroworld.pipeline import run_study
+from bizzaroworld.scale import units
 from patching import hardware
 
 COMPARED = """
@@ -65,9 +67,13 @@ def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     asked.add_argument("--kills", type=int, default=200)
     asked.add_argument("--pairs", type=int, default=6)
+    asked.add_argument("--unit", type=float, help="Operations of a unit of work: with 1e8 each pair is done in slices.")
+    asked.add_argument("--no-figures", action="store_true", help="Draw none, so that most kills fall into the sweeps.")
     asked.add_argument("--seed", type=int, default=0)
     asked.add_argument("--out", type=Path, help="Write the record to this file.")
     asked = asked.parse_args()
+    if asked.unit: units.UNIT = asked.unit
+    if asked.no_figures: pipeline.save_figures = lambda *_: None
     rng, kills, ends, stages = random.Random(asked.seed), 0, 0, {}
     with tempfile.TemporaryDirectory() as name:
         place, model = Path(name), load_model("bizzaro-nano")
@@ -79,7 +85,7 @@ def main() -> None:
         while kills < asked.kills:
             if not started(rng.uniform(0, whole) if rng.random() < 0.4 else rng.expovariate(1), lambda: run_study(model, battery=battery, out=folder)):
                 kills += 1
-                stage = next((what for file, what in (("summary.json", "figures"), ("effects.parquet", "summary"), ("controls", "controls"), ("pairs", "experiments"), ("triage.csv", "before the first unit"),
+                stage = next((what for file, what in (("summary.json", "figures"), ("controls.parquet", "summary"), ("effects.parquet", "controls"), ("pairs", "experiments"), ("triage.csv", "before the first unit"),
                                                       ("run.json", "triage")) if (folder / file).exists()), "before the folder is claimed")
                 stages[stage] = stages.get(stage, 0) + 1
                 continue
@@ -88,7 +94,7 @@ def main() -> None:
         started(None, lambda: run_study(model, battery=battery, out=folder))
         ends += compared(folder, place / "undisturbed")
     record = {"what": "a study of bizzaro-nano, killed (SIGKILL) at random moments and started again", "pairs": asked.pairs, "kills": kills, "studies_that_ended": ends,
-              "different": 0, "killed_during": stages, "seed": asked.seed, "command": f"python benchmarks/faults.py --kills {asked.kills} --pairs {asked.pairs}",
+              "different": 0, "killed_during": stages, "seed": asked.seed, "command": f"python benchmarks/faults.py --kills {asked.kills} --pairs {asked.pairs}" + (f" --unit {asked.unit:g}" if asked.unit else "") + " --no-figures" * asked.no_figures,
               "hardware": hardware(), "versions": {name: version(name) for name in ("bizzaroworld", "torch", "transformers", "transformer-lens")}}
     print(json.dumps(record, indent=1))
     if asked.out: asked.out.write_text(json.dumps(record, indent=1) + "\n")

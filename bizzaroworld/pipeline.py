@@ -34,16 +34,16 @@ from .patch.telling import announced
 from .scale.folders import LEFT_OUT, held, is_done, note_left_out, pair_file
 from .scale.processes import source_of
 from .scale.ray import crew_of
-from .scale.units import Advance, Crew, Say, Share, end_of_share, read_pairs, size_by, sweep_missing
+from .scale.units import Advance, Crew, Say, Share, end_of_share, noted, read_pairs, size_by, sweep_missing
 from .scale.workers import asked
-from .study.controls import CONTROLLED, CONTROLS, Control, controls_of, default_controls, rows_of
+from .study.controls import CONTROLLED, CONTROLS, Control, asked_of, controls_of, default_controls
 from .study.experiments import EXPERIMENTS, interventions_of, sweep_experiments
 from .study.foreseen import NOTHING, check_room, sweeps_of
 from .study.runs import Run, claim, open_run
 
 # %% auto #0
-__all__ = ['PACKAGES', 'SAMPLE', 'FILES', 'describe', 'run_info', 'collect', 'sweep_study', 'noted', 'study_forecast',
-           'run_study', 'left_out_lines', 'closing_lines', 'paper_run']
+__all__ = ['PACKAGES', 'SAMPLE', 'FILES', 'describe', 'run_info', 'collect', 'sweep_study', 'study_forecast', 'run_study',
+           'left_out_lines', 'closing_lines', 'paper_run']
 
 # %% ../nbs/library/02_pipeline.ipynb #6735a470
 PACKAGES = ("torch", "transformers", "transformer-lens", "numpy", "pandas")
@@ -87,12 +87,12 @@ def sweep_study(model: Model, crew: Crew, result: Triage, controls: Sequence[Con
                 progress: Advance | None = None, say: Say | None = None) -> dict[str, dict[str, str]]:
     "Sweep what is missing of experiments and controls; return which pairs could not be, in each part. Writes `effects.parquet` and `controls.parquet`."
     pairs, tables = result.golden("C"), []
-    recipe, size = partial(sweep_experiments, direction=direction, max_rows=max_rows), size_by(model, len(interventions_of(model)))
+    recipe, size = partial(sweep_experiments, direction=direction, max_rows=max_rows), size_by(model, interventions_of(model))
     failed = {"pairs": sweep_missing(pairs, folder, recipe, crew, size=size, advance=progress, say=say)}
     if not isinstance(crew, Share): write_table(folder / "effects.parquet", collect(folder, result))
     for control in controls:
         part, told = f"controls/{control.name}", progress and partial(noted, progress, f"control: {control.name}")
-        size = size_by(model, rows_of(model, control.name))
+        size = size_by(model, asked_of(model, control.name), strangers=control.name == "unrelated")
         try: failed[part] = sweep_missing(control.token_pairs, folder, control.recipe, crew, part=part, size=size, advance=told, say=say)
         except OSError: raise  # the disk is full, or gone: so it is for what follows
         except Exception as error:
@@ -106,11 +106,6 @@ def sweep_study(model: Model, crew: Crew, result: Triage, controls: Sequence[Con
     end_of_share(crew)
     if tables: write_table(folder / "controls.parquet", pd.concat(tables, ignore_index=True))
     return failed
-
-
-def noted(progress: Advance, note: str, done: int, total: int, _: str) -> None:
-    "Tell of progress with another note."
-    progress(done, total, note)
 
 # %% ../nbs/library/02_pipeline.ipynb #e967b1da
 SAMPLE = 32  # pairs that are planned for a forecast

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,13 +24,14 @@ from ..console import count_words
 from ..files import unguarded, write_json, write_table
 from ..model.hooked import Model
 from ..model.load import load_model
+from ..patch.interventions import Intervention
 from ..patch.sweep import DIRECTIONS
-from ..pipeline import collect, noted, run_info
+from ..pipeline import collect, run_info
 from ..results.estimates import estimate_means
 from ..scale.folders import LEFT_OUT, held, is_done, note_left_out
 from ..scale.processes import source_of
 from ..scale.ray import crew_of
-from ..scale.units import Advance, Crew, Recipe, Say, Share, end_of_share, size_by, sweep_missing
+from ..scale.units import Advance, Crew, Recipe, Say, Share, end_of_share, noted, size_by, sweep_missing
 from ..scale.workers import asked
 from ..study.runs import claim
 
@@ -75,8 +76,8 @@ class Opened:
     say: Say | None
     failed: dict[str, dict[str, str]] = field(default_factory=dict)
 
-    def sweep(self, part: str, recipe: Recipe, at_once: int = 1, asked: int | Callable[[TokenPair], int] | None = None) -> None:
-        "Sweep what is missing of a part. `asked`: how many things of each pair, of a recipe that can be cut."
+    def sweep(self, part: str, recipe: Recipe, at_once: int = 1, asked: Sequence[Intervention] | int | Callable[[TokenPair], Sequence[Intervention]] | None = None) -> None:
+        "Sweep what is missing of a part. `asked`: what of each pair, or of how many things, as for `size_by`; of a recipe that can be cut."
         size = None if asked is None else size_by(self.model, asked)
         told = self.advance and partial(noted, self.advance, "" if part == "pairs" else part.rpartition("/")[2])
         with named(): self.failed[part] = sweep_missing(self.pairs, self.folder, recipe, self.crew, part=part, at_once=at_once, by_length=False, size=size, grows=True, advance=told, say=self.say)
@@ -86,7 +87,7 @@ class Opened:
         end_of_share(self.crew)
         return collect(self.folder, self.triage, [tp.id for tp in self.pairs], part)
 
-    def swept(self, part: str, recipe: Recipe, at_once: int = 1, asked: int | None = None) -> pd.DataFrame:
+    def swept(self, part: str, recipe: Recipe, at_once: int = 1, asked: Sequence[Intervention] | int | None = None) -> pd.DataFrame:
         "Both."
         self.sweep(part, recipe, at_once, asked)
         return self.table(part)

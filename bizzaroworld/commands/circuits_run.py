@@ -123,7 +123,7 @@ def run_attribution(model: str | Model, *, methods: Sequence[str] = ("atp", "atp
     with opened("attribute", model, {"sites": None if sites is None else list(sites), "metric": metric}, check, **asked) as run:
         how, exact = {"direction": run.direction, "metric": metric, "sites": chosen}, exact or run.has("exact")
         for m in (methods := [m for m in METHODS if m in methods or run.has(f"estimates/{m}")]): run.sweep(f"estimates/{m}", partial(sweep_estimates, method=m, **how), 8)
-        if exact: run.sweep("exact", partial(sweep_nodes, max_rows=max_rows, **how), asked=lambda tp: len(each_token(run.model, tp, chosen)))
+        if exact: run.sweep("exact", partial(sweep_nodes, max_rows=max_rows, **how), asked=lambda tp: each_token(run.model, tp, chosen))
         parts = {part.rpartition("/")[2]: run.table(part) for part in [*(f"estimates/{m}" for m in methods), *["exact"] * exact]}
         table = parts[methods[0]][["category", "place", *NODE]]
         for method, part in parts.items(): table = table.merge(part[["pair_id", "intervention", "effect"]].rename(columns={"effect": method}), on=["pair_id", "intervention"], validate="1:1")
@@ -193,7 +193,7 @@ def effects_of(run: Opened, parts: list, of: str, metric: str, max_rows: int) ->
     "Exact effects of each part on each pair, those that are missing swept; `part` is its name."
     asked = dict(direction=run.direction, metrics=[metric], max_rows=max_rows)
     if of == "edges": return run.swept("pairs", partial(sweep_paths, paths=parts, **asked), asked=len(parts)).assign(part=lambda t: t.path)
-    return run.swept("pairs", partial(swept, interventions=[Intervention(e) for e in parts], **asked), 8, len(parts)).assign(part=lambda t: t.intervention)
+    return run.swept("pairs", partial(swept, interventions=(patched := [Intervention(e) for e in parts]), **asked), 8, patched).assign(part=lambda t: t.intervention)
 
 # %% ../../nbs/library/commands/04_circuits_run.ipynb #90542b55
 def run_circuit(model: str | Model, *, of: str = "nodes", at: Sequence[str | int] = ("all",), ablation: str = "noising", metric: str = "ld", threshold: float = 0.01, rounds: int = 1,

@@ -30,7 +30,7 @@ from ..patch.noise import Noise
 from ..patch.sweep import DIRECTIONS, Sweep, sweep
 from ..patch.telling import announced
 from ..scale.folders import is_done, note_left_out
-from ..scale.units import Advance, Alone, Crew, Recipe, Say, Share, Size, Sweeper, end_of_share, part_of, read_pairs, size_by, sweep_missing
+from ..scale.units import Advance, Alone, Crew, Recipe, Say, Share, Size, Sweeper, end_of_share, noted, part_of, read_pairs, size_by, sweep_missing
 from ..tasks.recipes import Task
 
 # %% auto #0
@@ -234,7 +234,7 @@ class Work:
 
     def size(self, part: Part) -> Size:
         draws = self.settings.draws if part.corruption == "GN" else 1
-        return size_by(self.model, len(places_in(self.model, self.task, part, self.settings.widths)), draws)
+        return size_by(self.model, [p.intervention for p in places_in(self.model, self.task, part, self.settings.widths)], draws, part.control == "unrelated")
 
     def forecast(self, part: Part, pairs: Sequence[TokenPair]) -> Forecast:
         return forecast(self.model, pairs, [p.intervention for p in places_in(self.model, self.task, part, self.settings.widths)], part.direction, max_rows=self.max_rows,
@@ -267,7 +267,7 @@ def run_grid(model: Model, task: Task, folder: str | Path, settings: Settings = 
     if say and not isinstance(crew, Share): _announce(work, folder, workers, say)
     total, done, failed = sum(len(work.pairs(part)) for part in work.parts), 0, {}
     for part in work.parts:
-        pairs, told = work.pairs(part), progress and (lambda n, _, __: progress(done + n, total, str(part)))
+        pairs, told = work.pairs(part), progress and partial(noted, lambda n, _, note: progress(done + n, total, note), str(part))
         if not pairs: continue
         failed[str(part)] = sweep_missing(pairs, folder, work.recipe(part), crew, part=work.place(part), at_once=settings.group, by_length=False, size=work.size(part), advance=told, say=say)
         done += len(pairs)

@@ -5,8 +5,10 @@
 # %% ../../nbs/library/scale/02_units.ipynb #c0e2e169
 from __future__ import annotations
 
+import re
 import shutil
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from math import ceil
@@ -19,15 +21,15 @@ from ..battery.audit import Advance
 from ..battery.tokens import TokenPair
 from ..files import write_table
 from ..model.hooked import Model
-from ..patch.interventions import Intervention
+from ..patch.interventions import Intervention, positions_of
 from ..patch.sweep import sweep
 from .folders import is_done, not_finite, pair_file, read_pair
 from .workers import ShareDone
 
 # %% auto #0
-__all__ = ['Unit', 'Sweeper', 'Recipe', 'Say', 'UNIT', 'ON_DEVICE', 'Size', 'ENOUGH', 'Outcome', 'Crew', 'Alone', 'Slice',
-           'part_of', 'swept', 'size_by', 'units_of', 'Share', 'end_of_share', 'UnitError', 'sweep_missing',
-           'read_pairs']
+__all__ = ['Unit', 'Sweeper', 'Recipe', 'Say', 'UNIT', 'ON_DEVICE', 'BASES', 'Size', 'ENOUGH', 'Outcome', 'Crew', 'Alone',
+           'Slice', 'part_of', 'swept', 'size_by', 'units_of', 'Share', 'end_of_share', 'UnitError', 'sweep_missing',
+           'noted', 'read_pairs']
 
 # %% ../../nbs/library/scale/02_units.ipynb #5e59fd32
 Unit = Sequence[TokenPair]  # or a `Slice`, below
@@ -87,19 +89,33 @@ def swept(model: Model, interventions: Sequence[Intervention], direction: str = 
 
 # %% ../../nbs/library/scale/02_units.ipynb #d9fdfcb1
 UNIT, ON_DEVICE = 2e13, 1e15  # operations of a unit: some two minutes of two cores; some seconds of an accelerator
+BASES = 4  # times the two base runs: the least that a slice is worth being cut for
 Size = Callable[[TokenPair], float]
 
 
-def size_by(model: Model, asked: int | Callable[[TokenPair], int], times: int = 1) -> Size:
-    """How much of a unit a pair takes, of which so many things are asked, each in so many rows.
+def size_by(model: Model, asked: Sequence[Intervention] | int | Callable[[TokenPair], Sequence[Intervention]], times: int = 1, strangers: bool = False) -> Size:
+    """How much of a unit a pair takes: its base runs, and a row for each intervention asked (of all pairs, or by the pair), all so many times.
 
-    Counted as if each row ran all tokens through all blocks, at two operations for each parameter: most rows take less. There are no more slices than things asked."""
+    A row runs from its first edited layer and token on (from where its prompts part, unless donors are `strangers`), at two operations for each parameter; of what is only
+    counted, each thing runs all layers from there. There are no more slices than things, and a slice's rows come in the mean to `BASES` times the base runs that it repeats."""
     ends = {id(module.weight) for module in (model.hf.get_input_embeddings(), model.hf.get_output_embeddings()) if module is not None}
     each = times * 2 * sum(p.numel() for p in model.hf.parameters() if id(p) not in ends) / (UNIT if model.device.type == "cpu" else ON_DEVICE)
+    known = None if callable(asked) else _blocks_run(model, asked)
     def size(tp):
-        n = asked(tp) if callable(asked) else asked
-        return min(each * n * max(len(tp.clean_ids), len(tp.corrupt_ids)), n)
+        (n, depths), length = known or _blocks_run(model, asked(tp)), max(len(tp.clean_ids), len(tp.corrupt_ids))
+        parts = 0 if strangers else min(tp.differing, default=0)
+        rows = sum(depth * (length - max(parts, min(p for place in places for p in positions_of(place, tp)))) for places, depth in depths.items())
+        takes = each * (rows + 2 * length)
+        return takes if takes <= 1 else max(1.0, min(takes, n, rows / (BASES * 2 * length)))
     return size
+
+
+def _blocks_run(model: Model, asked: Sequence[Intervention] | int) -> tuple[int, dict[frozenset, float]]:
+    "How many things are asked; and for each set of places that are edited together, through how many models (all blocks) the rows go."
+    if isinstance(asked, int): return asked, {frozenset([0]): float(asked)}
+    out = Counter()
+    for i in asked: out[frozenset(e.position for e in i.edits)] += 1 - min(e.layer for e in i.edits) / model.n_layers
+    return len(asked), out
 
 # %% ../../nbs/library/scale/02_units.ipynb #7caae953
 def units_of(pairs: Sequence[TokenPair], at_once: int = 8, by_length: bool = True, size: Size | None = None) -> list[Unit]:
@@ -109,9 +125,14 @@ def units_of(pairs: Sequence[TokenPair], at_once: int = 8, by_length: bool = Tru
     units, room = [], 0.0
     for tp in sorted(pairs, key=lambda tp: (len(tp.clean_ids), tp.entity)) if by_length else pairs:
         takes = size(tp) if size else 0.0
-        if takes > 1: units, room = [*units, *(Slice([tp], which + 1, ceil(takes)) for which in range(ceil(takes)))], -1
-        elif units and takes <= room and len(units[-1]) < at_once: units[-1].append(tp)
-        else: units, room = [*units, [tp]], 1.0
+        if takes > 1:
+            units += (Slice([tp], which + 1, ceil(takes)) for which in range(ceil(takes)))
+            room = -1.0
+            continue
+        if not (units and takes <= room and len(units[-1]) < at_once):
+            units.append([])
+            room = 1.0
+        units[-1].append(tp)
         room -= takes
     return units
 
@@ -148,12 +169,16 @@ def _place(part: str, unit: Unit) -> str:
 def _is_done(folder: Path, part: str, unit: Unit) -> bool: return all(is_done(folder, tp.id, _place(part, unit)) for tp in unit)
 
 
-def _put_together(folder: Path, part: str, pair_id: str, of: int) -> None:
-    "Make the file of a pair of its slices, if all are there."
+def _put_together(folder: Path, part: str, pair_id: str, of: int) -> str:
+    "Make the file of a pair of its slices, which then go, if all are there; return why not, if one is not what was written."
     places = [_place(part, Slice((), which + 1, of)) for which in range(of)]
-    if not all(pair_file(folder, pair_id, place).exists() for place in places): return
+    if not all(pair_file(folder, pair_id, place).exists() for place in places): return ""
     rows = [read_pair(folder, pair_id, place) for place in places]
-    if not any(found is None for found in rows): write_table(pair_file(folder, pair_id, part), pd.concat(rows, ignore_index=True))
+    if damaged := [str(pair_file(folder, pair_id, place)) for place, found in zip(places, rows) if found is None]:
+        return "" if is_done(folder, pair_id, part) else f"{damaged[0]} was damaged"  # else another share was before us
+    write_table(pair_file(folder, pair_id, part), pd.concat(rows, ignore_index=True))
+    for place in places: pair_file(folder, pair_id, place).unlink(missing_ok=True)
+    return ""
 
 
 def _keep(folder: Path, part: str, outcome: Outcome) -> dict[str, str]:
@@ -163,7 +188,7 @@ def _keep(folder: Path, part: str, outcome: Outcome) -> dict[str, str]:
         rows = by_pair.get(tp.id)
         if why := "no rows came back" if rows is None else not_finite(rows): failed[tp.id] = why
         else: write_table(pair_file(folder, tp.id, _place(part, unit)), rows)
-    if isinstance(unit, Slice): _put_together(folder, part, unit[0].id, unit.of)
+    if isinstance(unit, Slice) and (why := _put_together(folder, part, unit[0].id, unit.of)): failed[unit[0].id] = why
     return failed
 
 # %% ../../nbs/library/scale/02_units.ipynb #a6e09e78
@@ -190,9 +215,10 @@ def sweep_missing(pairs: Sequence[TokenPair], folder: Path, recipe: Recipe, crew
 # %% ../../nbs/library/scale/02_units.ipynb #feffbc1a
 def _left(units: Sequence[Unit], folder: Path, part: str) -> tuple[list[Unit], set[str]]:
     "The units that are to be swept, and the pairs that are missing."
-    for unit in units:
-        if isinstance(unit, Slice) and unit.which == unit.of and not is_done(folder, unit[0].id, part): _put_together(folder, part, unit[0].id, unit.of)
-    missing = {tp.id for unit in units for tp in unit if not is_done(folder, tp.id, part)}
+    missing = {pair_id for pair_id in dict.fromkeys(tp.id for unit in units for tp in unit) if not is_done(folder, pair_id, part)}
+    for pair_id, of in {unit[0].id: unit.of for unit in units if isinstance(unit, Slice) and unit[0].id in missing}.items():
+        _put_together(folder, part, pair_id, of)
+        if is_done(folder, pair_id, part): missing.remove(pair_id)
     return [u for u in units if not missing.isdisjoint(tp.id for tp in u) and not (isinstance(u, Slice) and _is_done(folder, part, u))], missing
 
 
@@ -200,6 +226,12 @@ def _pairs_in(unit: Unit) -> Fraction: return Fraction(1, unit.of) if isinstance
 
 
 def _note(unit: Unit) -> str: return unit[0].pair.category + (f", {unit.which} of {unit.of}" if isinstance(unit, Slice) else "")
+
+
+def noted(progress: Advance, note: str, done: int, total: int, told: str) -> None:
+    "Tell of progress with another note, and which slice of a pair it is."
+    which = re.search(", [0-9]+ of [0-9]+$", told)
+    progress(done, total, (note + which[0] if note else which[0][2:]) if which else note)
 
 
 def _sweep_missing(pairs, units, folder, recipe, crew, part, advance, say) -> dict[str, str]:

@@ -23,7 +23,7 @@ from .experiments import EXPERIMENTS, interventions_of, label
 
 # %% auto #0
 __all__ = ['CONTROLLED', 'CONTROLS', 'TWIN', 'unrelated_donors', 'sweep_unrelated', 'shuffled_positions', 'sweep_shuffled',
-           'sweep_untrained', 'rows_of', 'default_controls', 'Control', 'controls_of']
+           'sweep_untrained', 'asked_of', 'default_controls', 'Control', 'controls_of']
 
 # %% ../../nbs/library/study/02_controls.ipynb #3433dd08
 CONTROLLED = {"unrelated": ("1", "2A", "2B", "3", "4F"), "shuffled": ("1", "3"), "untrained": ("1", "3")}  # experiments
@@ -56,7 +56,7 @@ def shuffled_positions(token_pairs: Sequence[TokenPair], seed: int = 0) -> dict[
     return {i: random.Random(f"shuffled {seed} {i}").choice(some) for i, some in between.items() if some}
 
 # %% ../../nbs/library/study/02_controls.ipynb #5bf106e7
-def _elsewhere(model: Model, position: int) -> list[Intervention]:
+def _elsewhere(model: Model, position: int | str) -> list[Intervention]:
     "The sites of the controlled experiments, at one position."
     return grid(model, dict.fromkeys(s for e in CONTROLLED["shuffled"] for s in EXPERIMENTS[e].sites if s in model.sites), position)
 
@@ -83,9 +83,9 @@ def sweep_untrained(model: Model, direction: str, max_rows: int) -> Sweeper:
     return lambda unit: label(sweep(twin, unit, part_of(unit, interventions), direction, max_rows=max_rows, progress=False).to_frame(), names)
 
 # %% ../../nbs/library/study/02_controls.ipynb #ad699be8
-def rows_of(model: Model, name: str) -> int:
-    "How many interventions a control makes on each pair."
-    return len(_elsewhere(model, -1) if name == "shuffled" else interventions_of(model, CONTROLLED[name]))
+def asked_of(model: Model, name: str) -> list[Intervention]:
+    "The interventions that a control makes on each pair; shuffled ones as if at the entity, the earliest that they can be."
+    return _elsewhere(model, "entity") if name == "shuffled" else interventions_of(model, CONTROLLED[name])
 
 
 TWIN = 1e9  # parameters

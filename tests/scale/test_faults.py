@@ -55,9 +55,10 @@ def same(folder, whole):
 
 
 @pytest.mark.slow
-def test_a_study_that_is_killed_at_random_moments_ends_as_one_that_was_not():
+@pytest.mark.parametrize("more", [(), ("--unit", "1e8", "--no-figures")], ids=["", "in slices"])
+def test_a_study_that_is_killed_at_random_moments_ends_as_one_that_was_not(more):
     """`benchmarks/faults.py` does it two hundred times; here a few."""
-    done = subprocess.run([sys.executable, REPO / "benchmarks" / "faults.py", "--kills", "6", "--pairs", "2", "--seed", "1"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, REPO / "benchmarks" / "faults.py", "--kills", "6", "--pairs", "2", "--seed", "1", *more], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["kills"] == 6 and json.loads(done.stdout)["studies_that_ended"] >= 1
 

@@ -1,7 +1,8 @@
 """A pair that is too large for one unit is cut, and what comes of it is what would have come of it whole."""
 import json
 import re
-from dataclasses import asdict
+import time
+from dataclasses import asdict, replace
 from functools import partial
 
 import numpy as np
@@ -14,18 +15,20 @@ from recipes import lengths
 from bizzaroworld import pipeline
 from bizzaroworld.battery.formats import load_battery
 from bizzaroworld.battery.tokens import align
+from bizzaroworld.circuits.attribution import each_token
 from bizzaroworld.circuits.paths import edges, sweep_paths
 from bizzaroworld.commands.circuits_run import sweep_nodes
-from bizzaroworld.methods.grid import Part, Settings, places_in, run_grid
+from bizzaroworld.methods.grid import Part, Settings, each_head, places_in, run_grid
 from bizzaroworld.model.load import load_model
+from bizzaroworld.patch.forecast import forecast
 from bizzaroworld.patch.interventions import grid
 from bizzaroworld.pipeline import run_study
 from bizzaroworld.scale import units
 from bizzaroworld.scale.folders import pair_file
 from bizzaroworld.scale.processes import Source
 from bizzaroworld.scale.ray import crew_of
-from bizzaroworld.scale.units import Alone, Share, Slice, part_of, read_pairs, size_by, sweep_missing, swept, units_of
-from bizzaroworld.study.controls import CONTROLS, controls_of, rows_of
+from bizzaroworld.scale.units import Alone, Share, Slice, noted, part_of, read_pairs, size_by, sweep_missing, swept, units_of
+from bizzaroworld.study.controls import CONTROLS, asked_of, controls_of
 from bizzaroworld.study.experiments import interventions_of, sweep_experiments
 from bizzaroworld.tasks.registry import make_task
 
@@ -82,12 +85,39 @@ def test_slices_have_everything_once_and_in_order(n, of):
     assert [x for which in range(1, of + 1) for x in part_of(Slice("p", which, of), range(n))] == list(range(n)) == list(part_of(["p"], range(n)))
 
 
-def test_a_size_is_counted_in_operations(model, pairs):
+@pytest.mark.parametrize("asked, before, after", [("study", 0, 0), ("study", 900, 0), ("study", 0, 900), ("heads everywhere", 0, 0), ("heads everywhere", 900, 0), ("nodes", 0, 0), ("nodes", 900, 0)])
+def test_a_size_is_what_a_sweep_runs(model, pairs, asked, before, after):
+    """Within two fifths; a long prompt is much before its entity or after it, and the size knows which."""
+    pad, tp = (5,), pairs[0]
+    def padded(ids): return pad * before + ids[:-1] + pad * after + ids[-1:]
+    tp = replace(tp, clean_ids=padded(tp.clean_ids), corrupt_ids=padded(tp.corrupt_ids), entity_span=tuple(before + i for i in tp.entity_span), places=())
+    made = {"study": interventions_of(model), "heads everywhere": [p.intervention for p in each_head(model, "all")], "nodes": each_token(model, tp, ["z", "mlp_out"])}[asked]
     blocks = sum(p.numel() for p in model.hf.model.layers.parameters()) + model.hf.model.norm.weight.numel()
-    tokens = max(len(pairs[0].clean_ids), len(pairs[0].corrupt_ids))
-    assert size_by(model, 100)(pairs[0]) == pytest.approx(100 * tokens * 2 * blocks / 2e13)
-    assert size_by(model, lambda tp: len(tp.clean_ids), 10)(pairs[0]) == pytest.approx(len(pairs[0].clean_ids) * 10 * tokens * 2 * blocks / 2e13)
-    assert size_by(model, 3, 10 ** 14)(pairs[0]) == 3, "nothing is cut finer than what is asked"
+    runs = forecast(model, tp, made).token_layers / model.n_layers * 2 * blocks / units.UNIT
+    assert size_by(model, made)(tp) == pytest.approx(runs, rel=0.4) and size_by(model, lambda _: made, 10)(tp) == pytest.approx(10 * size_by(model, made)(tp))
+
+
+def test_what_is_only_counted_runs_everything(model, pairs):
+    blocks = sum(p.numel() for p in model.hf.model.layers.parameters()) + model.hf.model.norm.weight.numel()
+    length, parts = len(pairs[0].clean_ids), min(pairs[0].differing)
+    assert parts > 2 and size_by(model, 100)(pairs[0]) == pytest.approx((100 * (length - parts) + 2 * length) * 2 * blocks / 2e13)
+    assert size_by(model, 100, strangers=True)(pairs[0]) == pytest.approx(102 * length * 2 * blocks / 2e13)
+
+
+@pytest.mark.parametrize("before, most", [(0, 1.8), (900, 1)])
+def test_base_runs_are_never_most_of_the_work(model, pairs, monkeypatch, before, most):
+    """However large the model is: slices repeat base runs, and find fewer rows alike. Where base runs are nearly all, nothing is cut."""
+    monkeypatch.setattr(units, "UNIT", 1.0)
+    asked, pad, tp = interventions_of(model), (5,) * before, pairs[0]
+    tp = replace(tp, clean_ids=pad + tp.clean_ids, corrupt_ids=pad + tp.corrupt_ids, entity_span=tuple(before + i for i in tp.entity_span), places=())
+    cut = units_of([tp], size=size_by(model, asked))
+    assert (len(cut) > 1) == (before == 0)
+    assert sum(forecast(model, tp, part_of(unit, asked)).token_layers for unit in cut) <= most * forecast(model, tp, asked).token_layers
+
+
+def test_many_large_pairs_are_cut_in_no_time():
+    began = time.process_time()
+    assert len(units_of(range(20_000), by_length=False, size=lambda tp: 10)) == 200_000 and time.process_time() - began < 5
 
 
 def recipe_of(model, name, pairs):
@@ -112,11 +142,11 @@ def test_a_recipe_that_is_cut_gives_what_it_gives_whole(model, name):
 @pytest.mark.parametrize("name", CONTROLS)
 def test_no_control_is_cut_finer_than_what_it_asks(model, name):
     recipe, pair = recipe_of(model, name, [align(model, pair) for pair in load_battery()[:30]])
-    n = rows_of(model, name)
+    n = len(asked_of(model, name))
     assert all(len(recipe(model)(Slice(pair, which, n))) for which in (1, n)), "an empty slice"
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_every_crew_puts_slices_together(model, pairs, tmp_path, workers):
     recipe = partial(swept, interventions=grid(model, ["resid_pre", "z"], "entity"))
     def size(tp): return 2.5 if tp is pairs[1] else 0.3
@@ -164,6 +194,30 @@ def test_a_slice_that_fails_leaves_its_pair_out_and_the_others_stay_for_the_next
     assert go(partial(swept, interventions=asked), again) == {} and [(u.which, u.of) for u in again.given] == [(2, 3)]
 
 
+def test_slices_of_a_pair_go_when_it_is_whole_though_another_is_left_out(model, pairs, tmp_path):
+    def bad(model): return lambda unit: lengths(model)(unit).assign(patched=float("inf") if unit[0] is pairs[0] and unit.which == 2 else 1.0)
+    assert list(sweep_missing(pairs[:2], tmp_path, bad, Alone(model), size=lambda tp: 2)) == [pairs[0].id]
+    assert {p for p in tmp_path.rglob("*.parquet")} == {pair_file(tmp_path, pairs[1].id), pair_file(tmp_path, pairs[0].id, "pairs/slices/1-of-2")}
+
+
+def test_a_slice_that_is_damaged_while_others_are_made_is_named(model, pairs, tmp_path):
+    """Its pair is not lost without a word, and the next start makes that slice again."""
+    recipe = partial(swept, interventions=grid(model, ["resid_pre"], "entity"))
+    def go(crew, advance=None): return sweep_missing(pairs[:2], tmp_path, recipe, crew, size=lambda tp: 3, by_length=False, advance=advance)
+    def damage(done, total, note):
+        if note.endswith("2 of 3") and not done: pair_file(tmp_path, pairs[0].id, "pairs/slices/1-of-3").write_bytes(b"")
+    failed = go(Alone(model), damage)
+    assert list(failed) == [pairs[0].id] and failed[pairs[0].id].endswith("was damaged")
+    again = Noting(model)
+    assert go(again) == {} and [(u[0].id, u.which) for u in again.given] == [(pairs[0].id, 1)] and len(read_pairs(tmp_path, pairs[:2])) == 2 * model.n_layers
+
+
+def test_a_note_says_which_slice_it_is():
+    told = []
+    for note, was in (("control", "people, 2 of 7"), ("", "people, 2 of 7"), ("control", "people"), ("", "")): noted(lambda *how: told.append(how), note, 1, 3, was)
+    assert told == [(1, 3, "control, 2 of 7"), (1, 3, "2 of 7"), (1, 3, "control"), (1, 3, "")]
+
+
 def test_a_slice_that_is_not_finite_leaves_its_pair_out(model, pairs, tmp_path):
     def bad(model): return lambda unit: lengths(model)(unit).assign(patched=float("inf") if getattr(unit, "which", 0) == 2 else 1.0)
     failed = sweep_missing(pairs, tmp_path, bad, Alone(model), size=lambda tp: 2 if tp is pairs[0] else 0.1)
@@ -186,9 +240,9 @@ def test_shares_divide_a_pair(model, pairs, tmp_path, order):
 def test_a_grid_is_cut_by_rows_draws_counted(model, tmp_path, monkeypatch):
     task, settings = make_task("facts", model, n=3), Settings(metrics=("ld", "prob"), widths=(1,), draws=2, controls=("unrelated",))
     whole = run_grid(model, task, tmp_path / "whole", settings)
-    n = len(places_in(model, task, Part("GN", "noising"), (1,)))
-    monkeypatch.setattr(units, "UNIT", 2e13 * max(map(size_by(model, n, 2), task.pairs)) / 2)
-    assert any(isinstance(unit, Slice) for unit in units_of(task.pairs, 6, False, size_by(model, n, 2)))
+    asked = [place.intervention for place in places_in(model, task, Part("GN", "noising"), (1,))]
+    monkeypatch.setattr(units, "UNIT", 2e13 * max(map(size_by(model, asked, 2), task.pairs)) / 2)
+    assert any(isinstance(unit, Slice) for unit in units_of(task.pairs, 6, False, size_by(model, asked, 2)))
     pd.testing.assert_frame_equal(whole, run_grid(model, task, tmp_path / "cut", settings), **EXACT)
     assert not list((tmp_path / "cut").rglob("slices"))
 
@@ -201,7 +255,8 @@ def test_a_study_of_slices_is_the_study(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "save_figures", lambda *_: None)
     def go(name, **more): return run_study("bizzaro-nano", battery=few, out=tmp_path / name, **more)
     go("whole")
-    monkeypatch.setattr(units, "UNIT", 1.5e9)
+    monkeypatch.setattr(units, "UNIT", 2.5e8)
+    monkeypatch.setattr(units, "BASES", 0.5)
     go("cut")
     told = []
     def stop(done, total, note):
