@@ -71,10 +71,10 @@ def reading(pairs: list[PromptPair], megabytes: float, folder: Path) -> dict:
 
 class Stages:
     """What is told of progress, by stage: seconds, the longest silence, and the most memory up to its end."""
-    def __init__(self): self.now, self.last, self.done = "before the sweep", time.process_time(), {}
+    def __init__(self): self.now, self.last, self.done = "before the triage", time.process_time(), {}
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
-        moment, stage = time.process_time(), next((name for name in ("summary", "figures") if note.startswith(name)), "sweep")
+        moment, stage = time.process_time(), "triage" if note == "tokens" else next((name for name in ("triage", "summary", "figures") if note.startswith(name)), "sweep")
         self.heard(moment)
         if stage != self.now: print(f"{self.now}: {self.done[self.now]}", flush=True)
         self.now = stage
