@@ -31,7 +31,7 @@ quick: $(VENV)/.installed-dev  ## the tests that take seconds
 
 weekly: $(VENV)/.installed-dev  ## what CI runs once a week only: more combinations, long measurements made anew, the slow cells of the notebooks
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m weekly
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --flags slow --n_workers 2
+	OMP_NUM_THREADS=1 MPLBACKEND=agg HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/nbdev_test --flags slow --n_workers 2
 
 test-browser: $(VENV)/.installed-browser  ## the pages and widgets in a real Chromium and JupyterLab (installs Chromium where it is missing)
 	PATH="$(abspath $(BIN)):$$PATH" .ci/chromium

@@ -175,7 +175,7 @@ def _put_together(folder: Path, part: str, pair_id: str, of: int) -> str:
     if not all(pair_file(folder, pair_id, place).exists() for place in places): return ""
     rows = [read_pair(folder, pair_id, place) for place in places]
     if damaged := [str(pair_file(folder, pair_id, place)) for place, found in zip(places, rows) if found is None]:
-        return "" if is_done(folder, pair_id, part) else f"{damaged[0]} was damaged"  # else another share was before us
+        return "" if is_done(folder, pair_id, part) else f"{damaged[0]} was damaged: the same command makes it again"  # else another share was before us
     write_table(pair_file(folder, pair_id, part), pd.concat(rows, ignore_index=True))
     for place in places: pair_file(folder, pair_id, place).unlink(missing_ok=True)
     return ""

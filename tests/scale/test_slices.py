@@ -205,7 +205,7 @@ def test_a_slice_that_is_damaged_while_others_are_made_is_named(model, pairs, tm
     def damage(done, total, note):
         if note.endswith("2 of 3") and not done: pair_file(tmp_path, pairs[0].id, "pairs/slices/1-of-3").write_bytes(b"")
     failed = go(Alone(model), damage)
-    assert list(failed) == [pairs[0].id] and failed[pairs[0].id].endswith("was damaged")
+    assert list(failed) == [pairs[0].id] and failed[pairs[0].id].endswith("was damaged: the same command makes it again")
     again = Noting(model)
     assert go(again) == {} and [(u[0].id, u.which) for u in again.given] == [(pairs[0].id, 1)] and len(read_pairs(tmp_path, pairs[:2])) == 2 * model.n_layers
 
